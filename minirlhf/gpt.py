@@ -1,0 +1,292 @@
+"""GPT-2 in plain PyTorch: blocks, KV cache, a language-model head and a scalar head, weights in and out.
+
+The architecture is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU in its tanh form, the output
+head tied to the token embedding. Rows are left-aligned with padding on the right only, so a causal model needs no
+attention mask in training, positions are `arange`, and a row gives the same numbers alone and in any batch.
+
+Both models live in directories of the Hugging Face layout (config.json, model.safetensors, tokenizer.json): transformers'
+GPT2LMHeadModel and GPT2ForSequenceClassification load them and give the same numbers.
+
+Left out: other architectures (rotary positions, grouped heads), sharded checkpoints, pickled weights.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minirlhf.runtime import atomic_write
+
+# Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    n_ctx: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: two tensors (L, B, H, S, C/H)."""
+
+    def __init__(self, config, batch, length, *, device=None, dtype=None):
+        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer, k, v, positions):
+        """Stores k, v (B, H, T, C/H): a prompt at slots 0..T-1, or one token at each row's own position (B,)."""
+        if positions is None:
+            self.k[layer, :, :, : k.shape[2]] = k
+            self.v[layer, :, :, : v.shape[2]] = v
+            return k, v
+        slot = positions.view(-1, 1, 1, 1).expand_as(k)
+        return self.k[layer].scatter_(2, slot, k), self.v[layer].scatter_(2, slot, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, layer=0, positions=None, mask=None):
+        B, T, C = x.shape
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)
+        )  # (B, H, T, C/H)
+        if cache is not None:
+            k, v = cache.write(layer, k, v, positions)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, *attention_args):
+        x = x + self.drop(self.attn(self.ln_1(x), *attention_args))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """A GPT-2 language model. `model(idx)` with token ids (B, T) gives logits (B, T, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # GPT-2: 0.02, smaller by the number of additions to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def lm_head_weight(self):
+        """The output head, tied to the token embedding: (V, C)."""
+        return self.wte.weight
+
+    def hidden(self, idx, cache=None, positions=None):
+        """Final hidden states (B, T, C) of token ids (B, T).
+
+        With a `cache`, either a prompt (`positions` None: its keys and values are stored at 0..T-1) or one token a row
+        (T = 1, `positions` (B,): the slot of that token, which sees every slot up to its own).
+        Raises ValueError when T exceeds the context.
+        """
+        B, T = idx.shape
+        if T > self.config.n_ctx:
+            raise ValueError(f"a row of {T} tokens exceeds the context of {self.config.n_ctx}")
+        mask = None
+        if positions is None:
+            where = torch.arange(T, device=idx.device)
+        else:
+            where = positions[:, None]  # (B, 1)
+            slots = torch.arange(cache.k.shape[3], device=idx.device)
+            mask = (slots <= where)[:, None, None]  # (B, 1, 1, S)
+        x = self.drop(self.wte(idx) + self.wpe(where))
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer, positions, mask)
+        return self.ln_f(x)
+
+    def forward(self, idx):
+        return F.linear(self.hidden(idx), self.lm_head_weight)
+
+    def save_pretrained(self, directory, tokenizer=None):
+        extra = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
+        save_directory(directory, self.config, export(self.state_dict(), "transformer."), extra, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_hub_name, *, dropout=0.0):
+        """Reads a Hugging Face GPT-2 directory, or with the `hub` extra a model of that name on the hub.
+
+        Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape.
+        """
+        config, weights = read_directory(directory_or_hub_name, dropout)
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        weights.pop("lm_head.weight", None)  # tied: the same numbers as wte
+        return load_strictly(cls(config), weights, directory_or_hub_name)
+
+
+class RewardModel(nn.Module):
+    """A GPT with a scalar head: the reward model, and the critic that starts as its copy.
+
+    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score of
+    a unit-variance hidden state has a standard deviation near 1.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = GPT(config)
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    def values(self, idx):
+        """The head at every position: (B, T) of token ids (B, T)."""
+        return self.score(self.transformer.hidden(idx)).squeeze(-1)
+
+    def forward(self, idx, lengths):
+        """The score (B,) of each row: the head at its last real token, position `lengths - 1`."""
+        return self.values(idx).gather(1, lengths[:, None] - 1).squeeze(1)
+
+    @torch.no_grad()
+    def normalize(self, mean, std):
+        """Makes scores of that mean and standard deviation have 0 and 1; the ranking stays.
+
+        Folded into the weights, as the layout has no place for it: the gain goes into the score vector w, and the
+        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b.
+        """
+        w = self.score.weight.div_(std).squeeze(0)
+        self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
+
+    def save_pretrained(self, directory, tokenizer=None):
+        extra = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+        if tokenizer is not None:  # that class reads the last token before this one, so it must not be EOS
+            extra["pad_token_id"] = tokenizer.pad
+        save_directory(directory, self.config, export(self.state_dict(), ""), extra, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory, *, dropout=0.0):
+        """Reads a Hugging Face GPT2ForSequenceClassification directory; errors as in GPT.from_pretrained."""
+        config, weights = read_directory(directory, dropout)
+        return load_strictly(cls(config), weights, directory)
+
+    @classmethod
+    def from_base(cls, base, *, dropout=0.0):
+        """A fresh head on a copy of a base language model's trunk."""
+        model = cls(GPTConfig(**{**vars(base.config), "dropout": dropout}))
+        model.transformer.load_state_dict(base.state_dict())
+        return model
+
+
+def export(state, prefix):
+    """A state dict in Hugging Face's names and orientation."""
+    return {prefix + name: (w.t() if name.endswith(CONV1D) else w).contiguous() for name, w in state.items()}
+
+
+def save_directory(directory, config, weights, extra, tokenizer):
+    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.n_ctx, "n_ctx": config.n_ctx,
+        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
+    if tokenizer is not None:
+        settings |= {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
+        tokenizer.save(directory)
+    with atomic_write(directory / "config.json") as tmp:
+        tmp.write_text(json.dumps(settings | extra, indent=2) + "\n")
+    with atomic_write(directory / "model.safetensors") as tmp:
+        save_file(weights, tmp, metadata={"format": "pt"})
+
+
+def read_directory(source, dropout):
+    """GPTConfig and weights in our orientation from a directory, or from the hub when no such directory exists."""
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = from_hub(source)
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+        weights = load_file(directory / "model.safetensors")
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{directory}: not a model directory, {Path(e.filename or '').name} is missing") from None
+    except (json.JSONDecodeError, SafetensorError) as e:
+        raise ValueError(f"{directory}: broken model directory: {e}") from None
+    ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
+    for key, expected in ours.items():
+        if raw.get(key, expected) not in (expected, 4 * raw.get("n_embd", 0) if key == "n_inner" else expected):
+            raise ValueError(f"{directory}/config.json: {key} is {raw[key]!r}; this is a GPT-2 with {expected!r}")
+    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    if missing := [key for key in sizes if key not in raw]:
+        raise ValueError(f"{directory}/config.json: missing {', '.join(missing)}")
+    config = GPTConfig(*(raw[key] for key in sizes), dropout=dropout)
+    weights = {
+        name: w.t().contiguous() if name.endswith(CONV1D) else w
+        for name, w in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
+    }
+    return config, weights
+
+
+def from_hub(name):
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')") from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+    except Exception as e:
+        raise FileNotFoundError(f"{name}: no such directory, and the hub gave no such model: {e}") from None
+
+
+def load_strictly(model, weights, source):
+    expected = model.state_dict()
+    wrong = [f"{n} is missing" for n in expected.keys() - weights.keys()]
+    wrong += [f"{n} is unexpected" for n in weights.keys() - expected.keys()]
+    wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
+              for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,105 @@
+"""What a run leaves behind: config.json, metrics.jsonl, samples.jsonl, summary.json, curves.png; and what it prints.
+
+Left out, so far: TensorBoard and W&B.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minirlhf.runtime import UserError, atomic_write, versions
+
+
+class Run:
+    """A run directory and its progress bar.
+
+    A new run empties what an older one left there first, the summary before all: `finished` tells by it whether a directory holds a
+    whole run.
+    """
+
+    def __init__(self, name, knobs, steps, device):
+        self.name, self.out, self.device, self.start = name, Path(knobs.out), device, time.time()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"--out {self.out}: a file, not a directory") from None
+        for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png"):
+            (self.out / old).unlink(missing_ok=True)
+        write_json(self.out / "config.json", dataclasses.asdict(knobs))
+        self.metrics = open(self.out / "metrics.jsonl", "w")  # noqa: SIM115  open as long as the run
+        self.knobs, self.rows = knobs, []
+        self.bar = tqdm(total=steps, desc=name, unit="step", mininterval=1, file=sys.stdout, dynamic_ncols=True)
+
+    def log(self, step, metrics, show=()):
+        """Writes one line of metrics.jsonl and shows the named figures at the progress bar."""
+        row = {"step": step, "seconds": round(time.time() - self.start, 2)}
+        row |= {key: float(value) for key, value in metrics.items()}
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self.bar.set_postfix({key.split("/")[-1]: f"{row[key]:.3g}" for key in show if key in row}, refresh=False)
+        self.bar.update()
+
+    def say(self, text=""):
+        tqdm.write(text, file=sys.stdout)
+
+    def samples(self, rows):
+        with atomic_write(self.out / "samples.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+    def close(self):
+        """Ends the progress bar and the metrics: what follows is evaluation."""
+        self.bar.close()
+        self.metrics.close()
+
+    def finish(self, figures):
+        """Writes curves.png where matplotlib is installed, and summary.json last. Returns the summary."""
+        self.close()
+        self.plot()
+        seconds = round(time.time() - self.start, 1)
+        summary = figures | {"seconds": seconds, "seed": self.knobs.seed, "command": " ".join(sys.argv)} | versions(self.device)
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+    def plot(self):
+        """One small panel a metric, over the steps."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            self.say("curves.png is left out: pip install 'minirlhf[plot]'")
+            return
+        names = list(dict.fromkeys(key for row in self.rows for key in row if key not in ("step", "seconds")))
+        columns = min(4, len(names)) or 1
+        lines = -(-len(names) // columns)
+        figure = Figure(figsize=(3.4 * columns, 2.3 * lines), layout="constrained")
+        for panel, name in enumerate(names):
+            axes = figure.add_subplot(lines, columns, panel + 1)
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color="#9db4c8" if len(points) > 60 else "#1f4e79", linewidth=1)
+            if len(points) > 60:  # a running mean on top of the noise
+                n = len(points) // 25
+                axes.plot(steps[n - 1 :], [sum(values[i : i + n]) / n for i in range(len(values) - n + 1)], color="#1f4e79")
+            axes.set_title(name, fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+        figure.supxlabel("step", fontsize=8)
+        with atomic_write(self.out / "curves.png") as tmp:
+            figure.savefig(tmp, format="png", dpi=110)
+
+
+def write_json(path, data):
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def finished(directory):
+    """The summary of the run in a directory, or None when no run ended there with its model in place."""
+    directory = Path(directory)
+    if not (directory / "model" / "model.safetensors").exists() or not (directory / "summary.json").exists():
+        return None
+    return json.loads((directory / "summary.json").read_text())

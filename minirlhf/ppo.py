@@ -1,0 +1,132 @@
+"""The maths of stage 2: KL, shaped rewards, GAE, whitening, clipped losses, KL control, group baselines.
+
+Tensors in, tensors out. Everything about tokens is (B, R): response token t of row b, with a mask that is True on real tokens. What
+lies outside the mask never matters and comes back as 0.
+
+Left out: entropy bonus, dual clip, clamps on log-ratios, bootstrapping the value of a cut response.
+"""
+
+import torch
+
+
+def masked_mean(x, mask):
+    return torch.where(mask.bool(), x, 0).sum() / mask.sum()
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """Estimators of KL(policy || reference) from the policy's own samples, elementwise (Schulman 2020).
+
+    With u = logprobs - ref_logprobs: k1 = u, unbiased and of either sign; k2 = u^2/2; k3 = exp(-u) - 1 + u, unbiased and never
+    negative. Raises ValueError for another kind.
+    """
+    u = logprobs - ref_logprobs
+    if kind == "k1":
+        return u
+    if kind == "k2":
+        return u**2 / 2
+    if kind == "k3":
+        return torch.expm1(-u) + u
+    raise ValueError(f"kl kind {kind!r}: expected k1, k2 or k3")
+
+
+def shaped_rewards(scores, kl, mask, kl_coef):
+    """Per-token rewards (B, R): -kl_coef * kl at each token, and the score (B,) on the last one (Ziegler et al. 2019, eq. 2)."""
+    mask = mask.bool()
+    rewards = torch.where(mask, -kl_coef * kl, 0)
+    rows = mask.any(1)
+    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+    return rewards.scatter_add(1, last, (scores * rows)[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), both (B, R).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A + V; V is 0 after the last response token.
+    """
+    mask = mask.bool()
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    advantages = torch.zeros_like(values)
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # 0 outside the mask
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t] = advantage
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(x, mask, shift_mean=True):
+    """Masked x with population variance 1; mean 0, or its own mean kept when shift_mean is False."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask.bool(), white if shift_mean else white + mean, 0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: (scalar mean over the mask, stats)."""
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        stats = {
+            "ppo/policy/ratio": masked_mean(ratio, mask),
+            "ppo/policy/approxkl": masked_mean(0.5 * log_ratio**2, mask),
+            "ppo/policy/clipfrac": masked_mean((clipped > plain).float(), mask),
+        }
+    return masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """Half the squared error, or that of the value held within `clip` of the old one, whichever is larger.
+
+    Returns (scalar mean over the mask, stats), as in Ziegler et al. 2019.
+    """
+    near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    with torch.no_grad():
+        stats = {"ppo/val/clipfrac": masked_mean((clipped > plain).float(), mask)}
+    return 0.5 * masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def explained_variance(values, returns, mask):
+    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect critic, 0 one that knows only the mean."""
+
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns)
+
+
+def group_advantages(scores, group_size, kind):
+    """One advantage a response (B,), against the others of its prompt; the `group_size` rows of a prompt are consecutive.
+
+    rloo: the score minus the mean of the others (Ahmadian et al. 2024). grpo: minus the group's mean, over its unbiased standard
+    deviation + 1e-4 (Shao et al. 2024). reinforce: minus the group's mean alone ("Dr. GRPO", Liu et al. 2025); elsewhere the word can
+    mean no baseline at all. Raises ValueError for another kind, for a group of one, and when B is not a multiple.
+    """
+    if group_size < 2 or len(scores) % group_size:
+        raise ValueError(f"{len(scores)} scores in groups of {group_size}: expected whole groups of at least 2")
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if kind == "rloo":
+        centred = centred * group_size / (group_size - 1)
+    elif kind == "grpo":
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+    elif kind != "reinforce":
+        raise ValueError(f"group baseline {kind!r}: expected rloo, grpo or reinforce")
+    return centred.flatten()
+
+
+class AdaptiveKL:
+    """A KL coefficient that steers `objective/kl` towards a target in nats (Ziegler et al. 2019, 2.2).
+
+    After n episodes: coef *= 1 + clip(kl/target - 1, -0.2, 0.2) * n / horizon.
+    """
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, n):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * n / self.horizon

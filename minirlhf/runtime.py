@@ -1,0 +1,129 @@
+"""What every script needs before the mathematics starts: knobs, device, seeds, optimizer, schedule, whole files.
+
+Left out, so far: distributed start-up.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import platform
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
+
+
+def knob(default, help):
+    """A field of a script's dataclass of knobs, with the line that `--help` shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(knobs, doc, argv=None):
+    """The dataclass `knobs` filled from the command line: a flag a field; an unknown flag or a bad value is an error."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # fmt: skip
+    for field in dataclasses.fields(knobs):
+        text = field.metadata["help"].replace("%", "%%")
+        text += f" (default: {field.default})" if field.default not in ("", None) else ""
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            parser.add_argument(flag, type=field.type, default=field.default, help=text, metavar=field.type.__name__)
+    return knobs(**vars(parser.parse_args(argv)))
+
+
+def run_script(main, knobs, doc):
+    """`main(parse(knobs))`, with what the user can mend printed as one line: exit code 2, no traceback."""
+    try:
+        main(parse(knobs, doc))
+    except (UserError, OSError) as e:
+        print("\nerror: " + " ".join(str(e).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def pick_device(name):
+    """`auto` is the GPU when there is one; anything else is torch's name of a device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def precision(device, dtype):
+    """An autocast context: bfloat16 matrix products with fp32 weights, or nothing for float32."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def seed_everything(seed):
+    """Seeds Python, NumPy and torch, and returns the NumPy generator that orders the data."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def make_optimizer(model, lr, *, eps=1e-8, weight_decay=0.0):
+    """Fused AdamW; only matrices decay, as in GPT-2's training."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=fused)
+
+
+def set_lr(optimizer, step, steps, lr, warmup=0.05):
+    """Linear warm-up over a share of the steps, then linear to 0: step 0 is the first, step steps-1 the last above 0."""
+    rising = max(1, int(warmup * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+
+
+def optimizer_step(model, optimizer, max_grad_norm):
+    """Clips the gradient's norm (0: not at all), steps, clears; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def finite(value, what):
+    """The number in a scalar tensor; a run that has left the numbers stops here and says where."""
+    number = value.item()
+    if not np.isfinite(number):
+        raise UserError(f"{what} is {number}: lower --lr, or check the data and the reward's scale")
+    return number
+
+
+def versions(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path` and moves it into place on success: a file is whole or absent."""
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)

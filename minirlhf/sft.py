@@ -1,0 +1,166 @@
+"""Stage 0: the base language model, trained on the next token.   python -m minirlhf.sft
+
+    python -m minirlhf.sft                       # laptop, 2 cores: the reviews, about 1 1/2 minutes
+    python -m minirlhf.sft --data my.jsonl --init gpt2 --overlong truncate --n-ctx 512 --dtype bfloat16 --lr 1e-4   # GPU
+
+Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS] prompt response EOS`, the prompt
+included. The further text of a source takes part in the first --text-epochs. Leaves runs/sft.
+
+Left out: packing rows into one, gradient accumulation, held-out early stopping.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minirlhf import data, runtime
+from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.kernels import token_logprobs
+from minirlhf.log import Run, finished
+from minirlhf.runtime import UserError, knob
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclass
+class Knobs:
+    data: str = knob("reviews", "source of text: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
+    init: str = knob("", "model to start from: a run, a model directory or a name on the hub; none: fresh weights")
+    out: str = knob("runs/sft", "run directory")
+    vocab_size: int = knob(8192, "tokens to train when fresh, EOS included; the toy language has 257: the bytes alone")
+    n_ctx: int = knob(64, "context in tokens, when fresh")
+    n_layer: int = knob(4, "blocks, when fresh")
+    n_head: int = knob(4, "attention heads, when fresh")
+    n_embd: int = knob(128, "width, when fresh")
+    overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)")
+    epochs: int = knob(3, "passes over the responses")
+    text_epochs: int = knob(1, "how many of these passes include the source's further text")
+    batch_size: int = knob(32, "rows a step")
+    lr: float = knob(2e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    weight_decay: float = knob(0.1, "AdamW decay of matrices")
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
+    seed: int = knob(0, "seed of weights and order")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = knob("float32", "float32, or bfloat16 autocast")
+
+
+def main(knobs):
+    device = runtime.pick_device(knobs.device)
+    autocast = runtime.precision(device, knobs.dtype)
+    feedback = data.load_feedback(knobs.data)
+    rng = runtime.seed_everything(knobs.seed)
+
+    # Data: rows of token ids; the responses first, then the further text
+    texts = feedback.texts()
+    n_responses = len(texts) - len(feedback.more_text)
+    if knobs.init:
+        source = model_directory(knobs.init)
+        model, tokenizer = GPT.from_pretrained(source), load_tokenizer(source)
+    else:
+        vocab_size = min(knobs.vocab_size, 257) if knobs.data == "toy" else knobs.vocab_size
+        tokenizer = Tokenizer.train((prompt + response for prompt, response, _ in texts), vocab_size)
+        model = GPT(GPTConfig(tokenizer.vocab_size, knobs.n_ctx, knobs.n_layer, knobs.n_head, knobs.n_embd))
+    model.to(device)
+    overlong = overlong_rule(knobs.overlong, knobs.data)
+    rows, _ = data.encode(texts, tokenizer, model.config.n_ctx, overlong)
+    lengths = np.array([len(row) for row in rows])
+    test = feedback.test
+    held_out, _ = data.encode(zip(test.prompts, test.responses, test.where, strict=True), tokenizer, model.config.n_ctx, overlong)
+
+    plan = []  # every batch of every epoch, so that the schedule knows the number of steps
+    for epoch in range(knobs.epochs):
+        part = len(rows) if epoch < knobs.text_epochs else n_responses
+        plan += data.bucketed(lengths[:part], knobs.batch_size, rng)
+    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay)
+    run = Run("sft", knobs, len(plan), device)
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"base model: {n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}, {lengths.sum():,} tokens of text")
+
+    # Loop
+    for step, batch in enumerate(plan):
+        runtime.set_lr(optimizer, step, len(plan), knobs.lr)
+        with autocast:
+            logprobs = row_logprobs(model, *data.pad_rows([rows[i] for i in batch], tokenizer.pad, device))
+        loss = -logprobs.mean()
+        loss_number = runtime.finite(loss, f"sft step {step}: loss")
+        loss.backward()
+        norm = runtime.optimizer_step(model, optimizer, knobs.max_grad_norm)
+        run.log(step, {"loss": loss_number, "grad_norm": norm}, show=("loss",))
+
+    # Evaluation
+    figures = evaluate(model, held_out, tokenizer, autocast, device)
+    model.save_pretrained(run.out / "model", tokenizer)
+    summary = run.finish(figures | {"data": knobs.data})
+    print(f"base model: perplexity {figures['eval/perplexity']:.1f} on {len(held_out)} held-out texts, "
+          f"{figures['eval/bits_per_byte']:.3f} bits a byte; {summary['seconds']:.0f} s; left in {run.out}")  # fmt: skip
+    return summary
+
+
+def row_logprobs(model, tokens, lengths):
+    """Log-probs of every token after the first of right-padded rows (B, T), as one flat vector without padding."""
+    real = torch.arange(tokens.shape[1] - 1, device=tokens.device) < lengths[:, None] - 1  # (B, T-1)
+    return token_logprobs(model.hidden(tokens[:, :-1])[real], model.lm_head_weight, tokens[:, 1:][real])
+
+
+@torch.no_grad()
+def evaluate(model, rows, tokenizer, autocast, device):
+    """Perplexity a token and bits a byte of text, EOS counted among the tokens."""
+    model.eval()
+    total = n_tokens = 0
+    for start in range(0, len(rows), 64):
+        with autocast:
+            logprobs = row_logprobs(model, *data.pad_rows(rows[start : start + 64], tokenizer.pad, device))
+        total, n_tokens = total - logprobs.sum().item(), n_tokens + len(logprobs)
+    model.train()
+    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in rows)
+    return {"eval/perplexity": math.exp(total / n_tokens), "eval/bits_per_byte": total / math.log(2) / n_bytes}
+
+
+# For the scripts: where the base model is, and how to get one
+
+
+def overlong_rule(given, source):
+    if given not in ("", "error", "truncate"):
+        raise UserError(f"--overlong {given}: expected error or truncate")
+    return given or ("truncate" if source == "reviews" else "error")
+
+
+def model_directory(path):
+    """The model directory of a run, or the path or hub name as it is."""
+    inner = Path(path) / "model"
+    return inner if inner.is_dir() else path
+
+
+def load_tokenizer(source):
+    """The tokenizer of a model directory, or GPT-2's for a model that comes without one."""
+    return Tokenizer.load(source if (Path(source) / "tokenizer.json").exists() else "gpt2")
+
+
+def stage_before(name, main, knobs):
+    """The model directory that an earlier stage left at knobs.out, made now with its defaults when it is missing.
+
+    Raises UserError when what lies there was made from other data.
+    """
+    summary = finished(knobs.out)
+    if summary is None:
+        print(f"no {name} in {knobs.out}: making it now with the defaults of that stage", flush=True)
+        summary = main(knobs)
+    if summary["data"] != knobs.data:
+        raise UserError(f"{knobs.out} was made from --data {summary['data']}, not {knobs.data}: give an --out in another "
+                        f"folder (its earlier stages lie beside it), or name the model with a flag")  # fmt: skip
+    return Path(knobs.out) / "model", summary
+
+
+def base_model(knobs):
+    """The model directory of a script's base model: --init, or else the run `sft` beside --out."""
+    if knobs.init:
+        return model_directory(knobs.init)
+    own = Knobs(data=knobs.data, out=str(Path(knobs.out).parent / "sft"), overlong=knobs.overlong, seed=knobs.seed,
+                device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+    return stage_before("base model", main, own)[0]
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, Knobs, __doc__)
