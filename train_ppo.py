@@ -19,7 +19,6 @@ Left out: entropy bonus, value bootstrapping of cut responses, length filters, a
 """
 
 import importlib.util
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,9 @@ import torch
 import train_rm
 from minirlhf import data, ppo, runtime, sft
 from minirlhf.gpt import GPT, RewardModel
-from minirlhf.log import Run
+from minirlhf.log import Run, finished
 from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import before_response, generate, response_logprobs, response_mask
+from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
 
 
 @dataclass
@@ -43,14 +42,15 @@ class Knobs:
     reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION of "
                            "(prompts, responses) -> floats, or true: the toy's own")  # fmt: skip
     out: str = knob("runs/ppo", "run directory")
-    overlong: str = knob("error", "prompts that leave no room for the response: error, or truncate (at their left end)")
+    overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate (at their left end)",
+                         sft.OVERLONG)  # fmt: skip
     steps: int = knob(40, "iterations")
     batch_size: int = knob(128, "episodes an iteration")
     response_length: int = knob(24, "most tokens of a response")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
     kl_coef: float = knob(0.05, "price of a nat of KL from the base model, in standard deviations of its scores")
-    kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3")
+    kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
     whiten_rewards: bool = knob(False, "shaped rewards get variance 1 over the batch, their mean kept")
@@ -61,14 +61,14 @@ class Knobs:
     vf_coef: float = knob(0.1, "weight of the value loss")
     ppo_epochs: int = knob(4, "passes over an iteration's episodes")
     minibatches: int = knob(1, "optimizer steps a pass")
-    micro_batch: int = knob(0, "episodes in memory at a time in the update; 0: a whole minibatch")
+    micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
     lr: float = knob(5e-4, "learning rate, linear to 0")
     adam_eps: float = knob(1e-5, "Adam's epsilon")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     eval_samples: int = knob(512, "held-out prompts answered before and after")
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast")
+    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
 
 
 class Episodes(NamedTuple):
@@ -108,16 +108,13 @@ def main(knobs):
     held_out = fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
 
-    def pad(rows):
-        return data.pad_rows(rows, tokenizer.pad, device)
-
     run = Run("ppo", knobs, knobs.steps, device)
     torch.manual_seed(knobs.seed)
-    before = evaluate(policy, reference, scorer, held_out, tokenizer, knobs, autocast, pad)
+    before = answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, knobs.temperature, autocast)
 
     for step in range(knobs.steps):
         runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, warmup=0)
-        batch = pad([prompts[next(order)] for _ in range(knobs.batch_size)])
+        batch = data.pad_rows([prompts[next(order)] for _ in range(knobs.batch_size)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)
         if knobs.kl_target:
@@ -127,11 +124,12 @@ def main(knobs):
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
 
-    torch.manual_seed(knobs.seed)
-    after = evaluate(policy, reference, scorer, held_out, tokenizer, knobs, autocast, pad)
+    torch.manual_seed(knobs.seed)  # the same random numbers as before
+    after = answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, knobs.temperature, autocast)
     run.close()
     policy.save_pretrained(run.out / "model", tokenizer)
-    return report(run, before, after, reward_summary, source)
+    base_summary = finished(Path(source).parent) or {}
+    return run.compare(before, after, base_summary | reward_summary)
 
 
 def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coef):
@@ -187,8 +185,10 @@ def update(policy, critic, optimizer, episodes, knobs, autocast, step):
             minibatch = episodes.rows(index.to(episodes.tokens.device))
             n_tokens = minibatch.response_lengths.sum()
             totals = {}
-            for micro in index.argsort().argsort().split(knobs.micro_batch or B):
-                mb = minibatch.rows(micro.to(episodes.tokens.device))
+            by_length = (minibatch.prompt_lengths + minibatch.response_lengths).argsort()  # like with like: less padding
+            for micro in by_length.split(knobs.micro_batch or B):
+                mb = minibatch.rows(micro)
+                mb = mb._replace(tokens=mb.tokens[:, : int((mb.prompt_lengths + mb.response_lengths).max())])
                 row = (mb.tokens, mb.prompt_lengths, mb.response_lengths)
                 mask = response_mask(mb.response_lengths, R)
                 with autocast:
@@ -225,7 +225,7 @@ def reward_model(knobs):
     if knobs.reward:
         return knobs.reward, {}
     own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(Path(knobs.out).parent / "rm"), seed=knobs.seed,
-                         overlong="truncate" if knobs.overlong == "truncate" else "",
+                         overlong=knobs.overlong,
                          device=knobs.device, dtype=knobs.dtype)  # fmt: skip
     return sft.stage_before("reward model", train_rm.main, own)
 
@@ -277,71 +277,6 @@ def fit(prompts, room, overlong):
     if long:
         print(f"{len(long)} of {len(prompts)} prompts lost their left end to leave room for the response")
     return [row if len(row) <= room else np.concatenate([row[:1], row[len(row) - room + 1 :]]) for row in prompts]
-
-
-@torch.no_grad()
-def evaluate(policy, reference, scorer, prompts, tokenizer, knobs, autocast, pad):
-    """Answers to held-out prompts: figures, and texts [(prompt, response, score)]."""
-    texts, kl, lengths = [], [], []
-    for start in range(0, len(prompts), 128):
-        with autocast:
-            sampled = generate(policy, *pad(prompts[start : start + 128]), knobs.response_length, eos=tokenizer.eos,
-                               pad=tokenizer.pad, temperature=knobs.temperature)  # fmt: skip
-            row = (sampled.tokens, sampled.prompt_lengths, sampled.response_lengths)
-            scores = scorer(*row)
-            width = knobs.response_length
-            kl.append((response_logprobs(policy, *row, width, knobs.temperature)
-                       - response_logprobs(reference, *row, width, knobs.temperature)).sum(1))  # fmt: skip
-        for ids, p, r, score in zip(*(x.tolist() for x in (*row, scores)), strict=True):
-            texts.append((tokenizer.decode(ids[:p]), tokenizer.decode(ids[p : p + r]), score))
-        lengths.append(sampled.response_lengths)
-    figures = {
-        "eval/score": float(np.mean([s for *_, s in texts])), "eval/kl": torch.cat(kl).mean().item(),
-        "eval/response_length": torch.cat(lengths).float().mean().item(),
-        "eval/distinct_bigrams": distinct_bigrams(response for _, response, _ in texts),
-    }  # fmt: skip
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        judge = SentimentIntensityAnalyzer()
-        figures["eval/vader"] = float(np.mean([judge.polarity_scores(p + r)["compound"] for p, r, _ in texts]))
-    except ImportError:
-        pass
-    return figures, texts
-
-
-def distinct_bigrams(texts):
-    """Distinct over all pairs of neighbouring words in all texts together: it falls when a policy collapses."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def report(run, before, after, reward_summary, source):
-    """The end of a run: figures before and after, six pairs of samples, summary.json."""
-    (figures_before, texts_before), (figures_after, texts_after) = before, after
-    rows = [{"prompt": p, "before": b, "after": a, "score_before": s, "score_after": t}
-            for (p, b, s), (_, a, t) in zip(texts_before, texts_after, strict=True)]  # fmt: skip
-    run.samples(rows)
-    figures = {f"{key}_{when}": value for when, part in (("before", figures_before), ("after", figures_after)) for key, value in part.items()}
-    base_summary = Path(source).parent / "summary.json"
-    base = json.loads(base_summary.read_text()) if base_summary.exists() else {}
-    figures |= {key: value for key, value in (base | reward_summary).items() if key.startswith("eval/") and key not in figures}
-    summary = run.finish(figures | {"data": run.knobs.data})
-    print("\nsix held-out prompts, answered by the base model and by the policy")
-    for row in rows[:6]:
-        print(f"\n  prompt  {row['prompt']!r}\n  before  {row['before']!r}  ({row['score_before']:+.2f})"
-              f"\n  after   {row['after']!r}  ({row['score_after']:+.2f})")  # fmt: skip
-    print()
-    if "eval/perplexity" in figures:
-        print(f"base model     perplexity {figures['eval/perplexity']:.1f} on held-out texts")
-    if "eval/accuracy" in figures:
-        print(f"reward model   orders {figures['eval/accuracy']:.3f} of the test pairs as people do; "
-              f"one person: {figures.get('eval/human_ceiling', math.nan):.3f}")  # fmt: skip
-    print(f"policy, {len(rows)} samples to held-out prompts   before    after")
-    for key in figures_before:
-        print(f"  {key.removeprefix('eval/'):<40} {figures_before[key]:>8.3f} {figures_after[key]:>8.3f}")
-    print(f"{summary['seconds']:.0f} s; left in {run.out}")
-    return summary
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last token a score, trained so that the difference of two
 scores predicts which one people prefer (Bradley and Terry 1952). Where every response has the ratings of several people, all pairs of
 a batch are compared, each with a soft label: the chance that a rater of the one gives more than a rater of the other. The base model's
-weights are the start; dropout and random input tokens keep ten thousand snippets from being learned by heart. At the end the score is
+weights are the start; dropout and deleted input tokens keep ten thousand snippets from being learned by heart. At the end the score is
 normalised to mean 0 and standard deviation 1 on samples of the base model, and that is saved with it. Leaves runs/rm.
 
 Left out: K-wise ranking losses (minirlhf.reward has Plackett-Luce), ensembles, gradient accumulation.
@@ -34,13 +34,14 @@ class Knobs:
     data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     out: str = knob("runs/rm", "run directory")
-    overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)")
+    overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", sft.OVERLONG)
     epochs: int = knob(5, "passes over the responses")
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts")
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training")
-    noise: float = knob(0.15, "share of input tokens replaced at random while training")
+    delete: float = knob(0.2, "share of input tokens deleted at random while training")
+    cut: float = knob(0.3, "share of rows that end early and without EOS while training, as unfinished responses do")
     margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
@@ -48,7 +49,7 @@ class Knobs:
     response_length: int = knob(24, "most tokens of a base sample for the normalisation")
     seed: int = knob(0, "seed of head, order, dropout and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast")
+    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
 
 
 def main(knobs):
@@ -77,9 +78,9 @@ def main(knobs):
     # Loop
     for step, (batch, pairs, labels) in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        tokens, row_lengths = data.pad_rows([rows[i] for i in batch], tokenizer.pad, device)  # (B, T), (B,)
+        thinned = [thin(rows[i], knobs.delete, knobs.cut, rng) for i in batch]
         with autocast:
-            scores = rm(replace_at_random(tokens, row_lengths, knobs.noise, tokenizer.vocab_size), row_lengths).float()  # (B,)
+            scores = rm(*data.pad_rows(thinned, tokenizer.pad, device)).float()  # (B,)
         first, second = scores[torch.as_tensor(pairs, device=device)].unbind(1)  # (P,) each
         label = torch.as_tensor(labels, device=device, dtype=torch.float32)
         loss = bradley_terry_loss(first, second, label=label, margin=knobs.margin, center=knobs.center)
@@ -110,12 +111,14 @@ def encode(items, tokenizer, n_ctx, overlong):
     return data.encode(zip(items.prompts, items.responses, items.where, strict=True), tokenizer, n_ctx, overlong)[0]
 
 
-def replace_at_random(tokens, lengths, share, vocab_size):
-    """Tokens (B, T) with a share of the words replaced by random ones; the EOS at both ends and the padding stay."""
-    slot = torch.arange(tokens.shape[1], device=tokens.device)
-    inside = (slot > 0) & (slot < lengths[:, None] - 1)
-    hit = inside & (torch.rand(tokens.shape, device=tokens.device) < share)
-    return torch.where(hit, torch.randint_like(tokens, vocab_size), tokens)
+def thin(row, delete, cut, rng):
+    """A row of token ids without a random share of them, the EOS at both ends kept; sometimes only its first half or more."""
+    keep = rng.random(len(row)) >= delete
+    keep[[0, -1]] = True
+    if rng.random() < cut:
+        keep[rng.integers(len(row) // 2 + 1, len(row) + 1) - 1 :] = False
+        keep[0] = True
+    return row[keep]
 
 
 @torch.no_grad()

@@ -222,10 +222,26 @@ def jsonl(path):
         raise UserError(f"{path}: no records; expected one JSON object a line")
     if items.groups:
         items.ratings = None
+    else:
+        compare_within_prompts(items)
     by_prompt = {}  # a prompt lies in the training part or in the test part, never in both
     for i, prompt in enumerate(items.prompts):
         by_prompt.setdefault(prompt or f"\0{items.where[i]}", []).append(i)
     return split(items, list(by_prompt.values()), str(path))
+
+
+def compare_within_prompts(items):
+    """Where rated responses share a prompt, what counts is which of them is rated higher, not how prompts differ."""
+    by_prompt = {}
+    for i, prompt in enumerate(items.prompts):
+        by_prompt.setdefault(prompt, []).append(i)
+    by_prompt.pop("", None)
+    pairs = [pair for same in by_prompt.values() for pair in itertools.combinations(same, 2)]
+    if pairs:
+        rating = {i: r[0] for i, r in enumerate(items.ratings)}
+        items.groups = [[i, j] if rating[i] > rating[j] else [j, i] for i, j in pairs if rating[i] != rating[j]]
+        items.ratings = None
+        print(f"{len(items.groups)} pairs of responses to one prompt with different ratings; ties and single responses are not compared")
 
 
 def read_lines(path):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minirlhf.runtime import atomic_write
+from minirlhf.runtime import UserError, atomic_write
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -132,7 +132,7 @@ class GPT(nn.Module):
         Raises ValueError when T exceeds the context.
         """
         B, T = idx.shape
-        if T > self.config.n_ctx:
+        if self.config.n_ctx < T:
             raise ValueError(f"a row of {T} tokens exceeds the context of {self.config.n_ctx}")
         mask = None
         if positions is None:
@@ -243,23 +243,21 @@ def save_directory(directory, config, weights, extra, tokenizer):
 
 def read_directory(source, dropout):
     """GPTConfig and weights in our orientation from a directory, or from the hub when no such directory exists."""
-    directory = Path(source)
-    if not directory.is_dir():
-        directory = from_hub(source)
+    directory = local_directory(source)
     try:
         raw = json.loads((directory / "config.json").read_text())
         weights = load_file(directory / "model.safetensors")
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{directory}: not a model directory, {Path(e.filename or '').name} is missing") from None
     except (json.JSONDecodeError, SafetensorError) as e:
-        raise ValueError(f"{directory}: broken model directory: {e}") from None
+        raise UserError(f"{directory}: broken model directory: {e}") from None
     ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
     for key, expected in ours.items():
         if raw.get(key, expected) not in (expected, 4 * raw.get("n_embd", 0) if key == "n_inner" else expected):
-            raise ValueError(f"{directory}/config.json: {key} is {raw[key]!r}; this is a GPT-2 with {expected!r}")
+            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}; this is a GPT-2 with {expected!r}")
     sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     if missing := [key for key in sizes if key not in raw]:
-        raise ValueError(f"{directory}/config.json: missing {', '.join(missing)}")
+        raise UserError(f"{directory}/config.json: missing {', '.join(missing)}")
     config = GPTConfig(*(raw[key] for key in sizes), dropout=dropout)
     weights = {
         name: w.t().contiguous() if name.endswith(CONV1D) else w
@@ -269,7 +267,10 @@ def read_directory(source, dropout):
     return config, weights
 
 
-def from_hub(name):
+def local_directory(name):
+    """A Path: the directory of that name, or else the model of that name fetched from the hub. Raises FileNotFoundError."""
+    if Path(name).is_dir():
+        return Path(name)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -287,6 +288,6 @@ def load_strictly(model, weights, source):
     wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
               for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
     if wrong:
-        raise ValueError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
+        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
     model.load_state_dict(weights)
     return model

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from minirlhf.runtime import UserError, atomic_write, versions
@@ -46,6 +47,34 @@ class Run:
 
     def say(self, text=""):
         tqdm.write(text, file=sys.stdout)
+
+    def compare(self, before, after, earlier):
+        """Ends a run that tuned a policy: answers to the same prompts before and after, side by side, and their figures.
+
+        `earlier` are the summaries of the stages before, for the figures to stand beside. Returns the summary.
+        """
+        rows = [{"prompt": b.prompt, "before": b.response, "after": a.response, "score_before": b.score, "score_after": a.score}
+                for b, a in zip(before, after, strict=True)]  # fmt: skip
+        self.samples(rows)
+        old, new = answer_figures(before), answer_figures(after)
+        figures = {key: value for key, value in earlier.items() if key.startswith("eval/")}
+        figures |= {f"{key}_before": value for key, value in old.items()} | {f"{key}_after": value for key, value in new.items()}
+        summary = self.finish(figures | {"data": self.knobs.data})
+        print("\nsix held-out prompts, answered by the base model and by the policy")
+        for row in rows[:6]:
+            print(f"\n  prompt  {row['prompt']!r}\n  before  {row['before']!r}  ({row['score_before']:+.2f})"
+                  f"\n  after   {row['after']!r}  ({row['score_after']:+.2f})")  # fmt: skip
+        print()
+        if "eval/perplexity" in figures:
+            print(f"base model     perplexity {figures['eval/perplexity']:.1f} on held-out texts")
+        if "eval/accuracy" in figures:
+            print(f"reward model   orders {figures['eval/accuracy']:.3f} of the test pairs as people do"
+                  + (f"; one person does {figures['eval/human_ceiling']:.3f}" if "eval/human_ceiling" in figures else ""))  # fmt: skip
+        print(f"{f'policy, {len(rows)} held-out prompts':<40} {'before':>8} {'after':>8}")
+        for key in old:
+            print(f"  {key.removeprefix('eval/'):<38} {old[key]:>8.3f} {new[key]:>8.3f}")
+        print(f"{summary['seconds']:.0f} s; left in {self.out}")
+        return summary
 
     def samples(self, rows):
         with atomic_write(self.out / "samples.jsonl") as tmp:
@@ -90,6 +119,27 @@ class Run:
         figure.supxlabel("step", fontsize=8)
         with atomic_write(self.out / "curves.png") as tmp:
             figure.savefig(tmp, format="png", dpi=110)
+
+
+def answer_figures(answers):
+    """Means over sampled answers; VADER (Hutto and Gilbert 2014), a rule-based rater of sentiment from -1 to 1, where installed."""
+    figures = {
+        "eval/score": float(np.mean([a.score for a in answers])), "eval/kl": float(np.mean([a.kl for a in answers])),
+        "eval/response_length": float(np.mean([a.tokens for a in answers])),
+        "eval/distinct_bigrams": distinct_bigrams([a.response for a in answers]),
+    }  # fmt: skip
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        return figures
+    judge = SentimentIntensityAnalyzer()
+    return figures | {"eval/vader": float(np.mean([judge.polarity_scores(a.prompt + a.response)["compound"] for a in answers]))}
+
+
+def distinct_bigrams(texts):
+    """Distinct over all pairs of neighbouring words in all texts together: it falls when a policy collapses."""
+    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def write_json(path, data):

@@ -3,7 +3,6 @@
 Left out: best-of-K cross entropy (the first term of Plackett-Luce), regression on ratings.
 """
 
-import torch
 import torch.nn.functional as F
 
 

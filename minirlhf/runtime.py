@@ -20,15 +20,22 @@ class UserError(ValueError):
     """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
 
 
-def knob(default, help):
+def knob(default, help, choices=None):
     """A field of a script's dataclass of knobs, with the line that `--help` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 def parse(knobs, doc, argv=None):
     """The dataclass `knobs` filled from the command line: a flag a field; an unknown flag or a bad value is an error."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(knobs):
         text = field.metadata["help"].replace("%", "%%")
         text += f" (default: {field.default})" if field.default not in ("", None) else ""
@@ -36,7 +43,8 @@ def parse(knobs, doc, argv=None):
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
-            parser.add_argument(flag, type=field.type, default=field.default, help=text, metavar=field.type.__name__)
+            parser.add_argument(flag, type=field.type, default=field.default, help=text, choices=field.metadata["choices"],
+                                metavar=field.type.__name__)  # fmt: skip
     return knobs(**vars(parser.parse_args(argv)))
 
 
@@ -66,8 +74,6 @@ def pick_device(name):
 
 def precision(device, dtype):
     """An autocast context: bfloat16 matrix products with fp32 weights, or nothing for float32."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 

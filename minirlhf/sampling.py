@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from minirlhf.data import pad_rows
 from minirlhf.gpt import KVCache
 from minirlhf.kernels import token_logprobs
 
@@ -74,13 +75,14 @@ def sample(hidden, weight, temperature, top_k, generator):
     if top_k:
         floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
         logits.masked_fill_(logits < floor, float("-inf"))
-    logprobs = logits.log_softmax(1)
+    probs = logits.softmax(1)
     if temperature == 0:
-        token = logprobs.argmax(1)
-    else:  # the exponential race: the first of V clocks with rates p to ring is token i with probability p_i
-        clocks = torch.empty_like(logprobs).exponential_(generator=generator)
-        token = (logprobs - clocks.log_()).argmax(1)
-    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+        token = probs.argmax(1)
+    else:  # inverse transform: the first token at which the cumulated probability reaches a uniform number in (0, 1]
+        cumulated = probs.cumsum(1)
+        u = 1 - torch.rand(len(probs), 1, device=probs.device, generator=generator)
+        token = torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
+    return token, probs.gather(1, token[:, None]).squeeze(1).log()
 
 
 def cache_dtype(device, weight):
@@ -115,3 +117,28 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     logprobs = torch.zeros(mask.shape, device=tokens.device)
     return logprobs.masked_scatter(mask, token_logprobs(hidden[mask], model.lm_head_weight, targets[mask],
                                                         temperature=temperature))  # fmt: skip
+
+
+class Answer(NamedTuple):
+    prompt: str
+    response: str
+    tokens: int  # of the response
+    kl: float  # sum over the response of log pi - log pi_ref, nats
+    score: float  # nan without a scorer
+
+
+@torch.no_grad()
+def answers(policy, reference, scorer, prompts, tokenizer, response_length, temperature, autocast):
+    """One sampled Answer to each prompt (a row of ids); scorer: (tokens, prompt_lengths, response_lengths) -> (B,), or None."""
+    result = []
+    for start in range(0, len(prompts), 128):
+        batch = pad_rows(prompts[start : start + 128], tokenizer.pad, policy.wte.weight.device)
+        with autocast:
+            sampled = generate(policy, *batch, response_length, eos=tokenizer.eos, pad=tokenizer.pad, temperature=temperature)
+            row = (sampled.tokens, sampled.prompt_lengths, sampled.response_lengths)
+            logprobs, ref_logprobs = (response_logprobs(m, *row, response_length, temperature) for m in (policy, reference))
+            scores = scorer(*row) if scorer else torch.full((len(sampled.tokens),), float("nan"))
+        kl = (logprobs - ref_logprobs).sum(1)
+        for ids, p, r, k, s in zip(*(x.tolist() for x in (*row, kl, scores)), strict=True):
+            result.append(Answer(tokenizer.decode(ids[:p]), tokenizer.decode(ids[p : p + r]), r, k, s))
+    return result

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from minirlhf import data, runtime
-from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.gpt import GPT, GPTConfig, local_directory
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Run, finished
 from minirlhf.runtime import UserError, knob
 from minirlhf.tokenizer import Tokenizer
+
+OVERLONG = ("", "error", "truncate")
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Knobs:
     n_layer: int = knob(4, "blocks, when fresh")
     n_head: int = knob(4, "attention heads, when fresh")
     n_embd: int = knob(128, "width, when fresh")
-    overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)")
+    overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", OVERLONG)
     epochs: int = knob(3, "passes over the responses")
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step")
@@ -43,7 +45,7 @@ class Knobs:
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     seed: int = knob(0, "seed of weights and order")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast")
+    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
 
 
 def main(knobs):
@@ -57,7 +59,7 @@ def main(knobs):
     n_responses = len(texts) - len(feedback.more_text)
     if knobs.init:
         source = model_directory(knobs.init)
-        model, tokenizer = GPT.from_pretrained(source), load_tokenizer(source)
+        tokenizer, model = load_tokenizer(source), GPT.from_pretrained(source)
     else:
         vocab_size = min(knobs.vocab_size, 257) if knobs.data == "toy" else knobs.vocab_size
         tokenizer = Tokenizer.train((prompt + response for prompt, response, _ in texts), vocab_size)
@@ -122,20 +124,19 @@ def evaluate(model, rows, tokenizer, autocast, device):
 
 
 def overlong_rule(given, source):
-    if given not in ("", "error", "truncate"):
-        raise UserError(f"--overlong {given}: expected error or truncate")
     return given or ("truncate" if source == "reviews" else "error")
 
 
 def model_directory(path):
-    """The model directory of a run, or the path or hub name as it is."""
+    """The model directory of a run, or the directory or hub name as it is."""
     inner = Path(path) / "model"
     return inner if inner.is_dir() else path
 
 
 def load_tokenizer(source):
-    """The tokenizer of a model directory, or GPT-2's for a model that comes without one."""
-    return Tokenizer.load(source if (Path(source) / "tokenizer.json").exists() else "gpt2")
+    """The tokenizer of a model directory or of a model on the hub; GPT-2's for a directory without one."""
+    source = local_directory(source)
+    return Tokenizer.load(source if (source / "tokenizer.json").exists() else "gpt2")
 
 
 def stage_before(name, main, knobs):

@@ -15,7 +15,7 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from minirlhf.runtime import atomic_write
+from minirlhf.runtime import UserError, atomic_write
 
 EOS = "<|endoftext|>"
 # GPT-2's split of a text into words: a merge never crosses these.
@@ -71,7 +71,7 @@ class Tokenizer:
             vocab = {token: i for token, i in model["vocab"].items() if token != EOS}
             return cls({bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()})
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})") from None
+            raise UserError(f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})") from None
 
     def save(self, directory):
         """Writes `tokenizer.json` for transformers and tokenizers."""

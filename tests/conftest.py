@@ -1,0 +1,22 @@
+"""A toy base model and reward model, small enough for seconds, made once for all tests that train."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with finished runs `sft` and `rm` of the toy language."""
+    import train_rm
+    from minirlhf import sft
+
+    folder = tmp_path_factory.mktemp("toy")
+    sft.main(sft.Knobs(data="toy", out=str(folder / "sft"), n_layer=2, n_head=2, n_embd=64, epochs=4, batch_size=64, lr=5e-3))
+    train_rm.main(train_rm.Knobs(data="toy", out=str(folder / "rm"), epochs=4, lr=3e-3, delete=0.0, dropout=0.0))
+    return folder

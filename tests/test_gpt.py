@@ -1,0 +1,279 @@
+"""GPT and RewardModel against transformers' own GPT-2, and the promises a left-aligned, right-padded batch rests on.
+
+The directories are written to tmp_path from small random configurations; no test needs a network.
+"""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.tokenizer import Tokenizer
+
+V, CONTEXT, PAD = 61, 24, 7
+CONFIG = GPTConfig(vocab_size=V, n_ctx=CONTEXT, n_layer=3, n_head=4, n_embd=32)
+LENGTHS = [5, 11, 1, 8]
+TEXT = "hello there, it's the world's  best\n\n film: héllo 日本 " * 3
+
+
+def roughen(model, seed=0):
+    """Every parameter moved, so that no bias is 0 and no gain 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def ragged(pad=PAD, lengths=LENGTHS, vocab=V, seed=0):
+    """Rows of random tokens other than `pad`, right-padded with it, and their lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab - 1, (len(lengths), max(lengths)), generator=generator)
+    tokens += tokens >= pad
+    lengths = torch.tensor(lengths)
+    return tokens.where(torch.arange(tokens.shape[1]) < lengths[:, None], pad), lengths
+
+
+@pytest.fixture
+def hf():
+    return pytest.importorskip("transformers")
+
+
+def theirs_of(hf, cls, **options):
+    """A random model of a transformers class, of the sizes of CONFIG."""
+    sizes = {"vocab_size": V, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    return roughen(cls(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **options)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 290)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# The layout of transformers, both ways
+
+def test_language_model_reads_what_transformers_writes(hf, tmp_path):
+    theirs = theirs_of(hf, hf.GPT2LMHeadModel)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config == CONFIG
+    tokens, _ = ragged()
+    ours_logits, theirs_logits = ours(tokens), theirs(tokens).logits
+    close(ours_logits, theirs_logits)
+    for logits in (ours_logits, theirs_logits):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    grads = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        matrix = p.dim() == 2 and name.startswith("h.")  # transformers keeps these transposed
+        close(p.grad.t() if matrix else p.grad, grads.pop(name))
+    assert not grads
+
+
+def test_language_model_is_read_by_transformers(hf, tmp_path, tokenizer):
+    ours = roughen(GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, 3, 4, 32)))
+    ours.save_pretrained(tmp_path / "model", tokenizer)
+    theirs, report = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == tokenizer.eos
+    close(theirs.train()(ragged()[0]).logits, ours(ragged()[0]))  # no dropout
+    close(GPT.from_pretrained(str(tmp_path / "model"))(ragged()[0]), ours(ragged()[0]), 0)
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_reward_model_reads_what_transformers_writes(hf, tmp_path):
+    theirs = theirs_of(hf, hf.GPT2ForSequenceClassification, num_labels=1, pad_token_id=PAD)
+    theirs.save_pretrained(tmp_path)
+    tokens, lengths = ragged()
+    close(RewardModel.from_pretrained(tmp_path)(tokens, lengths), theirs(tokens).logits[:, 0])
+
+
+def test_reward_model_is_read_by_transformers_after_normalize(hf, tmp_path, tokenizer):
+    ours = roughen(RewardModel(GPTConfig(tokenizer.vocab_size, CONTEXT, 3, 4, 32)))
+    ours.normalize(3.0, 0.25)
+    ours.save_pretrained(tmp_path, tokenizer)
+    theirs = hf.GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.pad_token_id == tokenizer.pad and theirs.config.num_labels == 1
+    tokens, lengths = ragged(tokenizer.pad, vocab=tokenizer.vocab_size)
+    tokens.scatter_(1, lengths[:, None] - 1, tokenizer.eos)  # a response ends with EOS, which is no padding
+    close(theirs(tokens).logits[:, 0], ours(tokens, lengths))
+    close(RewardModel.from_pretrained(tmp_path)(tokens, lengths), ours(tokens, lengths), 0)
+
+
+def test_old_checkpoint_loads(tmp_path):
+    """No `transformer.` prefix, the causal mask and the tied head among the weights, in half precision."""
+    model = roughen(GPT(CONFIG))
+    model.save_pretrained(tmp_path)
+    weights = {k.removeprefix("transformer."): w.half() for k, w in load_file(tmp_path / "model.safetensors").items()}
+    weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, CONTEXT, CONTEXT).tril() for i in range(3)}
+    weights["lm_head.weight"] = weights["wte.weight"].clone()
+    weights |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    save_file(weights, tmp_path / "model.safetensors")
+    loaded = GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    close(loaded(ragged()[0]), model.half().float()(ragged()[0]))
+
+
+def edit_config(directory, **changes):
+    settings = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v != "gone"}))
+
+
+def edit_weights(directory, name, weight=None):
+    weights = load_file(directory / "model.safetensors") | {f"transformer.{name}": weight}
+    save_file({k: w for k, w in weights.items() if w is not None}, directory / "model.safetensors")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BUG = pytest.mark.xfail(strict=True, reason="known gap")
+
+
+@pytest.mark.parametrize("damage, error, names", [
+    (lambda d: edit_weights(d, "h.1.ln_2.bias"), ValueError, "h.1.ln_2.bias is missing"),
+    (lambda d: edit_weights(d, "extra", torch.zeros(1)), ValueError, "extra is unexpected"),
+    (lambda d: edit_weights(d, "ln_f.bias", torch.zeros(31)), ValueError, r"ln_f.bias.*31.*32"),
+    (lambda d: edit_config(d, model_type="llama"), ValueError, "model_type.*llama"),
+    (lambda d: edit_config(d, activation_function="relu"), ValueError, "activation_function.*relu"),
+    (lambda d: edit_config(d, layer_norm_epsilon=1e-6), ValueError, "layer_norm_epsilon.*1e-06"),
+    (lambda d: edit_config(d, n_inner=100), ValueError, "n_inner.*100"),
+    (lambda d: edit_config(d, n_layer=2), ValueError, "h.2.*unexpected"),
+    (lambda d: edit_config(d, n_head="gone"), ValueError, "n_head"),
+    (lambda d: (d / "config.json").write_text('{"n_layer": '), ValueError, "broken"),
+    (lambda d: truncate(d / "model.safetensors"), ValueError, "broken"),
+    (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
+    (shutil.rmtree, FileNotFoundError, "no such directory"),
+    pytest.param(lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors", marks=BUG),
+    pytest.param(lambda d: (d / "config.json").write_text("[]"), ValueError, "config.json", marks=BUG),
+    pytest.param(lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True), ValueError, "scale_attn", marks=BUG),
+    pytest.param(lambda d: edit_config(d, tie_word_embeddings=False), ValueError, "tie_word", marks=BUG),
+])
+def test_broken_directory(tmp_path, monkeypatch, damage, error, names):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    GPT(CONFIG).save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(error, match=names) as caught:
+        GPT.from_pretrained(tmp_path / "model")
+    assert str(tmp_path / "model") in str(caught.value)
+
+
+# Initial weights
+
+def test_initial_weights():
+    model = GPT(GPTConfig(1000, 256, 4, 4, 256))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / math.sqrt(2 * 4) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.02) and abs(p.mean().item()) < 0.0005, name
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if "bias" in name else torch.ones_like(p)), name
+
+
+def test_initial_reward_head():
+    heads = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        heads.append(RewardModel(GPTConfig(10, 4, 1, 1, 256)).score.weight.detach())
+    assert torch.cat(heads).std().item() == pytest.approx(1 / math.sqrt(257), rel=0.04)
+    assert abs(torch.cat(heads).mean().item()) < 0.004
+
+
+def test_from_base_copies_the_trunk():
+    base = roughen(GPT(CONFIG))
+    model = RewardModel.from_base(base, dropout=0.1)
+    assert model.config.dropout == 0.1 and model.config.n_layer == 3
+    close(model.eval().transformer.hidden(ragged()[0]), base.hidden(ragged()[0]), 0)
+    roughen(model)
+    assert not torch.equal(model.transformer.wte.weight, base.wte.weight)
+
+
+# Rows of a batch
+
+def test_head_is_tied():
+    model = roughen(GPT(CONFIG))
+    assert model.lm_head_weight is model.wte.weight and not any("lm_head" in name for name in model.state_dict())
+    close(model(ragged()[0]), model.hidden(ragged()[0]) @ model.wte.weight.t())
+
+
+@pytest.mark.parametrize("t", [0, 4, 9])
+def test_later_tokens_change_nothing_earlier(t):
+    model, (tokens, _) = roughen(RewardModel(CONFIG)), ragged(lengths=[10])
+    changed = tokens.clone()
+    changed[:, t:] = (tokens[:, t:] + 1) % V
+    for read in (model.transformer, model.values):
+        a, b = read(tokens), read(changed)
+        close(a[:, :t], b[:, :t], 0)
+        assert not torch.isclose(a[:, t:], b[:, t:]).all(-1).any()
+
+
+def row_loss(model, tokens, lengths, i):
+    """Row i's next-token loss over its own tokens plus its score: of a language model and a reward model."""
+    n = int(lengths[i])
+    lm, reward = model.transformer(tokens), model(tokens, lengths)
+    return F.cross_entropy(lm[i, : n - 1], tokens[i, 1:n], reduction="sum") + reward[i]
+
+
+@pytest.mark.parametrize("i", range(len(LENGTHS)))
+def test_row_alone_is_the_row_in_a_batch(i):
+    model, (tokens, lengths) = roughen(RewardModel(CONFIG)), ragged()
+    alone, n = tokens[i : i + 1, : LENGTHS[i]], LENGTHS[i]
+    close(model.transformer(tokens)[i, :n], model.transformer(alone)[0])
+    close(model.values(tokens)[i, :n], model.values(alone)[0])
+    close(model(tokens, lengths)[i], model.values(alone)[0, -1])
+    in_batch = torch.autograd.grad(row_loss(model, tokens, lengths, i), list(model.parameters()))
+    by_itself = torch.autograd.grad(row_loss(model, alone, lengths[i : i + 1], 0), list(model.parameters()))
+    scale = max(g.abs().max() for g in by_itself)
+    for a, b in zip(in_batch, by_itself, strict=True):
+        close(a / scale, b / scale)
+
+
+def test_padding_content_changes_nothing():
+    model, (tokens, lengths) = roughen(RewardModel(CONFIG)), ragged()
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
+    other = tokens.where(real, torch.randint(0, V, tokens.shape))
+    close(model(tokens, lengths), model(other, lengths), 0)
+    close(model.transformer(tokens)[real], model.transformer(other)[real], 0)
+
+
+def test_normalize():
+    model, (tokens, lengths) = roughen(RewardModel(CONFIG)), ragged(lengths=[6] * 40)
+    with torch.no_grad():
+        scores, values = model(tokens, lengths), model.values(tokens)
+        model.normalize(scores.mean().item(), scores.std().item())
+        after = model(tokens, lengths)
+        assert after.mean().item() == pytest.approx(0, abs=1e-5) and after.std().item() == pytest.approx(1, abs=1e-5)
+        assert torch.equal(after.argsort(), scores.argsort())
+        close(model.values(tokens), (values - scores.mean()) / scores.std())
+
+
+@pytest.mark.parametrize("cls", [GPT, RewardModel])
+def test_row_longer_than_the_context(cls):
+    model = cls(CONFIG)
+    read = model if cls is GPT else model.values
+    assert read(torch.zeros(1, CONTEXT, dtype=torch.long)).shape[1] == CONTEXT
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1}.*{CONTEXT}"):
+        read(torch.zeros(1, CONTEXT + 1, dtype=torch.long))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="33.*4"):
+        GPTConfig(V, CONTEXT, 1, 4, 33)
+
+
+def test_dropout_is_off_by_default_and_in_eval(tmp_path):
+    model, (tokens, _) = roughen(GPT(CONFIG)), ragged()
+    assert CONFIG.dropout == 0.0
+    close(model.train()(tokens), model.eval()(tokens), 0)
+    model.save_pretrained(tmp_path)
+    dropped = GPT.from_pretrained(tmp_path, dropout=0.3)
+    close(dropped.eval()(tokens), model(tokens), 0)
+    assert not torch.allclose(dropped.train()(tokens), dropped(tokens), atol=1e-2)

@@ -1,0 +1,178 @@
+"""token_logprobs against log_softmax in float64, finite differences, and a count of what it holds in memory."""
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minirlhf import kernels
+from minirlhf.kernels import token_logprobs
+
+N, C = 5, 8
+CHUNKS = {"a row each": lambda v: 1, "2, 2 and 1 rows": lambda v: 2 * v + 1, "one": lambda v: 1 << 23}
+
+
+@pytest.fixture(params=CHUNKS)
+def chunked(request, monkeypatch):
+    """Sets the chunk for a vocabulary of that size."""
+    return lambda vocab: monkeypatch.setattr(kernels, "CHUNK", CHUNKS[request.param](vocab))
+
+
+def inputs(vocab, dtype=torch.float32, scale=1.0, n=N, seed=0):
+    """hidden (n, C), weight (vocab, C), targets (n,): logits of standard deviation `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, C, generator=generator, dtype=torch.float64) * scale / math.sqrt(C)
+    weight = torch.randn(vocab, C, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, vocab, (n,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def plain(hidden, weight, targets, temperature=1.0):
+    """The definition, in float64."""
+    logits = hidden.double() @ weight.double().t() / temperature
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def check(tensor, expected, tolerance=2e-6):
+    """Equal, the tolerance relative to the largest entry where that is above 1."""
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(tensor.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("vocab", [17, 1000])
+def test_values_and_gradients(chunked, vocab, temperature):
+    chunked(vocab)
+    hidden, weight, targets = inputs(vocab)
+    upstream = torch.linspace(-1, 2, N)
+    got, expected = (f(hidden, weight, targets, temperature=temperature) for f in (token_logprobs, plain))
+    assert got.shape == (N,) and got.dtype == torch.float32
+    check(got, expected)
+    for a, b in zip(torch.autograd.grad(got, (hidden, weight), upstream),
+                    torch.autograd.grad(expected, (hidden, weight), upstream.double()), strict=True):
+        assert a.dtype == torch.float32
+        check(a, b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradient_is_the_finite_difference(chunked, temperature):
+    chunked(17)
+    hidden, weight, targets = inputs(17, torch.float64)
+    assert token_logprobs(hidden, weight, targets).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, temperature=temperature),
+                                    (hidden, weight))
+
+
+def test_second_backward_is_the_first(chunked):
+    """A kept chunk of logits is read, not consumed."""
+    chunked(17)
+    hidden, weight, targets = inputs(17)
+    loss = token_logprobs(hidden, weight, targets).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tied_embedding(chunked):
+    """The weight takes gradient both as the head and through the hidden states made from it."""
+    chunked(17)
+    weight, tokens = inputs(17)[1], torch.tensor([3, 3, 16, 0, 9])
+    grads = []
+    for f in (token_logprobs, plain):
+        hidden = torch.tanh(weight[tokens] * 1.3)
+        grads.append(torch.autograd.grad(f(hidden, weight, tokens.roll(-1)).square().sum(), weight)[0])
+    check(*grads)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_only_one_input_needs_gradient(chunked, which):
+    chunked(17)
+    *tensors, targets = inputs(17)
+    expected = torch.autograd.grad(plain(*tensors, targets).sum(), tensors[which])[0]
+    fixed = [t if i == which else t.detach() for i, t in enumerate(tensors)]
+    check(torch.autograd.grad(token_logprobs(*fixed, targets).sum(), tensors[which])[0], expected)
+    with torch.no_grad():
+        assert not token_logprobs(*tensors, targets).requires_grad
+
+
+@pytest.mark.parametrize("vocab", [17, 1000])
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_extreme_logits(chunked, vocab, scale):
+    chunked(vocab)
+    hidden, weight, targets = inputs(vocab, scale=scale)
+    got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
+    check(got, expected)
+    for a, b in zip(torch.autograd.grad(got.sum(), (hidden, weight)),
+                    torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        check(a, b, 1e-5 * scale)  # the logits themselves are rounded in proportion to their size
+
+
+@pytest.mark.parametrize("vocab", [17, 1000])
+def test_equal_logits(chunked, vocab):
+    chunked(vocab)
+    _, weight, targets = inputs(vocab)
+    hidden = torch.zeros(N, C, requires_grad=True)
+    got = token_logprobs(hidden, weight, targets)
+    check(got, torch.full((N,), -math.log(vocab)))
+    check(torch.autograd.grad(got.sum(), hidden)[0], weight[targets] - weight.mean(0))
+
+
+def test_autocast_rounds_nothing(chunked):
+    chunked(1000)
+    hidden, weight, targets = inputs(1000, scale=5.0)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            got = token_logprobs(hidden, weight, targets)
+            assert got.dtype == torch.float32
+            results.append([got, *torch.autograd.grad(got.sum(), (hidden, weight))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bfloat16_hidden(chunked):
+    """What a bf16 matrix product leaves: log-probs exact for it, and its gradient in its own type."""
+    chunked(17)
+    hidden, weight, targets = inputs(17)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
+    assert got.dtype == torch.float32
+    check(got, expected)
+    for a, b, tolerance in zip(torch.autograd.grad(got.sum(), (hidden, weight)),
+                               torch.autograd.grad(expected.sum(), (hidden, weight)), (1e-2, 2e-6), strict=True):
+        assert a.dtype == b.dtype
+        check(a, b, tolerance)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprobs(*inputs(17), temperature=temperature)
+
+
+def test_no_rows(chunked):
+    chunked(17)
+    hidden, weight, targets = inputs(17, n=0)
+    got = token_logprobs(hidden, weight, targets)
+    assert got.shape == (0,) and got.dtype == torch.float32
+    d_hidden, d_weight = torch.autograd.grad(got.sum(), (hidden, weight))
+    assert d_hidden.shape == (0, C) and torch.equal(d_weight, torch.zeros_like(weight))
+
+
+def test_the_vocabulary_is_never_held_for_all_rows(monkeypatch):
+    rows, vocab, chunk = 64, 1000, 4000
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    hidden, weight, targets = inputs(vocab, n=rows)
+    with Largest() as largest:
+        token_logprobs(hidden, weight, targets).sum().backward()
+    assert 0 < largest.size <= max(chunk, vocab * C) < rows * vocab

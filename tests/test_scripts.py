@@ -1,0 +1,203 @@
+"""The scripts' knobs and errors: every flag changes something, and every mistake is one line that says what and where."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_dpo
+import train_ppo
+import train_rm
+from minirlhf import data, runtime, sft
+
+ROOT = Path(__file__).parent.parent
+TOY = {"data": "toy"}
+CHEAP = {
+    sft: dict(n_layer=1, n_head=2, n_embd=16, epochs=2, batch_size=512, lr=1e-2),
+    train_rm: dict(epochs=1, batch_size=256, delete=0.0, dropout=0.0),
+    train_ppo: dict(steps=2, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2),
+    train_dpo: dict(epochs=1, batch_size=256, response_length=4, eval_samples=4),
+}
+# Where a changed value must show: in the weights that the run leaves, unless named otherwise.
+CHANGES = {
+    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, weight_decay=5.0, max_grad_norm=0.01,
+              seed=1, dtype="bfloat16", n_ctx=32),
+    train_rm: dict(epochs=2, batch_size=64, lr=1e-2, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
+                   max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16"),
+    train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
+                    kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
+                    minibatches=2, lr=1e-3, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+    train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
+                    max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+}  # fmt: skip
+NOT_IN_WEIGHTS = {
+    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "device"}, train_rm: {"data", "init", "out", "overlong", "device"},
+    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"},
+    train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
+}  # fmt: skip
+
+
+def weights(script, toy, out, **changes):
+    earlier = {} if script is sft else {"init": str(toy / "sft")} | ({"reward": str(toy / "rm")} if script is train_ppo else {})
+    script.main(script.Knobs(**TOY, **earlier, out=str(out), **CHEAP[script] | changes))
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def baselines(toy, tmp_path_factory):
+    return {script: weights(script, toy, tmp_path_factory.mktemp("baseline")) for script in CHEAP}
+
+
+@pytest.mark.parametrize("script,flag", [(script, flag) for script, flags in CHANGES.items() for flag in flags])
+def test_flag_changes_the_model(script, flag, toy, baselines, tmp_path):
+    changed = weights(script, toy, tmp_path, **{flag: CHANGES[script][flag]})
+    assert not same(changed, baselines[script])
+
+
+@pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
+def test_every_flag_is_accounted_for_and_runs_repeat(script, toy, baselines, tmp_path):
+    names = {field.name for field in dataclasses.fields(script.Knobs)}
+    assert names == CHANGES[script].keys() | NOT_IN_WEIGHTS[script]
+    assert same(weights(script, toy, tmp_path), baselines[script])
+
+
+def test_kl_horizon_and_eval_samples(toy, tmp_path):
+    slow = weights(train_ppo, toy, tmp_path / "a", kl_target=0.001, kl_horizon=10)
+    fast = weights(train_ppo, toy, tmp_path / "b", kl_target=0.001, kl_horizon=1000, eval_samples=7)
+    assert not same(slow, fast)
+    assert len((tmp_path / "b" / "samples.jsonl").read_text().splitlines()) == 7
+
+
+def test_text_epochs_and_vocab_size(monkeypatch, tmp_path):
+    feedback = data.load_feedback("toy")
+    feedback.more_text = ["abc abc abd"] * 100
+    monkeypatch.setattr(data, "load_feedback", lambda _: feedback)
+    rows = []
+    for text_epochs in (0, 2):
+        sft.main(sft.Knobs(data="words", out=str(tmp_path), text_epochs=text_epochs, **CHEAP[sft] | {"batch_size": 20}, vocab_size=270))
+        rows.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert rows == [2 * 90, 2 * 95]  # 1,800 words and 100 texts in batches of 20
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 270
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2, 3])
+def test_micro_batches_do_not_change_the_update(micro_batch, toy, baselines, tmp_path):
+    changed = weights(train_ppo, toy, tmp_path, micro_batch=micro_batch, adam_eps=1e-3)
+    whole = weights(train_ppo, toy, tmp_path, micro_batch=8, adam_eps=1e-3)
+    for name, w in whole.items():
+        torch.testing.assert_close(changed[name], w, atol=2e-5, rtol=1e-4)
+
+
+def test_value_weight_of_zero_leaves_the_critic(toy):
+    """With vf_coef 0 nothing reaches the critic; the optimizer has no decay."""
+    knobs = train_ppo.Knobs(**TOY, reward=str(toy / "rm"), vf_coef=0.0, ppo_epochs=1)
+    from minirlhf.gpt import GPT, RewardModel
+
+    policy, critic = GPT.from_pretrained(toy / "sft" / "model"), RewardModel.from_pretrained(toy / "rm" / "model")
+    was = {k: w.clone() for k, w in critic.state_dict().items()}
+    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), 1e-2)
+    B, R = 4, 3
+    episodes = train_ppo.Episodes(torch.randint(0, 200, (B, 6)), torch.full((B,), 3), torch.full((B,), 3),
+                                  torch.full((B, R), -5.0), torch.zeros(B, R), torch.randn(B, R), torch.randn(B, R))  # fmt: skip
+    train_ppo.update(policy, critic, optimizer, episodes, knobs, runtime.precision(torch.device("cpu"), "float32"), 0)
+    assert same(was, critic.state_dict())
+
+
+def run(*command, cwd, **env):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+
+
+def bad_data(tmp_path, text):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    return path
+
+
+GOOD = json.dumps({"prompt": "p", "chosen": "good", "rejected": "bad"}) + "\n"
+MISTAKES = {
+    "broken line": (GOOD * 2 + '{"prompt": "p"\n', "line 3"),
+    "missing key": (GOOD + '{"prompt": "p", "chosen": "x"}\n', "line 2"),
+    "empty file": ("", "no records"),
+    "too long": ("".join(json.dumps({"prompt": f"p{i}", "chosen": "word " * 90, "rejected": "b"}) + "\n" for i in range(12)), "context of 64"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
+def test_bad_files_are_one_line_and_leave_nothing(script, mistake, toy, tmp_path):
+    text, expected = MISTAKES[mistake]
+    done = run(ROOT / script, "--data", bad_data(tmp_path, text), "--init", toy / "sft", "--out", tmp_path / "out", cwd=tmp_path)
+    message = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(message) == 1 and message[0].startswith("error: ") and expected in message[0], done.stderr
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--step", "1"], "--step"),  # no abbreviations
+        (["--steps", "many"], "--steps"),
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--data", "missing.jsonl"], "no such file"),
+        (["--response-length", "64"], "context"),
+        (["--response-length", "60"], "context"),
+        (["--device", "tpu9"], "--device tpu9"),
+        (["--dtype", "int3"], "argument --dtype"),
+        (["--init", "nowhere/model"], "nowhere/model"),
+        (["--reward", "nowhere/model"], "nowhere/model"),
+        (["--reward", "nowhere.py:f"], "nowhere.py"),
+        (["--kl-kind", "k9"], "argument --kl-kind"),
+    ],
+)
+def test_bad_flags(flags, expected, toy, tmp_path):
+    base = {"--data": "toy", "--init": toy / "sft", "--reward": toy / "rm", "--out": tmp_path / "out"}
+    given = [x for pair in base.items() if pair[0] not in flags for x in pair]
+    done = run(ROOT / "train_ppo.py", *given, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_no_network_and_an_empty_cache(tmp_path):
+    done = run(ROOT / "train_ppo.py", cwd=tmp_path, MINIRLHF_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1", PIP_FIND_LINKS="")
+    assert done.returncode == 2 and "could not fetch vaderSentiment" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", ["train_rm.py", "train_ppo.py", "train_dpo.py", "-m minirlhf.sft"])
+def test_help_shows_every_default(script, tmp_path):
+    done = run(*([ROOT / script] if script.endswith("py") else script.split()), "--help", cwd=tmp_path)
+    module = {"train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_dpo.py": train_dpo}.get(script, sft)
+    text = " ".join(done.stdout.split())
+    for field in dataclasses.fields(module.Knobs):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.default == "" or f"(default: {field.default})" in text, field.name
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), runtime.atomic_write(path) as tmp:
+        tmp.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rates = []
+    for step in range(10):
+        runtime.set_lr(optimizer, step, 10, 2.0, warmup=0.2)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25])
