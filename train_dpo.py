@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from minirlhf import data, dpo, runtime, sft
+from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, RewardModel
-from minirlhf.log import Run, finished
+from minirlhf.log import Run
 from minirlhf.reward import pair_accuracy
 from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import answers, response_logprobs

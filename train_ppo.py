@@ -29,8 +29,9 @@ import torch
 
 import train_rm
 from minirlhf import data, ppo, runtime, sft
+from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, RewardModel
-from minirlhf.log import Run, finished
+from minirlhf.log import Run
 from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
 

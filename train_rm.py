@@ -41,7 +41,6 @@ class Knobs:
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training")
     delete: float = knob(0.2, "share of input tokens deleted at random while training")
-    cut: float = knob(0.3, "share of rows that end early and without EOS while training, as unfinished responses do")
     margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
@@ -78,7 +77,7 @@ def main(knobs):
     # Loop
     for step, (batch, pairs, labels) in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        thinned = [thin(rows[i], knobs.delete, knobs.cut, rng) for i in batch]
+        thinned = [thin(rows[i], knobs.delete, rng) for i in batch]
         with autocast:
             scores = rm(*data.pad_rows(thinned, tokenizer.pad, device)).float()  # (B,)
         first, second = scores[torch.as_tensor(pairs, device=device)].unbind(1)  # (P,) each
@@ -111,13 +110,10 @@ def encode(items, tokenizer, n_ctx, overlong):
     return data.encode(zip(items.prompts, items.responses, items.where, strict=True), tokenizer, n_ctx, overlong)[0]
 
 
-def thin(row, delete, cut, rng):
-    """A row of token ids without a random share of them, the EOS at both ends kept; sometimes only its first half or more."""
+def thin(row, delete, rng):
+    """A row of token ids without a random share of them; the EOS at both ends stay."""
     keep = rng.random(len(row)) >= delete
     keep[[0, -1]] = True
-    if rng.random() < cut:
-        keep[rng.integers(len(row) // 2 + 1, len(row) + 1) - 1 :] = False
-        keep[0] = True
     return row[keep]
 
 

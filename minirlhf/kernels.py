@@ -9,6 +9,7 @@ Left out, so far: fused Triton kernels.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 23  # logits held at a time: 32 MB in fp32
 
@@ -40,6 +41,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, targets, lse = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minirlhf.runtime import UserError, atomic_write, versions
+from minirlhf.checkpoint import atomic_write, write_json
+from minirlhf.runtime import UserError, versions
 
 
 class Run:
@@ -140,16 +141,3 @@ def distinct_bigrams(texts):
     """Distinct over all pairs of neighbouring words in all texts together: it falls when a policy collapses."""
     pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
     return len(set(pairs)) / max(1, len(pairs))
-
-
-def write_json(path, data):
-    with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def finished(directory):
-    """The summary of the run in a directory, or None when no run ended there with its model in place."""
-    directory = Path(directory)
-    if not (directory / "model" / "model.safetensors").exists() or not (directory / "summary.json").exists():
-        return None
-    return json.loads((directory / "summary.json").read_text())

@@ -1,16 +1,13 @@
-"""What every script needs before the mathematics starts: knobs, device, seeds, optimizer, schedule, whole files.
+"""What every script needs before the mathematics starts: knobs, device, seeds, optimizer, schedule.
 
 Left out, so far: distributed start-up.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import os
 import platform
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,14 +119,3 @@ def versions(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"}  # fmt: skip
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yields a temporary path beside `path` and moves it into place on success: a file is whole or absent."""
-    tmp = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)

@@ -37,7 +37,8 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     if longest + max_new_tokens > model.config.n_ctx:
         raise ValueError(f"a prompt of {longest} tokens and a response of up to {max_new_tokens} exceed the context of "
                          f"{model.config.n_ctx}: shorten the prompts, or allow fewer new tokens")  # fmt: skip
-    if max_new_tokens < 1 or temperature < 0 or int(prompt_lengths.min()) < 1 or longest > Q or (top_k or 1) < 1:
+    senseless = max_new_tokens < 1 or not temperature >= 0 or (top_k is not None and top_k < 1)
+    if senseless or int(prompt_lengths.min()) < 1 or longest > Q:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt lengths "
                          f"{int(prompt_lengths.min())}..{longest} of {Q}: each must be positive and fit")  # fmt: skip
     device, training = prompts.device, model.training
@@ -79,9 +80,9 @@ def sample(hidden, weight, temperature, top_k, generator):
     if temperature == 0:
         token = probs.argmax(1)
     else:  # inverse transform: the first token at which the cumulated probability reaches a uniform number in (0, 1]
-        cumulated = probs.cumsum(1)
-        u = 1 - torch.rand(len(probs), 1, device=probs.device, generator=generator)
-        token = torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
+        cumulated = probs.cumsum(1, dtype=torch.float64)  # in fp32 the sum over a large vocabulary would lose rare tokens
+        u = 1 - torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
+        token = torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1).clamp(max=probs.shape[1] - 1)  # NaN lands past the end
     return token, probs.gather(1, token[:, None]).squeeze(1).log()
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from minirlhf import data, runtime
+from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, GPTConfig, local_directory
 from minirlhf.kernels import token_logprobs
-from minirlhf.log import Run, finished
+from minirlhf.log import Run
 from minirlhf.runtime import UserError, knob
 from minirlhf.tokenizer import Tokenizer
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from minirlhf.runtime import UserError, atomic_write
+from minirlhf.checkpoint import atomic_write
+from minirlhf.runtime import UserError
 
 EOS = "<|endoftext|>"
 # GPT-2's split of a text into words: a merge never crosses these.
@@ -47,6 +48,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Learns `vocab_size` - 257 merges, or as many as there are pairs, on an iterable of texts."""
+        if vocab_size < 257:
+            raise UserError(f"vocabulary of {vocab_size}: expected at least 257, the bytes and EOS")
         return cls(train_ranks(texts, vocab_size - 1))
 
     @classmethod
@@ -65,10 +68,18 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no tokenizer there (expected `gpt2` or a directory with tokenizer.json)")
         try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            if model["type"] != "BPE":
-                raise ValueError(f"model type {model['type']}")
-            vocab = {token: i for token, i in model["vocab"].items() if token != EOS}
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            model, vocab = whole["model"], whole["model"]["vocab"]
+            if model["type"] != "BPE" or whole.get("normalizer"):
+                raise ValueError(f"model type {model['type']}, normalizer {whole.get('normalizer')}")
+            if not isinstance(vocab, dict):
+                raise ValueError("vocab is not an object")
+            words = whole["pre_tokenizer"]
+            if words["type"] != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
+                raise ValueError(f"pre_tokenizer {words}")
+            vocab = {token: i for token, i in vocab.items() if token != EOS}
+            if sorted(vocab.values()) != list(range(len(vocab))):
+                raise ValueError(f"expected ids 0 to {len(vocab) - 1} and then {EOS}")
             return cls({bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()})
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})") from None

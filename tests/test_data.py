@@ -22,7 +22,6 @@ from minirlhf.runtime import UserError
 from minirlhf.tokenizer import Tokenizer
 
 BYTES = Tokenizer.train([], 257)
-BUG = pytest.mark.xfail(strict=True, reason="known gap")
 FIRST = "\n\nHuman: Hi\n\nAssistant:"
 HH = FIRST + " Hello.\n\nHuman: A joke?\n\nAssistant:"
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yo"), ("assistant", "No")))
@@ -100,8 +99,8 @@ def test_forms(record, expected):
     ('{"prompt": "a", "response": "b", "rating": "4"}', "rating"),
     ('{"prompt": "a", "response": "b", "rating": true}', "rating.*true"),
     ('{"prompt": "a", "response": "b", "rating": 1}', "ratings and comparisons"),
-    pytest.param('{"prompt": "a", "responses": ["b", "c"], "ranking": ["1", "0"]}', "ranking", marks=BUG),
-    pytest.param('{"prompt": "a", "response": "b", "rating": 1' + "0" * 400 + "}", "rating", marks=BUG),
+    pytest.param('{"prompt": "a", "responses": ["b", "c"], "ranking": ["1", "0"]}', "ranking"),
+    pytest.param('{"prompt": "a", "response": "b", "rating": 1' + "0" * 400 + "}", "rating"),
 ])
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_bad_line_is_named(tmp_path, line, names, suffix):
@@ -119,7 +118,7 @@ WHOLE = gzip.compress("".join(json.dumps(pair(i * 7919)) + "\n" for i in range(5
     ("a.jsonl", json.dumps(pair(1)).encode(), "at least 10"), ("a.jsonl", b'{"prompt": "\xe9"}', "UTF-8"),
     ("a.jsonl.gz", b'{"prompt": "a"}', "gzip"), ("a.jsonl.gz", WHOLE[:-20], "gzip"),
     ("a.jsonl.gz", WHOLE[:-8] + b"12345678", "gzip"),
-    pytest.param("a.jsonl.gz", WHOLE[:60] + bytes(80) + WHOLE[140:], "gzip", marks=BUG),
+    pytest.param("a.jsonl.gz", WHOLE[:60] + bytes(80) + WHOLE[140:], "gzip"),
 ])
 def test_bad_file_is_named(tmp_path, name, content, names):
     if content is not None:
@@ -186,7 +185,6 @@ def test_ratings_of_one_prompt_are_compared_within_it(tmp_path, capsys):
         assert all(items.prompts[i] == items.prompts[j] for i, j in items.groups)
 
 
-@BUG
 def test_nothing_to_compare(tmp_path):
     path = write(tmp_path / "a.jsonl", [rated(i, 1, f"p{i // 2}") for i in range(24)])
     with pytest.raises(UserError, match="a.jsonl"):

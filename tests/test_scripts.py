@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import data, runtime, sft
+from minirlhf import checkpoint, data, runtime, sft
 
 ROOT = Path(__file__).parent.parent
 TOY = {"data": "toy"}
@@ -26,8 +26,8 @@ CHEAP = {
 }
 # Where a changed value must show: in the weights that the run leaves, unless named otherwise.
 CHANGES = {
-    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, weight_decay=5.0, max_grad_norm=0.01,
-              seed=1, dtype="bfloat16", n_ctx=32),
+    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, weight_decay=5.0, max_grad_norm=0.01, seed=1,
+               dtype="bfloat16", n_ctx=32),
     train_rm: dict(epochs=2, batch_size=64, lr=1e-2, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
                    max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16"),
     train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
@@ -37,7 +37,8 @@ CHANGES = {
                     max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
-    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "device"}, train_rm: {"data", "init", "out", "overlong", "device"},
+    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "device"},
+    train_rm: {"data", "init", "out", "overlong", "device"},
     train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"},
     train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
 }  # fmt: skip
@@ -84,7 +85,8 @@ def test_text_epochs_and_vocab_size(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load_feedback", lambda _: feedback)
     rows = []
     for text_epochs in (0, 2):
-        sft.main(sft.Knobs(data="words", out=str(tmp_path), text_epochs=text_epochs, **CHEAP[sft] | {"batch_size": 20}, vocab_size=270))
+        cheap = CHEAP[sft] | {"batch_size": 20}
+        sft.main(sft.Knobs(data="words", out=str(tmp_path), text_epochs=text_epochs, vocab_size=270, **cheap))
         rows.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
     assert rows == [2 * 90, 2 * 95]  # 1,800 words and 100 texts in batches of 20
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 270
@@ -129,7 +131,7 @@ MISTAKES = {
     "broken line": (GOOD * 2 + '{"prompt": "p"\n', "line 3"),
     "missing key": (GOOD + '{"prompt": "p", "chosen": "x"}\n', "line 2"),
     "empty file": ("", "no records"),
-    "too long": ("".join(json.dumps({"prompt": f"p{i}", "chosen": "word " * 90, "rejected": "b"}) + "\n" for i in range(12)), "context of 64"),
+    "too long": ("".join(GOOD.replace("good", "word " * 90).replace('"p"', f'"{i}"') for i in range(12)), "context of 64"),
 }
 
 
@@ -188,7 +190,7 @@ def test_help_shows_every_default(script, tmp_path):
 def test_atomic_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), runtime.atomic_write(path) as tmp:
+    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_write(path) as tmp:
         tmp.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

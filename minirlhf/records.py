@@ -1,0 +1,91 @@
+"""JSONL files of human feedback: one object a line, in any of five forms. A bad line is an error that names it.
+
+Left out: other file formats; dialogues keep the plain-text form of Bai et al. 2022.
+"""
+
+import gzip
+import json
+import os
+import zlib
+
+from minirlhf.runtime import UserError
+
+
+def read_lines(path):
+    """(number, text) of each line that is not blank."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise UserError(f"{path}: not readable as gzip: {e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}, line {number}: not UTF-8: {e}") from None
+
+
+def parse_record(line, where):
+    """(prompt, responses best first, rating or None) of one line in any of the forms below. Raises UserError.
+
+    {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
+    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
+    keys = set(record) if isinstance(record, dict) else set()
+    prompt = text_of(record["prompt"], where, "prompt") if "prompt" in keys else ""
+    if {"chosen", "rejected"} <= keys:
+        chosen, rejected = (text_of(record[key], where, key) for key in ("chosen", "rejected"))
+        if "prompt" not in keys:
+            prompt = shared_prefix(chosen, rejected)
+        pair = [chosen, rejected]
+        if chosen.startswith(prompt) and rejected.startswith(prompt):
+            pair = [text.removeprefix(prompt) for text in pair]
+        if pair[0] == pair[1]:
+            raise UserError(f"{where}: chosen and rejected are the same text")
+        return prompt, pair, None
+    if {"prompt", "responses", "ranking"} <= keys:
+        responses, ranking = record["responses"], record["ranking"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise UserError(f"{where}: responses: expected a list of at least 2")
+        if not isinstance(ranking, list) or [type(i) for i in ranking] != [int] * len(responses) or len(set(ranking)) < len(ranking) \
+                or not 0 <= min(ranking) <= max(ranking) < len(ranking):  # fmt: skip
+            raise UserError(f"{where}: ranking: expected the indices 0..{len(responses) - 1} of the responses, best first")
+        texts = [text_of(response, where, "responses") for response in responses]
+        if len(set(texts)) < len(texts):
+            raise UserError(f"{where}: responses: the same text twice")
+        return prompt, [texts[i] for i in ranking], None
+    if {"prompt", "response", "rating"} <= keys:
+        rating = record["rating"]
+        if type(rating) not in (int, float) or not abs(rating) < 1e300:
+            raise UserError(f"{where}: rating: expected a finite number, found {json.dumps(rating)}")
+        return prompt, [text_of(record["response"], where, "response")], float(rating)
+    raise UserError(
+        f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
+        "or prompt+response+rating"
+    )
+
+
+def text_of(value, where, key):
+    """A string as it is; a list of messages as a dialogue in the form of Bai et al. 2022."""
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {key}: half a surrogate pair, which no text holds")
+        return value
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise UserError(f"{where}: {key}: expected a string or a list of {{role, content}}, found {json.dumps(value)[:60]}")
+    names = {"user": "Human", "assistant": "Assistant"}
+    return text_of("".join(f"\n\n{names.get(m['role'], m['role'].capitalize())}: {m['content']}" for m in value), where, key)
+
+
+def shared_prefix(chosen, rejected):
+    """What two dialogues share up to the last turn that begins in both; what they share of plain text, up to a word."""
+    prefix = os.path.commonprefix([chosen, rejected])
+    turn = prefix.rfind("\n\nAssistant:")
+    return prefix[: turn + len("\n\nAssistant:")] if turn >= 0 else prefix[: prefix.rfind(" ") + 1].rstrip()
