@@ -67,7 +67,7 @@ def main(knobs):
     rows, test_rows = (Rows(items, tokenizer, knobs, policy.config.n_ctx) for items in (feedback.train, feedback.test))
     ref_logps, test_ref_logps = (all_logps(reference, r, tokenizer.pad, autocast, device) for r in (rows, test_rows))  # (N,)
     lengths = np.array([len(row) for row in rows.tokens])
-    plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, lengths, rng)]
+    plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
     test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
     held_out = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))[: knobs.eval_samples]
     scorer, reward_summary = find_scorer(knobs, tokenizer, device)
@@ -89,7 +89,7 @@ def main(knobs):
         if step == 0:
             run.say(step_0_check(knobs, loss_number, stats))
         loss.backward()
-        norm = runtime.optimizer_step(policy, optimizer, knobs.max_grad_norm)
+        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
         run.log(step, {"loss": loss_number, "grad_norm": norm} | stats, show=("loss", "rewards/accuracies"))
 
     # Evaluation
@@ -115,22 +115,22 @@ class Rows:
 
 def sum_logps(model, rows, index, pad, device):
     """Log-prob of each response, summed over its tokens: (b,) fp32 of rows (b,)."""
-    tokens, lengths = data.pad_rows([rows.tokens[i] for i in index], pad, device)
-    prompt_lengths = torch.as_tensor(rows.prompt_lengths[index], device=device)
-    response_lengths = lengths - prompt_lengths
-    return response_logprobs(model, tokens, prompt_lengths, response_lengths, int(response_lengths.max())).sum(1)
+    parts, undo = data.parts_by_length([len(rows.tokens[i]) for i in index])
+    logps = []
+    for part in parts:
+        tokens, lengths = data.pad_rows([rows.tokens[index[i]] for i in part], pad, device)
+        prompt_lengths = torch.as_tensor(rows.prompt_lengths[index[part]], device=device)
+        response_lengths = lengths - prompt_lengths
+        logps.append(response_logprobs(model, tokens, prompt_lengths, response_lengths, int(response_lengths.max())).sum(1))
+    return torch.cat(logps)[undo]
 
 
 @torch.no_grad()
 def all_logps(model, rows, pad, autocast, device):
     """sum_logps of all rows: (N,)."""
-    order = np.argsort([len(row) for row in rows.tokens], kind="stable")  # of like length together: less padding
-    logps = torch.empty(len(order), device=device)
-    for start in range(0, len(order), 128):
-        with autocast:
-            index = order[start : start + 128]
-            logps[index] = sum_logps(model, rows, index, pad, device)
-    return logps
+    with autocast:
+        index = np.arange(len(rows.tokens))
+        return torch.cat([sum_logps(model, rows, i, pad, device) for i in np.split(index, range(128, len(index), 128))])
 
 
 def comparison_loss(knobs, logps, ref_logps, lengths, pairs, labels):

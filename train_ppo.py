@@ -50,18 +50,18 @@ class Knobs:
     response_length: int = knob(24, "most tokens of a response")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
-    kl_coef: float = knob(0.05, "price of a nat of KL from the base model, in standard deviations of its scores")
+    kl_coef: float = knob(0.04, "price of a nat of KL from the base model, in standard deviations of its scores")
     kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
     whiten_rewards: bool = knob(False, "shaped rewards get variance 1 over the batch, their mean kept")
     gamma: float = knob(1.0, "discount")
-    lam: float = knob(0.95, "GAE's lambda")
+    lam: float = knob(0.8, "GAE's lambda; 0.95 is usual, but a critic that starts as the reward model can be trusted more")
     clip: float = knob(0.2, "the policy's ratio is clipped to 1 +- this")
     value_clip: float = knob(0.2, "the critic is clipped to its old value +- this")
     vf_coef: float = knob(0.1, "weight of the value loss")
-    ppo_epochs: int = knob(4, "passes over an iteration's episodes")
-    minibatches: int = knob(1, "optimizer steps a pass")
+    ppo_epochs: int = knob(2, "passes over an iteration's episodes")
+    minibatches: int = knob(2, "optimizer steps a pass")
     micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
     lr: float = knob(5e-4, "learning rate, linear to 0")
     adam_eps: float = knob(1e-5, "Adam's epsilon")
@@ -100,7 +100,7 @@ def main(knobs):
     policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
     scorer, critic = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
     critic.to(device)
-    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), knobs.lr, eps=knobs.adam_eps)
+    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
     # Data: prompts, in an order without end
@@ -179,7 +179,6 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
 def update(policy, critic, optimizer, episodes, knobs, autocast, step):
     """Step 7: the mean of each statistic over the optimizer steps, and the first ratio."""
     B, R = episodes.logprobs.shape
-    both = torch.nn.ModuleList([policy, critic])
     history = []
     for _ in range(knobs.ppo_epochs):
         for index in torch.randperm(B).tensor_split(knobs.minibatches):
@@ -202,7 +201,7 @@ def update(policy, critic, optimizer, episodes, knobs, autocast, step):
                 for key, value in (pg_stats | vf_stats | {"ppo/policy/loss": pg_loss, "ppo/val/loss": vf_loss}).items():
                     totals[key] = totals.get(key, 0) + value.detach() * share
             runtime.finite(totals["ppo/policy/loss"] + totals["ppo/val/loss"], f"ppo step {step}: loss")
-            totals["ppo/grad_norm"] = runtime.optimizer_step(both, optimizer, knobs.max_grad_norm)
+            totals["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
             history.append(totals)
     stats = {key: torch.stack([torch.as_tensor(h[key]) for h in history]).mean() for key in history[0]}
     return stats | {"ppo/policy/first_ratio": history[0]["ppo/policy/ratio"]}
@@ -271,6 +270,8 @@ def fit(prompts, room, overlong):
     """Prompts that leave room for the response; a longer one is an error, or loses its left end but for the EOS."""
     if room < 1:
         raise UserError(f"--response-length: prompt and response exceed the context by {1 - room} tokens or more")
+    if not prompts:
+        raise UserError("the data hold no text to take prompts from")
     long = [row for row in prompts if len(row) > room]
     if long and overlong != "truncate":
         raise UserError(f"a prompt of {len(long[0])} tokens and a response of --response-length exceed the context by "

@@ -68,8 +68,7 @@ def main(knobs):
     rows = encode(feedback.train, tokenizer, rm.config.n_ctx, overlong)
     test_rows = encode(feedback.test, tokenizer, rm.config.n_ctx, overlong)
     test_pairs, gaps = feedback.test.comparisons(20_000, seed=1)
-    lengths = np.array([len(row) for row in rows])
-    plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, lengths, rng)]
+    plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
     run = Run("rm", knobs, len(plan), device)
     fresh = pair_accuracy(score(rm, test_rows, tokenizer, autocast, device), torch.as_tensor(test_pairs))
     run.say(f"step-0 check: a fresh head orders {fresh:.3f} of the test pairs (chance is 0.5)")
@@ -79,13 +78,13 @@ def main(knobs):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
         thinned = [thin(rows[i], knobs.delete, rng) for i in batch]
         with autocast:
-            scores = rm(*data.pad_rows(thinned, tokenizer.pad, device)).float()  # (B,)
+            scores = forward(rm, thinned, tokenizer.pad, device)  # (B,)
         first, second = scores[torch.as_tensor(pairs, device=device)].unbind(1)  # (P,) each
         label = torch.as_tensor(labels, device=device, dtype=torch.float32)
         loss = bradley_terry_loss(first, second, label=label, margin=knobs.margin, center=knobs.center)
         loss_number = runtime.finite(loss, f"rm step {step}: loss")
         loss.backward()
-        norm = runtime.optimizer_step(rm, optimizer, knobs.max_grad_norm)
+        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
         agree = ((first > second) == (label > 0.5)).float().mean()
         run.log(step, {"loss": loss_number, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
 
@@ -93,7 +92,9 @@ def main(knobs):
     if knobs.normalize:
         prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
         samples = sample_scores(base, rm, prompts, knobs.response_length, tokenizer, autocast)
-        rm.normalize(*normalization(samples))
+        mean, std = normalization(samples)
+        rm.normalize(mean, std)
+        run.say(f"raw scores of base samples: mean {mean:.2f}, standard deviation {std:.2f}; now 0 and 1")
     scores = score(rm, test_rows, tokenizer, autocast, device)
     run.close()
     figures = evaluate(feedback, scores, test_pairs, gaps)
@@ -117,6 +118,12 @@ def thin(row, delete, rng):
     return row[keep]
 
 
+def forward(rm, rows, pad, device):
+    """Scores (B,) of rows of token ids."""
+    parts, undo = data.parts_by_length([len(row) for row in rows])
+    return torch.cat([rm(*data.pad_rows([rows[i] for i in part], pad, device)).float() for part in parts])[undo]
+
+
 @torch.no_grad()
 def score(rm, rows, tokenizer, autocast, device, batch_size=128):
     """Scores (N,) of rows of token ids, on the CPU."""
@@ -124,7 +131,7 @@ def score(rm, rows, tokenizer, autocast, device, batch_size=128):
     scores = []
     for start in range(0, len(rows), batch_size):
         with autocast:
-            scores.append(rm(*data.pad_rows(rows[start : start + batch_size], tokenizer.pad, device)).float().cpu())
+            scores.append(forward(rm, rows[start : start + batch_size], tokenizer.pad, device).cpu())
     rm.train()
     return torch.cat(scores)
 

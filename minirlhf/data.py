@@ -37,23 +37,22 @@ class Items:
     def __len__(self):
         return len(self.responses)
 
-    def epoch(self, batch_size, lengths, rng):
-        """Yields (rows, pairs, labels): indices of about batch_size items of like length, and the comparisons among them.
+    def epoch(self, batch_size, rng):
+        """Yields (rows, pairs, labels): indices of about batch_size items at random, and the comparisons among them.
 
         pairs (P, 2) index into rows; labels (P,) are P(first preferred).
         """
         if self.ratings is not None:
             if min(batch_size, len(self)) < 2:
                 raise UserError(f"a batch of {min(batch_size, len(self))} has nothing to compare: expected at least 2 responses")
-            batches = bucketed(lengths, batch_size, rng)
-            single = [b for b in batches if len(b) == 1]  # the rest of the last window, at most one
-            batches = [b for b in batches if len(b) > 1]
-            for rows in [np.concatenate([batches[0], *single]), *batches[1:]]:
+            order = rng.permutation(len(self))
+            for rows in np.array_split(order, max(1, round(len(order) / batch_size))):
                 first, second = np.triu_indices(len(rows), 1)
                 yield rows, np.stack([first, second], 1), outvotes([self.ratings[i] for i in rows])[first, second]
             return
         size = max(1, batch_size // max(map(len, self.groups)))
-        for batch in bucketed(np.array([max(lengths[g]) for g in self.groups]), size, rng):
+        order = rng.permutation(len(self.groups))
+        for batch in np.split(order, range(size, len(order), size)):
             rows, pairs = [], []
             for group in (self.groups[i] for i in batch):
                 pairs += [(len(rows) + i, len(rows) + j) for i, j in itertools.combinations(range(len(group)), 2)]
@@ -336,6 +335,12 @@ def pad_rows(rows, pad, device="cpu"):
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.as_tensor(row)
     return tokens.to(device), lengths.to(device)
+
+
+def parts_by_length(lengths, parts=4):
+    """A batch in parts of like length, which saves most of the padding: index arrays, and the order that undoes them."""
+    order = np.argsort(lengths, kind="stable")
+    return [part for part in np.array_split(order, parts) if len(part)], torch.as_tensor(order.argsort())
 
 
 def bucketed(lengths, batch_size, rng):

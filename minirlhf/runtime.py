@@ -81,7 +81,7 @@ def seed_everything(seed):
     return np.random.default_rng(seed)
 
 
-def make_optimizer(model, lr, *, eps=1e-8, weight_decay=0.0):
+def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
     """Fused AdamW; only matrices decay, as in GPT-2's training."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -89,7 +89,7 @@ def make_optimizer(model, lr, *, eps=1e-8, weight_decay=0.0):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def set_lr(optimizer, step, steps, lr, warmup=0.05):
@@ -99,9 +99,10 @@ def set_lr(optimizer, step, steps, lr, warmup=0.05):
         group["lr"] = lr * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
-def optimizer_step(model, optimizer, max_grad_norm):
-    """Clips the gradient's norm (0: not at all), steps, clears; returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+def optimizer_step(optimizer, max_grad_norm):
+    """Clips the norm of all gradients together (0: not at all), steps, clears; returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

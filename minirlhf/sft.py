@@ -89,7 +89,7 @@ def main(knobs):
         loss = -logprobs.mean()
         loss_number = runtime.finite(loss, f"sft step {step}: loss")
         loss.backward()
-        norm = runtime.optimizer_step(model, optimizer, knobs.max_grad_norm)
+        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
         run.log(step, {"loss": loss_number, "grad_norm": norm}, show=("loss",))
 
     # Evaluation

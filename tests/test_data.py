@@ -207,7 +207,7 @@ def test_outvotes_is_the_loop():
 
 def test_epoch_of_ratings():
     items, seen = rated_items(RATINGS), []
-    for rows, pairs, labels in items.epoch(4, np.arange(23), rng()):
+    for rows, pairs, labels in items.epoch(4, rng()):
         seen += rows.tolist()
         assert sorted(map(tuple, pairs)) == list(itertools.combinations(range(len(rows)), 2))
         for (i, j), label in zip(pairs, labels, strict=True):
@@ -219,7 +219,7 @@ def test_epoch_of_ratings():
 def test_epoch_of_groups(batch_size, per_batch):
     groups, seen = [[3 * g + k for k in (2, 0, 1)] for g in range(10)], []
     items = Items(["p"] * 30, ["r"] * 30, ["l"] * 30, groups=groups)
-    for rows, pairs, labels in items.epoch(batch_size, rng().integers(1, 9, 30), rng()):
+    for rows, pairs, labels in items.epoch(batch_size, rng()):
         assert len(rows) <= 3 * per_batch and (labels == 1).all()
         groups_here = [rows[i : i + 3].tolist() for i in range(0, len(rows), 3)]
         expected = [p for g in groups_here for p in itertools.combinations(g, 2)]  # best first

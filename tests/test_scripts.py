@@ -32,7 +32,7 @@ CHANGES = {
                    max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16"),
     train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
                     kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
-                    minibatches=2, lr=1e-3, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+                    minibatches=1, lr=1e-3, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
                     max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
