@@ -25,7 +25,7 @@ from minirlhf import data, runtime, sft
 from minirlhf.gpt import GPT, RewardModel
 from minirlhf.log import Run
 from minirlhf.reward import bradley_terry_loss, normalization, pair_accuracy
-from minirlhf.runtime import knob
+from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import generate
 
 
@@ -139,6 +139,8 @@ def score(rm, rows, tokenizer, autocast, device, batch_size=128):
 def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     """Scores of one response of the base model to each prompt."""
     room = base.config.n_ctx - response_length
+    if room < 2:
+        raise UserError(f"--response-length {response_length} leaves no room for a prompt in the context of {base.config.n_ctx}")
     device = base.wte.weight.device
     tokens, lengths = data.pad_rows([np.concatenate([p[:1], p[1:][-(room - 1) :]]) for p in prompts], tokenizer.pad, device)
     with autocast:
