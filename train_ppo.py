@@ -50,7 +50,7 @@ class Knobs:
     response_length: int = knob(24, "most tokens of a response")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
-    kl_coef: float = knob(0.04, "price of a nat of KL from the base model, in standard deviations of its scores")
+    kl_coef: float = knob(0.045, "price of a nat of KL from the base model, in standard deviations of its scores")
     kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")

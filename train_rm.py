@@ -38,9 +38,10 @@ class Knobs:
     epochs: int = knob(5, "passes over the responses")
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts")
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    embedding_lr: float = knob(3.0, "learning rate of the token embeddings, as a multiple of --lr")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training")
-    delete: float = knob(0.2, "share of input tokens deleted at random while training")
+    delete: float = knob(0.35, "share of input tokens deleted at random while training")
     margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
@@ -61,7 +62,7 @@ def main(knobs):
     rng = runtime.seed_everything(knobs.seed)
     base, tokenizer = GPT.from_pretrained(source).to(device), sft.load_tokenizer(source)
     rm = RewardModel.from_base(base, dropout=knobs.dropout).to(device)
-    optimizer = runtime.make_optimizer(rm, knobs.lr, weight_decay=knobs.weight_decay)
+    optimizer = runtime.make_optimizer(rm, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
 
     # Data: rows, and the fixed test pairs
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)

@@ -81,14 +81,16 @@ def seed_everything(seed):
     return np.random.default_rng(seed)
 
 
-def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-    """Fused AdamW; only matrices decay, as in GPT-2's training."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, embedding_lr=1.0):
+    """Fused AdamW; only matrices decay, as in GPT-2's training.
+
+    Token embeddings get `embedding_lr` times the rate: a rare token's row hardly ever has a gradient.
+    """
+    groups = [{"params": [], "weight_decay": decay, "scale": scale}
+              for decay, scale in ((0.0, 1.0), (weight_decay, 1.0), (weight_decay / embedding_lr, embedding_lr))]  # fmt: skip
+    for name, p in model.named_parameters():
+        groups[2 if name.endswith("wte.weight") else int(p.dim() >= 2)]["params"].append(p)
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
@@ -96,7 +98,7 @@ def set_lr(optimizer, step, steps, lr, warmup=0.05):
     """Linear warm-up over a share of the steps, then linear to 0: step 0 is the first, step steps-1 the last above 0."""
     rising = max(1, int(warmup * steps))
     for group in optimizer.param_groups:
-        group["lr"] = lr * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+        group["lr"] = lr * group.get("scale", 1.0) * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
 def optimizer_step(optimizer, max_grad_norm):

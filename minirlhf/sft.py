@@ -38,10 +38,11 @@ class Knobs:
     n_head: int = knob(4, "attention heads, when fresh")
     n_embd: int = knob(128, "width, when fresh")
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", OVERLONG)
-    epochs: int = knob(3, "passes over the responses")
+    epochs: int = knob(2, "passes over the responses")
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step")
-    lr: float = knob(2e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    embedding_lr: float = knob(4.0, "learning rate of the token embeddings, as a multiple of --lr")
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     seed: int = knob(0, "seed of weights and order")
@@ -76,7 +77,7 @@ def main(knobs):
     for epoch in range(knobs.epochs):
         part = len(rows) if epoch < knobs.text_epochs else n_responses
         plan += data.bucketed(lengths[:part], knobs.batch_size, rng)
-    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay)
+    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
     run = Run("sft", knobs, len(plan), device)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     run.say(f"base model: {n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}, {lengths.sum():,} tokens of text")
