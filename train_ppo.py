@@ -45,12 +45,12 @@ class Knobs:
     out: str = knob("runs/ppo", "run directory")
     overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate (at their left end)",
                          sft.OVERLONG)  # fmt: skip
-    steps: int = knob(40, "iterations")
+    steps: int = knob(44, "iterations")
     batch_size: int = knob(128, "episodes an iteration")
     response_length: int = knob(24, "most tokens of a response")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
-    kl_coef: float = knob(0.045, "price of a nat of KL from the base model, in standard deviations of its scores")
+    kl_coef: float = knob(0.042, "price of a nat of KL from the base model, in standard deviations of its scores")
     kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
@@ -63,7 +63,7 @@ class Knobs:
     ppo_epochs: int = knob(2, "passes over an iteration's episodes")
     minibatches: int = knob(2, "optimizer steps a pass")
     micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
-    lr: float = knob(5e-4, "learning rate, linear to 0")
+    lr: float = knob(4e-4, "learning rate, linear to 0")
     adam_eps: float = knob(1e-5, "Adam's epsilon")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     eval_samples: int = knob(512, "held-out prompts answered before and after")

@@ -26,7 +26,7 @@ CHEAP = {
 }
 # Where a changed value must show: in the weights that the run leaves, unless named otherwise.
 CHANGES = {
-    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, embedding_lr=1.0, weight_decay=5.0, seed=1,
+    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, embedding_lr=3.0, weight_decay=5.0, seed=1,
               max_grad_norm=0.01,
                dtype="bfloat16", n_ctx=32),
     train_rm: dict(epochs=2, batch_size=64, lr=1e-2, embedding_lr=1.0, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
