@@ -45,12 +45,12 @@ class Knobs:
     out: str = knob("runs/ppo", "run directory")
     overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate (at their left end)",
                          sft.OVERLONG)  # fmt: skip
-    steps: int = knob(44, "iterations")
+    steps: int = knob(48, "iterations")
     batch_size: int = knob(128, "episodes an iteration")
     response_length: int = knob(24, "most tokens of a response")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
-    kl_coef: float = knob(0.042, "price of a nat of KL from the base model, in standard deviations of its scores")
+    kl_coef: float = knob(0.033, "price of a nat of KL from the base model, in standard deviations of its scores")
     kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
@@ -63,7 +63,8 @@ class Knobs:
     ppo_epochs: int = knob(2, "passes over an iteration's episodes")
     minibatches: int = knob(2, "optimizer steps a pass")
     micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
-    lr: float = knob(4e-4, "learning rate, linear to 0")
+    lr: float = knob(1e-3, "peak learning rate, linear to 0")
+    warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest")
     adam_eps: float = knob(1e-5, "Adam's epsilon")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     eval_samples: int = knob(512, "held-out prompts answered before and after")
@@ -114,7 +115,7 @@ def main(knobs):
     before = answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, knobs.temperature, autocast)
 
     for step in range(knobs.steps):
-        runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, warmup=0)
+        runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup)
         batch = data.pad_rows([prompts[next(order)] for _ in range(knobs.batch_size)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)

@@ -21,19 +21,19 @@ TOY = {"data": "toy"}
 CHEAP = {
     sft: dict(n_layer=1, n_head=2, n_embd=16, epochs=2, batch_size=512, lr=1e-2),
     train_rm: dict(epochs=1, batch_size=256, delete=0.0, dropout=0.0),
-    train_ppo: dict(steps=2, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2),
+    train_ppo: dict(steps=4, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2),
     train_dpo: dict(epochs=1, batch_size=256, response_length=4, eval_samples=4),
 }
 # Where a changed value must show: in the weights that the run leaves, unless named otherwise.
 CHANGES = {
-    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, embedding_lr=3.0, weight_decay=5.0, seed=1,
+    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, embedding_lr=1.0, weight_decay=5.0, seed=1,
               max_grad_norm=0.01,
                dtype="bfloat16", n_ctx=32),
     train_rm: dict(epochs=2, batch_size=64, lr=1e-2, embedding_lr=1.0, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
                    max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16"),
     train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
                     kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
-                    minibatches=1, lr=1e-3, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+                    minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
                     max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
