@@ -5,6 +5,7 @@ Left out, so far: the state of an interrupted run, to resume from.
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -20,9 +21,15 @@ def atomic_write(path):
         tmp.unlink(missing_ok=True)
 
 
+def json_line(row, **options):
+    """A dict as JSON, with null for a number that is not one: NaN is no JSON."""
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, **options) + "\n"
+
+
 def write_json(path, data):
     with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tmp.write_text(json_line(data, indent=2), encoding="utf-8")
 
 
 def finished(directory):

@@ -4,7 +4,6 @@ Left out, so far: TensorBoard and W&B.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minirlhf.checkpoint import atomic_write, write_json
+from minirlhf.checkpoint import atomic_write, json_line, write_json
 from minirlhf.runtime import UserError, versions
 
 
@@ -41,7 +40,7 @@ class Run:
         row = {"step": step, "seconds": round(time.time() - self.start, 2)}
         row |= {key: float(value) for key, value in metrics.items()}
         self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json_line(row))
         self.metrics.flush()
         self.bar.set_postfix({key.split("/")[-1]: f"{row[key]:.3g}" for key in show if key in row}, refresh=False)
         self.bar.update()
@@ -79,7 +78,7 @@ class Run:
 
     def samples(self, rows):
         with atomic_write(self.out / "samples.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            tmp.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
 
     def close(self):
         """Ends the progress bar and the metrics: what follows is evaluation."""
@@ -129,6 +128,7 @@ def answer_figures(answers):
         "eval/response_length": float(np.mean([a.tokens for a in answers])),
         "eval/distinct_bigrams": distinct_bigrams([a.response for a in answers]),
     }  # fmt: skip
+    figures = {key: value for key, value in figures.items() if value == value}  # without a scorer there is no score
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:

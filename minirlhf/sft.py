@@ -22,6 +22,7 @@ from minirlhf.gpt import GPT, GPTConfig, local_directory
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Run
 from minirlhf.runtime import UserError, knob
+from minirlhf.sampling import answers
 from minirlhf.tokenizer import Tokenizer
 
 OVERLONG = ("", "error", "truncate")
@@ -95,6 +96,11 @@ def main(knobs):
 
     # Evaluation
     figures = evaluate(model, held_out, tokenizer, autocast, device)
+    run.close()
+    length = min(24, model.config.n_ctx // 2)
+    prompts = [row[: model.config.n_ctx - length] for row in data.prompts_of(test, tokenizer, rng)[:64]]
+    texts = answers(model, model, None, prompts, tokenizer, length, 1.0, autocast)
+    run.samples([{"prompt": a.prompt, "response": a.response} for a in texts])
     model.save_pretrained(run.out / "model", tokenizer)
     summary = run.finish(figures | {"data": knobs.data})
     print(f"base model: perplexity {figures['eval/perplexity']:.1f} on {len(held_out)} held-out texts, "

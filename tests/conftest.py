@@ -17,6 +17,8 @@ def toy(tmp_path_factory):
     from minirlhf import sft
 
     folder = tmp_path_factory.mktemp("toy")
-    sft.main(sft.Knobs(data="toy", out=str(folder / "sft"), n_layer=2, n_head=2, n_embd=64, epochs=4, batch_size=64, lr=5e-3))
-    train_rm.main(train_rm.Knobs(data="toy", out=str(folder / "rm"), epochs=4, lr=3e-3, delete=0.0, dropout=0.0))
+    sft.main(sft.Knobs(data="toy", out=str(folder / "sft"), n_layer=2, n_head=2, n_embd=64, epochs=4, batch_size=64, lr=5e-3,
+                       embedding_lr=1.0))  # fmt: skip
+    train_rm.main(train_rm.Knobs(data="toy", out=str(folder / "rm"), epochs=4, lr=3e-3, embedding_lr=1.0, delete=0.0,
+                                 dropout=0.0))  # fmt: skip
     return folder

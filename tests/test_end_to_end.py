@@ -94,10 +94,27 @@ def test_dpo_raises_the_true_reward(toy, tmp_path, capsys, loss):
     assert summary["eval/implicit_accuracy"] > 0.7
 
 
+def test_all_files_are_strict_json(toy, tmp_path):
+    """Without a reward model there is no score, and an option that is off is no number: null, never NaN."""
+    knobs = train_dpo.Knobs(data="toy", init=str(toy / "sft"), out=str(tmp_path / "dpo"), epochs=1, response_length=4, eval_samples=4)
+    assert "eval/score_before" not in train_dpo.main(knobs)
+    train_ppo.main(train_ppo.Knobs(data="toy", init=str(toy / "sft"), reward="true", out=str(tmp_path / "ppo"), steps=1, batch_size=4,
+                                   response_length=4, eval_samples=4))  # fmt: skip
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for path in [p for folder in (toy, tmp_path) for p in folder.glob("*/*.json*")]:
+        text = path.read_text()
+        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+    assert {row["score_before"] for row in lines(tmp_path / "dpo" / "samples.jsonl")} == {None}
+
+
 def test_a_run_directory_is_whole(toy):
     for stage in ("sft", "rm"):
         names = {p.name for p in (toy / stage).iterdir()}
-        assert {"config.json", "metrics.jsonl", "summary.json", "model"} <= names
+        assert {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "model"} <= names
         assert {p.name for p in (toy / stage / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
         summary = json.loads((toy / stage / "summary.json").read_text())
         assert {"seconds", "seed", "command", "torch", "numpy", "python", "device"} <= summary.keys()
