@@ -1,6 +1,6 @@
 """Stage 2': DPO and its family: a policy straight from preferences, without a reward model and without sampling.   python train_dpo.py
 
-    python train_dpo.py                                    # laptop, 2 cores: the reviews, about 2 minutes
+    python train_dpo.py                                    # laptop, 2 cores: the reviews, 2 to 3 minutes
     python train_dpo.py --loss ipo --no-soft-labels        # any pairwise loss of minirlhf.dpo
     python train_dpo.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-5 --epochs 1 --out runs/hh/dpo                                      # GPU

@@ -1,6 +1,6 @@
 """Stage 1: a reward model from human preferences.   python train_rm.py
 
-    python train_rm.py                                       # laptop, 2 cores: the reviews, about 1 1/2 minutes, accuracy 0.76
+    python train_rm.py                                       # laptop, 2 cores: the reviews, 1 to 3 minutes, accuracy 0.76
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-4 --epochs 1 --out runs/hh/rm                                    # GPU
 
