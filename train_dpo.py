@@ -69,7 +69,8 @@ def main(knobs):
     lengths = np.array([len(row) for row in rows.tokens])
     plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
     test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
-    held_out = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))[: knobs.eval_samples]
+    room = policy.config.n_ctx - knobs.response_length
+    held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
     scorer, reward_summary = find_scorer(knobs, tokenizer, device)
 
     def sample():

@@ -106,8 +106,8 @@ def main(knobs):
 
     # Data: prompts, in an order without end
     room = policy.config.n_ctx - knobs.response_length
-    prompts = fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
-    held_out = fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
+    prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
+    held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
 
     run = Run("ppo", knobs, knobs.steps, device)
@@ -265,21 +265,6 @@ def load_function(file, name):
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
     return getattr(module, name)
-
-
-def fit(prompts, room, overlong):
-    """Prompts that leave room for the response; a longer one is an error, or loses its left end but for the EOS."""
-    if room < 1:
-        raise UserError(f"--response-length: prompt and response exceed the context by {1 - room} tokens or more")
-    if not prompts:
-        raise UserError("the data hold no text to take prompts from")
-    long = [row for row in prompts if len(row) > room]
-    if long and overlong != "truncate":
-        raise UserError(f"a prompt of {len(long[0])} tokens and a response of --response-length exceed the context by "
-                        f"{len(long[0]) - room} tokens: shorten the responses, or use --overlong truncate")  # fmt: skip
-    if long:
-        print(f"{len(long)} of {len(prompts)} prompts lost their left end to leave room for the response")
-    return [row if len(row) <= room else np.concatenate([row[:1], row[len(row) - room + 1 :]]) for row in prompts]
 
 
 if __name__ == "__main__":

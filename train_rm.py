@@ -25,7 +25,7 @@ from minirlhf import data, runtime, sft
 from minirlhf.gpt import GPT, RewardModel
 from minirlhf.log import Run
 from minirlhf.reward import bradley_terry_loss, normalization, pair_accuracy
-from minirlhf.runtime import UserError, knob
+from minirlhf.runtime import knob
 from minirlhf.sampling import generate
 
 
@@ -139,11 +139,9 @@ def score(rm, rows, tokenizer, autocast, device, batch_size=128):
 
 def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     """Scores of one response of the base model to each prompt."""
-    room = base.config.n_ctx - response_length
-    if room < 2:
-        raise UserError(f"--response-length {response_length} leaves no room for a prompt in the context of {base.config.n_ctx}")
+    prompts = data.fit(prompts, base.config.n_ctx - response_length, "truncate")
     device = base.wte.weight.device
-    tokens, lengths = data.pad_rows([np.concatenate([p[:1], p[1:][-(room - 1) :]]) for p in prompts], tokenizer.pad, device)
+    tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)
     with autocast:
         rollout = generate(base, tokens, lengths, response_length, eos=tokenizer.eos, pad=tokenizer.pad)
     whole = rollout.prompt_lengths + rollout.response_lengths
@@ -199,14 +197,14 @@ def evaluate(feedback, scores, pairs, gaps):
         figures["eval/human_ceiling"] = human
     edges = [0, 0.5, 1, 2, 3, math.inf] if rated else [0, math.inf]
     print(f"\npair accuracy on {len(pairs):,} test pairs\n{'rating gap':>12} {'pairs':>7}", *(f"{c:>13}" for c in columns),
-          f"{'one person':>11}")  # fmt: skip
+          f"{'one person':>11}" if human == human else "")  # fmt: skip
     for low, high in [*zip(edges, edges[1:], strict=False), (0, math.inf)][: len(edges) if rated else 1]:
         part = pairs[(gaps > low) & (gaps <= high)]
         if len(part):
             name = "all" if (low, high) == (0, math.inf) else f"{low:g} to {high:g}" if high < math.inf else f"over {low:g}"
             cells = [pair_accuracy(c, torch.as_tensor(part)).item() for c in columns.values()]
             ceiling = data.human_ceiling(feedback.test, part)
-            print(f"{name:>12} {len(part):>7}", *(f"{c:>13.3f}" for c in cells), f"{ceiling:>11.3f}")
+            print(f"{name:>12} {len(part):>7}", *(f"{c:>13.3f}" for c in cells), f"{ceiling:>11.3f}" if ceiling == ceiling else "")
     print()
     return figures
 

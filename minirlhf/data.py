@@ -360,3 +360,18 @@ def prompts_of(items, tokenizer, rng):
         return [np.array([tokenizer.eos, *tokenizer.encode(prompt)]) for prompt in distinct]
     rows = (tokenizer.encode(text) for text in items.responses)
     return [np.array([tokenizer.eos, *row[: min(rng.integers(4, 9), max(1, len(row) // 2))]]) for row in rows if row]
+
+
+def fit(prompts, room, overlong):
+    """Prompts that leave room for the response; a longer one is an error, or loses its left end but for the EOS."""
+    if room < 1:
+        raise UserError(f"--response-length: prompt and response exceed the context by {1 - room} tokens or more")
+    if not prompts:
+        raise UserError("the data hold no text to take prompts from")
+    long = [row for row in prompts if len(row) > room]
+    if long and overlong != "truncate":
+        raise UserError(f"a prompt of {len(long[0])} tokens and a response of --response-length exceed the context by "
+                        f"{len(long[0]) - room} tokens: shorten the responses, or use --overlong truncate")  # fmt: skip
+    if long:
+        print(f"{len(long)} of {len(prompts)} prompts lost their left end to leave room for the response")
+    return [row if len(row) <= room else np.concatenate([row[:1], row[len(row) - room + 1 :]]) for row in prompts]

@@ -98,7 +98,7 @@ def main(knobs):
     figures = evaluate(model, held_out, tokenizer, autocast, device)
     run.close()
     length = min(24, model.config.n_ctx // 2)
-    prompts = [row[: model.config.n_ctx - length] for row in data.prompts_of(test, tokenizer, rng)[:64]]
+    prompts = data.fit(data.prompts_of(test, tokenizer, rng)[:64], model.config.n_ctx - length, "truncate")
     texts = answers(model, model, None, prompts, tokenizer, length, 1.0, autocast)
     run.samples([{"prompt": a.prompt, "response": a.response} for a in texts])
     model.save_pretrained(run.out / "model", tokenizer)

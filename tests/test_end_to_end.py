@@ -149,3 +149,20 @@ def test_pairs_from_a_file_go_through_all_stages(tmp_path):
     assert np.isfinite(ppo["eval/score_after"])
     dpo = train_dpo.main(train_dpo.Knobs(data=source, out=str(tmp_path / "dpo"), epochs=20, lr=1e-2, response_length=6))
     assert dpo["eval/implicit_accuracy"] == 1.0
+
+
+def test_long_prompts_lose_their_left_end_only_when_asked(tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"{i} " + "abcdefgh " * 40, "chosen": "good", "rejected": "bad"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = dict(vocab_size=257, n_layer=1, n_head=1, n_embd=16, epochs=1)
+    with pytest.raises(sft.UserError, match="line .* exceed the context of 64"):
+        sft.main(sft.Knobs(data=str(path), out=str(tmp_path / "sft"), **small))
+    common = dict(data=str(path), overlong="truncate")
+    sft.main(sft.Knobs(**common, out=str(tmp_path / "sft"), **small))
+    train_rm.main(train_rm.Knobs(**common, out=str(tmp_path / "rm"), epochs=1))
+    train_ppo.main(train_ppo.Knobs(**common, out=str(tmp_path / "ppo"), steps=1, batch_size=4))
+    train_dpo.main(train_dpo.Knobs(**common, out=str(tmp_path / "dpo"), epochs=1))
+    assert "lost their left end" in capsys.readouterr().out
+    with pytest.raises(sft.UserError, match="exceed the context by"):
+        train_ppo.main(train_ppo.Knobs(**common | {"overlong": ""}, out=str(tmp_path / "ppo"), steps=1, batch_size=4))
