@@ -21,7 +21,7 @@ import torch
 
 from minirlhf import data, dpo, runtime, sft
 from minirlhf.checkpoint import finished
-from minirlhf.gpt import GPT, RewardModel
+from minirlhf.gpt import GPT
 from minirlhf.log import Run
 from minirlhf.reward import pair_accuracy
 from minirlhf.runtime import UserError, knob
@@ -71,7 +71,7 @@ def main(knobs):
     test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
     room = policy.config.n_ctx - knobs.response_length
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
-    scorer, reward_summary = find_scorer(knobs, tokenizer, device)
+    scorer, reward_summary = find_scorer(knobs, tokenizer, reference)
 
     def sample():
         torch.manual_seed(knobs.seed)  # the same random numbers before and after
@@ -170,16 +170,13 @@ def step_0_check(knobs, loss, stats):
             + ("as they should be" if right else "NOT as they should be"))  # fmt: skip
 
 
-def find_scorer(knobs, tokenizer, device):
+def find_scorer(knobs, tokenizer, reference):
     """(scorer of sampled rows or None, summary of the reward model's training)."""
     beside = Path(knobs.out).parent / "rm"
     summary = finished(knobs.reward or beside) or {}
     if not knobs.reward and summary.get("data") != knobs.data:
         return None, {}
-    rm = RewardModel.from_pretrained(sft.model_directory(knobs.reward or beside)).to(device).eval()
-    if rm.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"reward model {knobs.reward or beside}: vocabulary {rm.config.vocab_size}, the base model's is "
-                        f"{tokenizer.vocab_size}")  # fmt: skip
+    rm = sft.load_reward_model(knobs.reward or beside, tokenizer, reference)
     return (lambda tokens, p, r: rm(tokens, p + r).float()), summary
 
 

@@ -226,8 +226,7 @@ def reward_model(knobs):
     if knobs.reward:
         return knobs.reward, {}
     own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(Path(knobs.out).parent / "rm"), seed=knobs.seed,
-                         overlong=knobs.overlong,
-                         device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+                         overlong=knobs.overlong, device=knobs.device, dtype=knobs.dtype)  # fmt: skip
     return sft.stage_before("reward model", train_rm.main, own)
 
 
@@ -250,11 +249,7 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         critic = RewardModel.from_base(reference)
         torch.nn.init.zeros_(critic.score.weight)
         return score_text, critic
-    source = sft.model_directory(source)
-    rm, critic = (RewardModel.from_pretrained(source).to(reference.wte.weight.device).eval() for _ in range(2))
-    if rm.config.vocab_size != tokenizer.vocab_size or rm.config.n_ctx < reference.config.n_ctx:
-        raise UserError(f"reward model {source}: vocabulary {rm.config.vocab_size} and context {rm.config.n_ctx}, but the base model "
-                        f"has {tokenizer.vocab_size} and {reference.config.n_ctx}: train it from this base model")  # fmt: skip
+    rm, critic = (sft.load_reward_model(source, tokenizer, reference) for _ in range(2))
     return lambda tokens, p, r: rm(tokens, p + r).float(), critic
 
 

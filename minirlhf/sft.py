@@ -18,7 +18,7 @@ import torch
 
 from minirlhf import data, runtime
 from minirlhf.checkpoint import finished
-from minirlhf.gpt import GPT, GPTConfig, local_directory
+from minirlhf.gpt import GPT, GPTConfig, RewardModel, local_directory
 from minirlhf.kernels import token_logprobs
 from minirlhf.log import Run
 from minirlhf.runtime import UserError, knob
@@ -145,6 +145,15 @@ def load_tokenizer(source):
     """The tokenizer of a model directory or of a model on the hub; GPT-2's for a directory without one."""
     source = local_directory(source)
     return Tokenizer.load(source if (source / "tokenizer.json").exists() else "gpt2")
+
+
+def load_reward_model(path, tokenizer, base):
+    """The reward model of a run or a directory, on the base model's device. Raises UserError when the two do not fit together."""
+    rm = RewardModel.from_pretrained(model_directory(path)).to(base.wte.weight.device).eval()
+    if rm.config.vocab_size != tokenizer.vocab_size or rm.config.n_ctx < base.config.n_ctx:
+        raise UserError(f"reward model {path}: vocabulary {rm.config.vocab_size} and context {rm.config.n_ctx}, but the base model "
+                        f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model")  # fmt: skip
+    return rm
 
 
 def stage_before(name, main, knobs):
