@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minirlhf.checkpoint import atomic_write
+from minirlhf.kernels import decode_attention
 from minirlhf.runtime import UserError
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
@@ -50,15 +51,6 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
-    def write(self, layer, k, v, positions):
-        """Stores k, v (B, H, T, C/H): a prompt at slots 0..T-1, or one token at each row's own position (B,)."""
-        if positions is None:
-            self.k[layer, :, :, : k.shape[2]] = k
-            self.v[layer, :, :, : v.shape[2]] = v
-            return k, v
-        slot = positions.view(-1, 1, 1, 1).expand_as(k)
-        return self.k[layer].scatter_(2, slot, k), self.v[layer].scatter_(2, slot, v)
-
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -72,10 +64,12 @@ class Attention(nn.Module):
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)
         )  # (B, H, T, C/H)
-        if cache is not None:
-            k, v = cache.write(layer, k, v, positions)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        if positions is not None:  # one new token a row
+            y = decode_attention(q, k, v, cache.k[layer], cache.v[layer], positions, mask)
+        else:
+            if cache is not None:  # the prompt's keys and values stay for later
+                cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -140,8 +134,7 @@ class GPT(nn.Module):
             where = torch.arange(T, device=idx.device)
         else:
             where = positions[:, None]  # (B, 1)
-            slots = torch.arange(cache.k.shape[3], device=idx.device)
-            mask = (slots <= where)[:, None, None]  # (B, 1, 1, S)
+            mask = (torch.arange(cache.k.shape[3], device=idx.device) <= where)[:, None, None]  # (B, 1, 1, S)
         x = self.drop(self.wte(idx) + self.wpe(where))
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer, positions, mask)

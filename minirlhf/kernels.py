@@ -1,17 +1,48 @@
-"""Token log-probabilities over the vocabulary without ever holding them all.
+"""Fused Triton kernels, each beside its plain PyTorch twin: token log-probs, the sampler, the attention of a decoding step.
 
-The log-prob of one token needs the logits of the whole vocabulary, for each position: (N, V) floats are most of the memory of a
-training step. Here they exist for a chunk of rows at a time, are reduced to one number a row, and are made again in backward (but for a
-problem of a single chunk, which is kept).
-Everything is fp32 at least, whatever the autocast: rounded logits are the largest source of a ratio that is not 1.
+One idea carries the first: the log-prob of one token needs the logits of the whole vocabulary, for each position, and (N, V) floats
+are most of the memory of a training step. Here they never exist: forward walks over tiles of the vocabulary with a running maximum and
+sum (online softmax, Milakov and Gimelshein 2018), backward makes them again for a chunk of rows at a time.
+Log-probs are fp32, of logits accumulated in fp32, whatever the autocast: rounded logits are the largest source of a ratio that is not 1.
 
-Left out, so far: fused Triton kernels.
+MINIRLHF_KERNELS=torch|triton|auto chooses; auto takes Triton on a GPU. Left out: attention in training, LayerNorm, GELU and Adam, where
+PyTorch's own are good; top-k in the sampler.
 """
 
-import torch
-from torch.autograd.function import once_differentiable
+import os
 
-CHUNK = 1 << 24  # logits held at a time: 64 MB in fp32
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # then the twins do everything
+
+    class tl:
+        constexpr = None
+
+    def jit(f):
+        return f
+
+    triton = None
+
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits held at a time: 64 MB in fp32; 512 MB in bf16 on a GPU
+MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
+
+
+def fused(x):
+    """Whether tensor x goes to the Triton kernels. Raises RuntimeError when they are demanded and Triton is not there."""
+    choice = os.environ.get("MINIRLHF_KERNELS", "auto")
+    if choice == "triton" and triton is None:
+        raise RuntimeError("MINIRLHF_KERNELS=triton, but triton is not installed")
+    return triton is not None and choice != "torch" and (x.is_cuda or (choice == "triton" and INTERPRETED))
+
+
+# Token log-probs
 
 
 def token_logprobs(hidden, weight, targets, *, temperature=1.0):
@@ -22,48 +53,330 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
-    return TokenLogprobs.apply(hidden, weight, targets, temperature)
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = grad and not fused(hidden) and not hidden.is_cuda and len(targets) <= chunk_rows(weight)
+    return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
 
 
-class TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.empty(len(targets), dtype=dtype, device=hidden.device)
-        lse = torch.empty_like(logprobs)
-        slices = chunks(len(targets), len(weight))
-        for rows in slices:
-            logits = chunk_logits(hidden[rows], weight, dtype, temperature)
-            lse[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature, ctx.logits = temperature, logits if len(slices) == 1 and any(ctx.needs_input_grad) else None
-        return logprobs
+def operand_dtype(hidden, weight):
+    """The type in which hidden and weight are multiplied; the sums are fp32 or wider.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype)  # fp32: the sum over chunks must not round
-        scale = (grad / ctx.temperature)[:, None]
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(len(targets), len(weight)):
-                logits = ctx.logits
-                if logits is None:
-                    logits = chunk_logits(hidden[rows], weight, lse.dtype, ctx.temperature)
-                d_logits = (logits - lse[rows, None]).exp_().mul_(-scale[rows])  # d logp / d logits = onehot - softmax
-                d_logits.scatter_add_(1, targets[rows, None], scale[rows])
-                d_hidden[rows] = (d_logits @ weight.to(lse.dtype)).to(hidden.dtype)
-                d_weight.addmm_(d_logits.t(), hidden[rows].to(lse.dtype))
-        return d_hidden, d_weight.to(weight.dtype), None, None
+    On a GPU bf16 operands are where the speed is, so autocast rounds them; on the CPU nothing is rounded.
+    """
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    both = torch.promote_types(hidden.dtype, weight.dtype)
+    return both if hidden.is_cuda or fused(hidden) else torch.promote_types(both, torch.float32)
 
 
-def chunks(rows, vocab):
-    step = max(1, CHUNK // vocab)
+def head_logits(hidden, weight, dtype=None):
+    """hidden @ weight.T: (N, V), fp32 at least."""
+    dtype = dtype or operand_dtype(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return matmul(hidden.to(dtype), weight.to(dtype).t())
+
+
+def matmul(a, b):
+    """a @ b with its sums as they are, fp32 at least."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype == wide or not a.is_cuda:
+        return a.to(wide) @ b.to(wide)
+    return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
+
+
+def chunk_rows(weight):
+    return max(1, CHUNK[weight.device.type] // len(weight))
+
+
+def chunks(rows, weight):
+    step = chunk_rows(weight)
     return [slice(i, i + step) for i in range(0, rows, step)]
 
 
-def chunk_logits(hidden, weight, dtype, temperature):
+def aligned(weight):
+    """A head's weight (V, C) with rows of zeros up to a multiple of 64 on a GPU, where a matrix product of 50,257 columns takes up to
+    seven times as long as one of 50,304 (H100, bf16)."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
+
+
+@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=())
+def token_logprobs_op(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, dtype: torch.dtype, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs and log-sum-exp, (N,) each, and the logits where they are a single chunk that backward shall not make again."""
+    wide = torch.promote_types(dtype, torch.float32)
+    logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
+    logits = hidden.new_empty(0)
+    if fused(hidden):
+        fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, logprobs, lse)
+        return logprobs, lse, logits
+    padded = aligned(weight.to(dtype))
+    for rows in chunks(len(targets), weight):
+        logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)].div_(temperature)
+        lse[rows] = logits.logsumexp(-1)
+        logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+    return logprobs, lse, logits if keep else hidden.new_empty(0)
+
+
+@token_logprobs_op.register_fake
+def _(hidden, weight, targets, temperature, dtype, keep):
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = hidden.new_empty((len(targets), len(weight)), dtype=wide) if keep else hidden.new_empty(0)
+    return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
+
+
+@torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=())
+def token_logprobs_backward_op(
+    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, kept: torch.Tensor,
+    temperature: float, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of hidden and weight: logits anew for a chunk of rows, d logp / d logits = onehot - softmax, two matrix products."""
+    d_hidden = torch.empty_like(hidden)
+    h, w, scale = hidden.to(dtype).contiguous(), aligned(weight.to(dtype)), grad / temperature
+    d_weight = torch.zeros_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
     with torch.autocast(hidden.device.type, enabled=False):
-        return (hidden.to(dtype) @ weight.to(dtype).t()).div_(temperature)
+        for rows in chunks(len(targets), weight):
+            if fused(hidden):
+                d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
+            else:
+                logits = kept if kept.numel() else head_logits(h[rows], w, dtype).div_(temperature)
+                d_logits = (logits - lse[rows, None]).exp_().mul_(-scale[rows, None])
+                d_logits[:, len(weight) :] = 0
+                d_logits = d_logits.scatter_add_(1, targets[rows, None], scale[rows, None]).to(dtype)
+            d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
+            d_weight += matmul(d_logits.t(), h[rows])
+    return d_hidden, d_weight[: len(weight)].to(weight.dtype)
+
+
+@token_logprobs_backward_op.register_fake
+def _(grad, hidden, weight, targets, lse, kept, temperature, dtype):
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def save_for_backward(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, ctx.dtype, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[1], output[2])
+
+
+def backward(ctx, grad, *_):
+    hidden, weight, targets, lse, kept = ctx.saved_tensors
+    d = token_logprobs_backward_op(grad.contiguous(), hidden, weight, targets, lse, kept, ctx.temperature, ctx.dtype)
+    return *d, None, None, None, None
+
+
+token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)
+
+# Forward without logits. A program owns BM rows and walks over one split of the vocabulary, BN columns a tile:
+#
+#                  vocabulary ->
+#            split 0          split 1            each tile: acc (BM, BN) += hidden (BM, BK) @ weight (BN, BK).T over C / BK steps,
+#   rows  [ >tile>tile> ] [ >tile>tile> ]        then for each row  m' = max(m, max z),  s = s exp(m - m') + sum exp(z - m')
+#     |   [ >tile>tile> ] [ >tile>tile> ]        and z at the target where it lies in the tile
+#     v
+# Reads hidden (N, C) once a tile (from the cache) and weight (V, C) once per BM rows; writes three floats a row and split.
+# The splits' (m, s, z) are put together by a few small PyTorch operations.
+
+
+def fused_forward(hidden, weight, targets, temperature, logprobs, lse):
+    (N, C), V = hidden.shape, len(weight)
+    if N == 0:
+        return
+    BM, BN, BK, warps, stages = tile_sizes(hidden, N)
+    row_tiles, col_tiles = triton.cdiv(N, BM), triton.cdiv(V, BN)
+    splits = min(col_tiles, max(1, 264 // row_tiles))  # two programs for each of an H100's 132 multiprocessors
+    tiles = triton.cdiv(col_tiles, splits)
+    splits = triton.cdiv(col_tiles, tiles)  # so none is empty
+    m, s, z = torch.empty(3, splits, N, device=hidden.device)
+    split_logsumexp[(row_tiles, splits)](hidden, weight, targets, m, s, z, N, V, 1 / temperature, C=C, TILES=tiles, BM=BM, BN=BN, BK=BK,
+                                         num_warps=warps, num_stages=stages)  # fmt: skip
+    torch.logsumexp(m + s.log(), 0, out=lse)
+    torch.sub(z.sum(0), lse, out=logprobs)
+
+
+def tile_sizes(hidden, rows):
+    """(BM, BN, BK, warps, stages), by a sweep on an H100."""
+    if not hidden.is_cuda:
+        return 16, 64, 64, 4, 1  # the interpreter: few programs
+    if hidden.dtype == torch.float32:
+        return 64, 64, 32, 4, 3
+    return (128, 256, 64, 8, 3) if rows > 512 else (64, 128, 64, 4, 4)
+
+
+@jit
+def tile_product(h_ptr, w_ptr, rows, cols, N, V, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """hidden[rows] @ weight[cols].T: (BM, BN), fp32."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, C, BK):
+        ks = k + tl.arange(0, BK)
+        a = tl.load(h_ptr + rows[:, None] * C + ks[None], mask=(rows < N)[:, None] & (ks < C)[None], other=0.0)
+        b = tl.load(w_ptr + cols[None] * C + ks[:, None], mask=(cols < V)[None] & (ks < C)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@jit
+def split_logsumexp(h_ptr, w_ptr, target_ptr, m_ptr, s_ptr, z_ptr, N, V, scale, C: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
+                    BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    s = tl.zeros([BM], tl.float32)
+    at_target = tl.zeros([BM], tl.float32)
+    for tile in range(TILES):
+        cols = (split * TILES + tile).to(tl.int64) * BN + tl.arange(0, BN)
+        acc = tile_product(h_ptr, w_ptr, rows, cols, N, V, C, BM, BN, BK)
+        z = tl.where((cols < V)[None], acc * scale, float("-inf"))
+        larger = tl.maximum(m, tl.max(z, 1))
+        s = s * tl.exp(m - larger) + tl.sum(tl.exp(z - larger[:, None]), 1)
+        at_target += tl.sum(tl.where(cols[None] == target[:, None], z, 0.0), 1)
+        m = larger
+    out = split.to(tl.int64) * N + rows
+    tl.store(m_ptr + out, m, mask=rows < N)
+    tl.store(s_ptr + out, s, mask=rows < N)
+    tl.store(z_ptr + out, at_target, mask=rows < N)
+
+
+# Backward makes the same tiles again, one program each, and turns them into d_logits before they leave the registers:
+# reads hidden and weight, writes d_logits (rows of a chunk, V) in the type of the two matrix products that follow.
+
+
+def fused_d_logits(hidden, weight, lse, targets, scale, temperature, V):
+    """scale * (onehot - softmax) of hidden (n, C) @ weight (W, C).T / temperature: (n, W), 0 from column V on."""
+    (N, C), W = hidden.shape, len(weight)
+    BM, BN, BK, warps, stages = tile_sizes(hidden, N)
+    out = torch.empty(N, W, dtype=hidden.dtype, device=hidden.device)
+    grid = (triton.cdiv(N, BM), triton.cdiv(W, BN))
+    d_logits_kernel[grid](hidden, weight, lse, targets, scale, out, N, V, W, 1 / temperature, C=C, BM=BM, BN=BN, BK=BK,
+                          num_warps=warps, num_stages=stages)  # fmt: skip
+    return out
+
+
+@jit
+def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V, W, inverse_temperature, C: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    acc = tile_product(h_ptr, w_ptr, rows, cols, N, V, C, BM, BN, BK)
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+    p = tl.where((cols < V)[None], tl.exp(acc * inverse_temperature - lse[:, None]), 0.0)
+    d = (tl.where(cols[None] == target[:, None], 1.0, 0.0) - p) * scale[:, None]
+    tl.store(out_ptr + rows[:, None] * W + cols[None], d.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < W)[None])
+
+
+# The sampler: Gumbel-max (the index of the largest z + g is a sample of softmax z, for g = -log(-log u)). A program owns a split of a row
+# and reads it once: temperature, noise, maximum and log-sum-exp together; a second kernel puts a row's splits together.
+# Reads 4 V bytes a row, writes five numbers a split.
+
+
+def sample_logits(logits, temperature, seed, step):
+    """Tokens (B,) sampled from fp32 logits (B, V) at a temperature, and their log-probs (B,); temperature 0 takes the largest.
+
+    The noise is a function of seed (1,) int64, the row, and step (1,) int64: tensors on the device, so that a captured graph can be
+    replayed with others.
+    """
+    B, V = logits.shape
+    block = min(2048, max(16, triton.next_power_of_2(V)))
+    splits = triton.cdiv(V, block)
+    parts = torch.empty(4, B, splits, device=logits.device)
+    candidates = torch.empty(B, splits, dtype=torch.int64, device=logits.device)
+    tokens, logprobs = torch.empty(B, dtype=torch.int64, device=logits.device), torch.empty(B, device=logits.device)
+    sample_kernel[(B, splits)](logits, seed, step, parts, candidates, V, logits.stride(0), 1 / (temperature or 1), B * splits,
+                               NOISE=temperature > 0, BLOCK=block)  # fmt: skip
+    sample_combine[(B,)](parts, candidates, tokens, logprobs, splits, B * splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    return tokens, logprobs
+
+
+@jit
+def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride, scale, size, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + row * stride + cols, mask=cols < V, other=float("-inf")) * scale
+    m = tl.max(z, 0)
+    noisy = z
+    if NOISE:
+        key = tl.load(seed_ptr) + (row << 32) + tl.load(step_ptr)
+        four = tl.rand4x(key, tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4))  # what one call of Philox gives
+        u = tl.reshape(tl.join(tl.join(four[0], four[1]), tl.join(four[2], four[3])), [BLOCK])
+        noisy = tl.where(cols < V, z - tl.log(-tl.log(u)), float("-inf"))
+    best = tl.argmax(noisy, 0)
+    out = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(parts_ptr + out, tl.max(noisy, 0))
+    tl.store(parts_ptr + size + out, tl.sum(tl.where(tl.arange(0, BLOCK) == best, z, 0.0), 0))
+    tl.store(parts_ptr + 2 * size + out, m)
+    tl.store(parts_ptr + 3 * size + out, tl.sum(tl.exp(z - m), 0))
+    tl.store(candidate_ptr + out, tl.program_id(1) * BLOCK + best)
+
+
+@jit
+def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, size, SPLITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SPLITS)
+    ptr = parts_ptr + row * splits + at
+    noisy = tl.load(ptr, mask=at < splits, other=float("-inf"))
+    z = tl.load(ptr + size, mask=at < splits, other=0.0)
+    m = tl.load(ptr + 2 * size, mask=at < splits, other=float("-inf"))
+    s = tl.load(ptr + 3 * size, mask=at < splits, other=0.0)
+    best = tl.argmax(noisy, 0)
+    largest = tl.max(m, 0)
+    lse = largest + tl.log(tl.sum(s * tl.exp(m - largest), 0))
+    tl.store(token_ptr + row, tl.load(candidate_ptr + row * splits + best))
+    tl.store(logprob_ptr + row, tl.sum(tl.where(at == best, z, 0.0), 0) - lse)
+
+
+# The attention of one decoding step: a program owns a head of a row, puts its key and value into the cache and reads the
+# slots before them, with a running maximum and sum as above. It reads what is filled, 2 p D numbers, not the whole cache.
+#
+#     cache of a head   [ k k k k k k . . . . ]      p = 6: slots 0..5 are read, slot 6 is written, its k and v are at hand
+#                         block    block
+
+
+def decode_attention(q, k, v, k_cache, v_cache, positions, mask):
+    """Attention of one new token a row over the slots up to its own: (B, H, 1, D).
+
+    q, k, v (B, H, 1, D); caches (B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots
+    up to it, which only the twin needs.
+    """
+    B, H, _, D = q.shape
+    if not fused(q):
+        slot = positions.view(-1, 1, 1, 1).expand_as(k)
+        k, v = k_cache.scatter_(2, slot, k), v_cache.scatter_(2, slot, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
+    decode_attention_kernel[(B * H,)](q, k, v, k_cache, v_cache, positions, out, q.stride(0), q.stride(1), H, k_cache.shape[2],
+                                      D=D, BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
+    return out
+
+
+@jit
+def decode_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache, v_cache, position_ptr, out_ptr, stride_row, stride_head, H, S,
+                            D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    new = (program // H) * stride_row + (program % H) * stride_head + d
+    q = tl.load(q_ptr + new, mask=d < D, other=0.0).to(tl.float32) / D**0.5
+    k = tl.load(k_ptr + new, mask=d < D, other=0.0)
+    v = tl.load(v_ptr + new, mask=d < D, other=0.0)
+    p = tl.load(position_ptr + program // H)
+    cache = program * S * D
+    tl.store(k_cache + cache + p * D + d, k, mask=d < D)
+    tl.store(v_cache + cache + p * D + d, v, mask=d < D)
+    m = tl.sum(q * k.to(tl.float32), 0)
+    s = m * 0.0 + 1.0
+    acc = v.to(tl.float32)
+    for start in range(0, p, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        inside = (slots < p)[:, None] & (d < D)[None]
+        at = cache + slots[:, None] * D + d[None]
+        keys = tl.load(k_cache + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(v_cache + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(slots < p, tl.sum(keys * q[None], 1), float("-inf"))
+        larger = tl.maximum(m, tl.max(z, 0))
+        weight = tl.exp(z - larger)
+        shrink = tl.exp(m - larger)
+        s = s * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * values, 0)
+        m = larger
+    tl.store(out_ptr + program * D + d, (acc / s).to(out_ptr.dtype.element_ty), mask=d < D)

@@ -3,17 +3,18 @@
 Rows are left-aligned: a prompt of length p ends at slot p-1, and the token of step t goes to slot p+t of its own row. So a rollout
 has the layout of a training batch, and a row gives the same numbers alone and in any batch.
 
-Left out: top-p and other filters, which make the sampler another distribution than the one that is scored; beam search; so far, CUDA
-graphs.
+Left out: top-p and other filters, which make the sampler another distribution than the one that is scored; beam search.
 """
 
+import copy
+import weakref
 from typing import NamedTuple
 
 import torch
 
+from minirlhf import kernels
 from minirlhf.data import pad_rows
 from minirlhf.gpt import KVCache
-from minirlhf.kernels import token_logprobs
 
 
 class Rollout(NamedTuple):
@@ -41,38 +42,121 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     if senseless or int(prompt_lengths.min()) < 1 or longest > Q:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt lengths "
                          f"{int(prompt_lengths.min())}..{longest} of {Q}: each must be positive and fit")  # fmt: skip
-    device, training = prompts.device, model.training
+    training = model.training
     model.eval()
-    tokens = torch.full((B, Q + max_new_tokens), pad, device=device, dtype=prompts.dtype)
-    prompt_mask = torch.arange(Q, device=device) < prompt_lengths[:, None]
-    tokens[:, :Q] = torch.where(prompt_mask, prompts, pad)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    response_lengths = torch.zeros_like(prompt_lengths)
-
-    weight = model.lm_head_weight
-    cache = KVCache(model.config, B, longest + max_new_tokens, device=device, dtype=cache_dtype(device, weight))
-    hidden = model.hidden(tokens[:, :longest], cache)  # (B, Q, C)
-    hidden = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C): what follows the last prompt token
-    for t in range(max_new_tokens):
-        token, logprob = sample(hidden, weight, temperature, top_k, generator)
-        token = torch.where(finished, pad, token)
-        logprobs[:, t] = torch.where(finished, 0, logprob)
-        tokens.scatter_(1, (prompt_lengths + t)[:, None], token[:, None].to(tokens.dtype))
-        response_lengths += ~finished
-        finished |= token == eos
-        if t + 1 == max_new_tokens or (t % 4 == 3 and finished.all()):
+    options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
+    decoder = (captured if prompts.is_cuda else Decoder)(model, B, Q + max_new_tokens, **options)
+    decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
+    every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
+    for t in range(1, max_new_tokens):
+        if t % every == 0 and decoder.finished.all():
             break
-        hidden = model.hidden(token[:, None], cache, prompt_lengths + t)[:, 0]
+        decoder.advance(model)
     model.train(training)
-    return Rollout(tokens, prompt_lengths, response_lengths, logprobs)
+    return Rollout(decoder.tokens[:, : Q + max_new_tokens].to(prompts.dtype, copy=True), prompt_lengths, decoder.response_lengths.clone(),
+                   decoder.logprobs[:, :max_new_tokens].clone())  # fmt: skip
 
 
-def sample(hidden, weight, temperature, top_k, generator):
-    """The next token (B,) of hidden states (B, C), and its log-prob (B,) in the distribution it was drawn from."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.float() @ weight.float().t()  # (B, V)
-    logits /= temperature or 1.0
+class Decoder:
+    """B rows of S slots: the buffers that a decoding step works on, and the step.
+
+    The step reads and writes these buffers and the weights alone, so on a GPU it is captured once as a CUDA graph and replayed: a few
+    hundred small kernels for the price of one launch.
+    """
+
+    def __init__(self, model, batch, slots, *, eos, pad, temperature, top_k):
+        self.eos, self.pad, self.temperature, self.top_k = eos, pad, temperature, top_k
+        weight = model.lm_head_weight
+        device = weight.device
+        self.rounded = self.generator = self.graph = None
+        if torch.is_autocast_enabled(device.type) and weight.is_cuda:  # each step would else read fp32 weights to round them
+            self.rounded = copy.deepcopy(model).requires_grad_(False)
+            for linear in self.rounded.modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.to(torch.get_autocast_dtype(device.type))
+            weight = weight.to(torch.get_autocast_dtype(device.type))
+        self.vocab, self.weight = len(weight), kernels.aligned(weight.detach())
+        self.cache = KVCache(model.config, batch, slots, device=device, dtype=cache_dtype(device, weight))
+        self.tokens = torch.full((batch, slots), pad, device=device)
+        self.logprobs = torch.zeros(batch, slots, device=device)
+        self.prompt_lengths, self.response_lengths = (torch.ones(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.step, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # tokens so far; of the noise
+
+    def start(self, model, prompts, prompt_lengths, generator):
+        """Takes over the weights and the prompts (B, Q), and samples the first token of each response."""
+        if self.rounded:
+            torch._foreach_copy_(list(self.rounded.parameters()), list(model.parameters()))
+        if self.weight.data_ptr() != model.lm_head_weight.data_ptr():
+            self.weight[: self.vocab] = model.lm_head_weight
+        self.generator = generator
+        if kernels.fused(self.weight):
+            self.seed.copy_(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else self.seed.device))
+        B, Q = prompts.shape
+        inside = torch.arange(Q, device=prompts.device) < prompt_lengths[:, None]
+        self.tokens.fill_(self.pad)
+        self.tokens[:, :Q] = torch.where(inside, prompts, self.pad)
+        self.prompt_lengths.copy_(prompt_lengths)
+        for x in (self.logprobs, self.response_lengths, self.finished, self.step):
+            x.zero_()
+        hidden = (self.rounded or model).hidden(self.tokens[:, :Q], self.cache)  # (B, Q, C)
+        self.pick(hidden[torch.arange(B, device=prompts.device), prompt_lengths - 1])
+
+    def advance(self, model):
+        """One more token a row."""
+        if self.graph:
+            return self.graph.replay()
+        hidden = (self.rounded or model).hidden(self.token[:, None], self.cache, self.prompt_lengths + self.step - 1)
+        self.pick(hidden[:, 0])
+
+    def pick(self, hidden):
+        """Samples from what follows hidden (B, C), and books it."""
+        logits = kernels.head_logits(hidden, self.weight)[:, : self.vocab]
+        if kernels.fused(logits) and not self.top_k:
+            token, logprob = kernels.sample_logits(logits, self.temperature, self.seed, self.step)
+        else:
+            token, logprob = sample(logits, self.temperature, self.top_k, self.generator)
+        token = torch.where(self.finished, self.pad, token)
+        self.token.copy_(token)
+        self.tokens.scatter_(1, (self.prompt_lengths + self.step)[:, None], token[:, None])
+        self.logprobs.scatter_(1, self.step.expand(len(token), 1), torch.where(self.finished, 0, logprob)[:, None])
+        self.response_lengths += ~self.finished
+        self.finished |= token == self.eos
+        self.step += 1
+
+
+GRAPHS = weakref.WeakKeyDictionary()  # model -> {what the graph depends on: Decoder}
+
+
+def captured(model, batch, slots, **options):
+    """A Decoder on the GPU with its step captured; the last few of each model are kept, as long as its weights stay where they are."""
+    slots = -(-slots // 64) * 64
+    where = hash(tuple(p.data_ptr() for p in model.parameters()))
+    key = (batch, slots, where, torch.is_autocast_enabled("cuda"), kernels.fused(model.lm_head_weight), *options.values())
+    decoders = GRAPHS.setdefault(model, {})
+    if key not in decoders:
+        while len(decoders) > 3:
+            del decoders[next(iter(decoders))]
+        decoder = Decoder(model, batch, slots, **options)
+        decoder.step += 1
+        stream = torch.cuda.Stream()  # warm-up: kernels are compiled and workspaces allocated before the capture
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                decoder.advance(model)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decoder.advance(model)
+        decoder.graph = graph
+        decoders[key] = decoder
+    return decoders[key]
+
+
+def sample(logits, temperature, top_k, generator):
+    """The next token (B,) by logits (B, V), and its log-prob (B,) in the distribution it was drawn from."""
+    logits = logits / (temperature or 1.0)
     if top_k:
         floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
         logits.masked_fill_(logits < floor, float("-inf"))
@@ -116,8 +200,8 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     hidden = before_response(model.hidden(tokens[:, : end - 1]), prompt_lengths, width)  # (B, R, C)
     targets = before_response(tokens[:, 1:end], prompt_lengths, width)  # (B, R)
     logprobs = torch.zeros(mask.shape, device=tokens.device)
-    return logprobs.masked_scatter(mask, token_logprobs(hidden[mask], model.lm_head_weight, targets[mask],
-                                                        temperature=temperature))  # fmt: skip
+    return logprobs.masked_scatter(mask, kernels.token_logprobs(hidden[mask], model.lm_head_weight, targets[mask],
+                                                                temperature=temperature))  # fmt: skip
 
 
 class Answer(NamedTuple):

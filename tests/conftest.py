@@ -1,8 +1,10 @@
 """A toy base model and reward model, small enough for seconds, made once for all tests that train."""
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; no effect on tests marked gpu, see test_gpu.py
 import pytest
 import torch
 

@@ -15,7 +15,7 @@ CHUNKS = {"a row each": lambda v: 1, "2, 2 and 1 rows": lambda v: 2 * v + 1, "on
 @pytest.fixture(params=CHUNKS)
 def chunked(request, monkeypatch):
     """Sets the chunk for a vocabulary of that size."""
-    return lambda vocab: monkeypatch.setattr(kernels, "CHUNK", CHUNKS[request.param](vocab))
+    return lambda vocab: monkeypatch.setitem(kernels.CHUNK, "cpu", CHUNKS[request.param](vocab))
 
 
 def inputs(vocab, dtype=torch.float32, scale=1.0, n=N, seed=0):
@@ -171,7 +171,7 @@ def test_the_vocabulary_is_never_held_for_all_rows(monkeypatch):
                 self.size = max(self.size, out.numel())
             return out
 
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
     hidden, weight, targets = inputs(vocab, n=rows)
     with Largest() as largest:
         token_logprobs(hidden, weight, targets).sum().backward()

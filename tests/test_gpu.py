@@ -1,0 +1,167 @@
+"""What only a GPU can show: bf16, the whole GPT-2 vocabulary, offsets past 2^31, captured graphs, the scripts on it."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from minirlhf import kernels, sampling
+from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.sampling import generate, response_logprobs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+if torch.cuda.is_available() and kernels.INTERPRETED:
+    pytest.skip("run with TRITON_INTERPRET=0: python -m pytest -m gpu", allow_module_level=True)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("N, C, V", [(5, 64, 17), (33, 128, 1000), (130, 128, 2048), (300, 768, 50257), (700, 768, 50257)])
+@pytest.mark.parametrize("dtype, std, tolerance, grad_tolerance",
+                         [(torch.float32, 3, 5e-5, 1e-4), (torch.bfloat16, 3, 5e-4, 5e-3), (torch.bfloat16, 30, 5e-4, 5e-3)])  # fmt: skip
+def test_token_logprobs(monkeypatch, backend, N, C, V, dtype, std, tolerance, grad_tolerance):
+    monkeypatch.setenv("MINIRLHF_KERNELS", backend)
+    torch.manual_seed(N + std)
+    hidden = (torch.randn(N, C, device="cuda") * std / math.sqrt(C)).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, device="cuda").to(dtype).requires_grad_()
+    targets, upstream = torch.randint(0, V, (N,), device="cuda"), torch.randn(N, device="cuda")
+    targets[0], targets[1] = V - 1, 0
+    got = kernels.token_logprobs(hidden, weight, targets, temperature=0.7)
+    expected = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)[torch.arange(N), targets]
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(got, (hidden, weight), upstream),
+                    torch.autograd.grad(expected, (hidden, weight), upstream.double()), strict=True):  # fmt: skip
+        assert a.isfinite().all() and relative(a, b) < grad_tolerance
+
+
+def test_autocast_keeps_fp32_gradients_of_the_weight():
+    hidden, weight = torch.randn(600, 768, device="cuda").requires_grad_(), (0.05 * torch.randn(50257, 768, device="cuda")).requires_grad_()
+    targets = torch.randint(0, 50257, (600,), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        got = kernels.token_logprobs(hidden, weight, targets)
+    assert got.dtype == torch.float32
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    expected = (rounded[0] @ rounded[1].t()).log_softmax(-1)[torch.arange(600), targets]
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-4)
+    for a, b in zip(torch.autograd.grad(got.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), rounded), strict=True):
+        assert a.dtype == torch.float32 and relative(a, b) < 5e-3
+
+
+def test_offsets_past_two_to_the_31():
+    rows, C, V = 44_000, 64, 50_304  # 2.2e9 logits
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, C, device="cuda", dtype=torch.bfloat16) for n in (rows, V))
+    targets = torch.randint(0, V, (rows,), device="cuda")
+    logprobs, lse = torch.empty(2, rows, device="cuda")
+    kernels.fused_forward(hidden, weight, targets, 1.0, logprobs, lse)
+    one = torch.ones(rows, device="cuda")
+    d_logits = kernels.fused_d_logits(hidden, weight, lse, targets, one, 1.0, V)
+    logits = hidden[-3:].double() @ weight.double().t()
+    softmax = logits.softmax(1)
+    onehot = torch.nn.functional.one_hot(targets[-3:], V)
+    assert relative(d_logits[-3:], onehot - softmax) < 5e-3
+    torch.testing.assert_close(logprobs[-3:].double(), logits.log_softmax(1)[torch.arange(3), targets[-3:]], rtol=0, atol=5e-4)
+
+
+def test_sampler_draws_from_the_softmax():
+    n, V, T = 200_000, 1000, 0.8
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(1, V, device="cuda")).repeat(n, 1)
+    one = torch.ones(1, dtype=torch.int64, device="cuda")
+    tokens, logprobs = kernels.sample_logits(logits, T, one * 7, one)
+    expected = (logits[0].double() / T).softmax(0)
+    torch.testing.assert_close(logprobs.double(), expected[tokens].log(), rtol=0, atol=1e-5)
+    common = n * expected > 5
+    counts = torch.bincount(tokens, minlength=V)
+    chi2 = ((counts - n * expected) ** 2 / (n * expected))[common].sum().item()
+    df = common.sum().item()
+    assert abs(chi2 - df) < 5 * math.sqrt(2 * df)
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(5000, 256, 4, 4, 128)).cuda().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def prompts(B, Q=20):
+    lengths = torch.arange(B, device="cuda") % Q + 1
+    return torch.randint(1, 5000, (B, Q), device="cuda"), lengths
+
+
+@pytest.mark.parametrize("backend, autocast", itertools.product(["triton", "torch"], [False, True]))
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_replayed_graph_is_the_full_forward(monkeypatch, gpt, backend, autocast, temperature):
+    monkeypatch.setenv("MINIRLHF_KERNELS", backend)
+    for _ in range(2):  # the second time from the kept graph, with other weights at the same addresses
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = generate(gpt, *prompts(7), 30, eos=-1, pad=0, temperature=temperature)
+            row = out.tokens, out.prompt_lengths, out.response_lengths
+            again = response_logprobs(gpt, *row, 30, temperature or 1.0)
+        assert (again - out.logprobs).abs().mean() < (1e-2 if autocast else 1e-4)
+        if temperature == 0 and not autocast:
+            for tokens, p in zip(out.tokens, out.prompt_lengths.tolist(), strict=True):
+                logits = gpt(tokens[None, : p + 29])[0, p - 1 :]
+                assert (logits.gather(1, tokens[p : p + 30, None]).squeeze(1) >= logits.max(1).values - 1e-3).all()
+        with torch.no_grad():
+            for p in gpt.parameters():
+                p.mul_(1.1)
+    assert len(sampling.GRAPHS[gpt]) == 1
+    sampling.GRAPHS.clear()
+
+
+def test_graph_sees_weights_eos_and_seeds(gpt):
+    first = generate(gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1))
+    with torch.no_grad():
+        gpt.wte.weight[7] += 5 * gpt.ln_f.weight
+        gpt.ln_f.bias += 0.5
+    second = generate(gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1))
+    assert second.response_lengths.sum() < first.response_lengths.sum()
+    for row, p, r in zip(second.tokens, second.prompt_lengths, second.response_lengths, strict=True):
+        assert (row[p : p + r - 1] != 7).all() and (row[p + r :] == 0).all()
+
+
+def test_noise_is_the_seeds(gpt):
+    first, same, other = (generate(gpt, *prompts(8), 40, eos=-1, pad=0, generator=torch.Generator("cuda").manual_seed(seed))
+                          for seed in (1, 1, 2))  # fmt: skip
+    assert torch.equal(first.tokens, same.tokens) and not torch.equal(first.tokens, other.tokens)
+
+
+def test_a_model_can_be_forgotten():
+    import gc
+    import weakref
+
+    for autocast in (False, True):
+        model = GPT(GPTConfig(100, 64, 1, 2, 32)).cuda()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            generate(model, torch.ones(2, 3, dtype=torch.int64, device="cuda"), torch.tensor([3, 2], device="cuda"), 4, eos=-1, pad=0)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None and not len(sampling.GRAPHS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stages_run_and_learn(tmp_path, dtype):
+    import train_dpo
+    import train_ppo
+
+    common = {"data": "toy", "device": "cuda", "dtype": dtype, "eval_samples": 64}
+    train_ppo.main(train_ppo.Knobs(**common, out=str(tmp_path / "ppo"), steps=20))
+    first = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    assert abs(first["ppo/policy/first_ratio"] - 1) < 1e-4 and abs(first["objective/kl"]) < 1e-4
+    assert first["objective/mismatch"] < (1e-4 if dtype == "float32" else 1e-2)
+    assert summary["eval/score_after"] > summary["eval/score_before"] + 0.5
+    train_dpo.main(train_dpo.Knobs(**common, out=str(tmp_path / "dpo")))
+    summary = json.loads((tmp_path / "dpo" / "summary.json").read_text())
+    assert summary["eval/score_after"] > summary["eval/score_before"]
