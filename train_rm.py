@@ -2,7 +2,7 @@
 
     python train_rm.py                                       # laptop, 2 cores: the reviews, 1 to 3 minutes, accuracy 0.76
     python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
-    python train_rm.py --model pairwise                      # P(a preferred to b) without a score
+    python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-4 --epochs 1 --micro-batch 8 --out runs/hh/rm                     # GPU
 
@@ -88,6 +88,10 @@ def main(knobs):
     test_rows = encode(feedback.test, tokenizer, model.config.n_ctx, overlong)
     test_pairs, gaps = feedback.test.comparisons(20_000, seed=1)
     plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
+    normalize = knobs.normalize and knobs.model == "pointwise"
+    if normalize:
+        prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
+        prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
     run = Run("rm", knobs, len(plan), device)
     fresh = share_positive(differences(model, read_all(model, *test_rows, tokenizer, autocast, device), test_pairs))
     run.say(f"step-0 check: a fresh head orders {fresh:.3f} of the test pairs (chance is 0.5)")
@@ -106,8 +110,7 @@ def main(knobs):
         run.log(step, {"loss": loss_number, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
-    if knobs.normalize and knobs.model == "pointwise":
-        prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
+    if normalize:
         mean, std = normalization(sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast))
         model.normalize(mean, std)
         run.say(f"raw scores of base samples: mean {mean:.2f}, standard deviation {std:.2f}; now 0 and 1")
@@ -129,6 +132,8 @@ def check(knobs, items):
         raise UserError(f"--loss ratings: {knobs.data} has no ratings on one scale (those of responses that share a prompt are compared)")
     if knobs.loss != "pairs" and (knobs.margin or knobs.center or items.margins is not None or not knobs.soft_labels):
         raise UserError(f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs")
+    if knobs.group_size < 2:
+        raise UserError(f"--group-size {knobs.group_size}: expected at least 2")
     if knobs.model == "pairwise" and (knobs.loss != "pairs" or knobs.center or knobs.level != "response"):
         raise UserError("--model pairwise has no scores: expected --loss pairs, --level response and no --center")
 
@@ -188,6 +193,8 @@ def batch_loss(knobs, model, read, items, batch, pairs, labels):
     if not knobs.soft_labels:  # a tie says nothing then; in float64 it may miss one half by rounding
         labels = labels.astype(np.float32)
         pairs, labels = pairs[labels != 0.5], labels[labels != 0.5] > 0.5
+        if not len(pairs):
+            return 0 * read.sum()
     margin = knobs.margin if items.margins is None else knobs.margin + tensor(items.margins[batch[pairs[:, 0]]])
     if isinstance(model, PreferenceModel):
         return bradley_terry_loss(differences(model, read, pairs), 0, label=tensor(labels), margin=margin)
@@ -199,7 +206,7 @@ def rankings(items, batch, pairs, group_size):
     """What was ranked against each other in a batch: lists of positions in it, best first.
 
     Given groups, or random groups of about group_size rated items by mean rating. Of a tie the first in the random order stands for all
-    and the others are left out of the group, so no order is made up.
+    and the others are left out of the group, so no order is made up; a group of one has loss 0.
     """
     places = np.arange(len(batch))
     if items.ratings is None:  # one after the other, and only the best of a group is never second
@@ -208,7 +215,7 @@ def rankings(items, batch, pairs, group_size):
     for group in np.array_split(places, max(1, round(len(batch) / group_size))):
         _, first = np.unique([-items.ratings[i].mean() for i in batch[group]], return_index=True)
         groups.append(group[first])
-    return [group for group in groups if len(group) > 1]
+    return groups
 
 
 @torch.no_grad()
@@ -226,7 +233,6 @@ def read_all(model, rows, prompt_lengths, tokenizer, autocast, device, batch_siz
 
 def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     """Scores of one response of the base model to each prompt."""
-    prompts = data.fit(prompts, base.config.n_ctx - response_length, "truncate")
     device = base.wte.weight.device
     tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)
     with autocast:

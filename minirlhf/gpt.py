@@ -198,14 +198,15 @@ class RewardModel(HeadedGPT):
 
     The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score of
     a unit-variance hidden state has a standard deviation near 1. `level` says what the score of a response is: the head at its last
-    token ("response"), or the sum of the head over all its tokens ("token"), which is a reward for each of them.
+    token ("response"), or the sum of the head over all its tokens ("token"), which is a reward for each of them, and of `shift`,
+    a constant that belongs to the last one.
     """
 
-    def __init__(self, config, *, level="response"):
+    def __init__(self, config, *, level="response", shift=0.0):
         if level not in ("response", "token"):
             raise ValueError(f"reward level {level!r}: expected response or token")
         super().__init__(config, 1, 1 / math.sqrt(config.n_embd + 1))
-        self.level = level
+        self.level, self.shift = level, shift
 
     def values(self, idx):
         """The head at every position: (B, T) of token ids (B, T)."""
@@ -223,28 +224,33 @@ class RewardModel(HeadedGPT):
             raise ValueError("a token-level score is a sum over the response: prompt_lengths is missing")
         where = torch.arange(idx.shape[1], device=idx.device)
         outside = (where < prompt_lengths[:, None]) | (where >= lengths[:, None])  # (B, T)
-        return values.masked_fill(outside, 0).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
+        return values.masked_fill(outside, 0).sum(1, dtype=torch.promote_types(values.dtype, torch.float32)) + self.shift
 
     @torch.no_grad()
     def normalize(self, mean, std):
-        """Makes values of that mean and standard deviation have 0 and 1; their ranking stays.
+        """Makes scores of that mean and standard deviation have 0 and 1; the ranking stays.
 
         Folded into the weights, as the layout has no place for it: the gain goes into the score vector w, and the
-        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b.
+        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b. A shift of every token would
+        change how responses of unequal length rank, so at token level it is the constant `shift` instead.
         """
         w = self.score.weight.div_(std).squeeze(0)
-        self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
+        if self.level == "token":
+            self.shift = (self.shift - mean) / std
+        else:
+            self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
 
     def save_pretrained(self, directory, tokenizer=None):
-        self.save(directory, {"reward_level": self.level}, tokenizer)
+        self.save(directory, {"reward_level": self.level, "reward_shift": self.shift}, tokenizer)
 
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
         """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in GPT.from_pretrained."""
         config, weights = read_directory(directory, dropout)
         expect_kind("reward model", directory, weights)
-        level = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8")).get("reward_level", "response")
-        return load_strictly(cls(config, level=level), weights, directory)
+        raw = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
+        level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
+        return load_strictly(cls(config, level=level, shift=shift), weights, directory)
 
 
 class PreferenceModel(HeadedGPT):
