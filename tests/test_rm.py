@@ -289,14 +289,19 @@ def test_token_level_run(toy, rated, tmp_path):
 def test_only_the_pairwise_model_holds_a_circle(toy, tmp_path):
     """Rock beats scissors, scissors beat paper, paper beats rock: no score orders more than two of the three.
 
-    A batch is the whole circle, as chance differences in number between its sides would drown the small first gradient.
+    The first gradient of a circle grows with how far apart the base model's states are, so they are moved apart here.
     """
     beats, path = [("aaa", "ddd"), ("ddd", "hhh"), ("hhh", "aaa")], tmp_path / "circle.jsonl"
     path.write_text("".join(json.dumps(dict(zip(("chosen", "rejected"), beats[i % 3], strict=True))) + "\n" for i in range(60)))
+    base = GPT.from_pretrained(toy / "sft" / "model")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    base.save_pretrained(tmp_path / "base", sft.load_tokenizer(toy / "sft" / "model"))
     accuracy = {}
-    for model, epochs in (("pointwise", 30), ("pairwise", 120)):
-        summary, _ = train(path, toy / "sft", tmp_path / model, model=model, epochs=epochs)
-        accuracy[model] = summary["eval/accuracy"]
+    for model in ("pointwise", "pairwise"):
+        accuracy[model] = train(path, tmp_path / "base", tmp_path / model, model=model, epochs=30)[0]["eval/accuracy"]
     assert accuracy["pointwise"] < 0.9 and accuracy["pairwise"] == 1.0
     lines = (tmp_path / "pairwise" / "samples.jsonl").read_text().splitlines()
     assert all(json.loads(line).keys() == {"prompt", "response"} for line in lines)
