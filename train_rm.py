@@ -4,7 +4,7 @@
     python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
     python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
-        --dtype bfloat16 --lr 1e-4 --epochs 1 --micro-batch 8 --out runs/hh/rm                     # GPU
+        --dtype bfloat16 --lr 1e-4 --epochs 1 --out runs/hh/rm                                    # GPU
 
 A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last token a score, trained so that the difference of two
 scores predicts which one people prefer (Bradley and Terry 1952). Where every response has the ratings of several people, all pairs of
@@ -157,14 +157,19 @@ def forward(model, rows, prompt_lengths, pad, device, micro_batch=0):
     kept, and backward computes the part again (Chen et al. 2016).
     """
 
-    def read(part):
-        tokens, lengths = data.pad_rows([rows[i] for i in part], pad, device)
+    def read(tokens, lengths, prompt_lengths):
         if isinstance(model, PreferenceModel):
             return model.embed(tokens, lengths)
-        return model(tokens, lengths, torch.tensor([prompt_lengths[i] for i in part], device=device))
+        return model(tokens, lengths, prompt_lengths)
 
     parts, undo = data.parts_by_length([len(row) for row in rows], -(-len(rows) // micro_batch) if micro_batch else 4)
-    return torch.cat([(checkpoint(read, part, use_reentrant=False) if micro_batch else read(part)).float() for part in parts])[undo]
+    results = []
+    for part in parts:
+        inputs = data.pad_rows([rows[i] for i in part], pad, device)
+        inputs += (torch.tensor([prompt_lengths[i] for i in part], device=device),)
+        # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
+        results.append((checkpoint(read, *inputs, use_reentrant=False) if micro_batch else read(*inputs)).float())
+    return torch.cat(results)[undo]
 
 
 def differences(model, read, pairs):
