@@ -1,6 +1,8 @@
 """Stage 1: a reward model from human preferences.   python train_rm.py
 
     python train_rm.py                                       # laptop, 2 cores: the reviews, 1 to 3 minutes, accuracy 0.76
+    python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
+    python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-4 --epochs 1 --out runs/hh/rm                                    # GPU
 
@@ -10,7 +12,10 @@ a batch are compared, each with a soft label: the chance that a rater of the one
 weights are the start; dropout and deleted input tokens keep ten thousand snippets from being learned by heart. At the end the score is
 normalised to mean 0 and standard deviation 1 on samples of the base model, and that is saved with it. Leaves runs/rm.
 
-Left out: K-wise ranking losses (minirlhf.reward has Plackett-Luce), ensembles, gradient accumulation.
+With --level token every response token has a reward, and their sum is the score. With --model pairwise each response has an embedding
+instead, and two of them say which is preferred: circles, which no score can hold, included. PPO needs a score, so it cannot use that one.
+
+Left out: ensembles.
 """
 
 import math
@@ -20,13 +25,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf import data, runtime, sft
-from minirlhf.gpt import GPT, RewardModel
+from minirlhf.gpt import GPT, PreferenceModel, RewardModel
 from minirlhf.log import Run
-from minirlhf.reward import bradley_terry_loss, normalization, pair_accuracy
-from minirlhf.runtime import knob
+from minirlhf.reward import best_of_k_loss, bradley_terry_loss, normalization, plackett_luce_loss, rating_loss, share_positive
+from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import generate
+
+LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
 
 
 @dataclass
@@ -35,14 +43,20 @@ class Knobs:
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     out: str = knob("runs/rm", "run directory")
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", sft.OVERLONG)
+    model: str = knob("pointwise", "pointwise: a score for each response; pairwise: a preference between two", ("pointwise", "pairwise"))
+    level: str = knob("response", "the score is that of the last token, or the sum of those of all response tokens", ("response", "token"))
+    loss: str = knob("pairs", "all pairs; whole rankings; the best of K against the rest; squared error of the mean rating", LOSSES)
+    group_size: int = knob(4, "rated responses in a ranking or a best of K; in a file the record says it")
+    soft_labels: bool = knob(True, "labels of pairs are shares of raters, where there are several; off: the majority, without ties")
     epochs: int = knob(5, "passes over the responses")
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts")
+    micro_batch: int = knob(0, "responses in memory at a time, at the price of a second forward pass; 0: all")
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "learning rate of the token embeddings, as a multiple of --lr")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training")
     delete: float = knob(0.35, "share of input tokens deleted at random while training")
-    margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference")
+    margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference; added to a record's own margin")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     normalize: bool = knob(True, "scores of base samples get mean 0 and standard deviation 1")
@@ -56,97 +70,181 @@ def main(knobs):
     device = runtime.pick_device(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
+    check(knobs, feedback.train)
 
-    # Models: the base, made now if it is missing, and a fresh scalar head on a copy of its trunk
+    # Models: the base, made now if it is missing, and a fresh head on a copy of its trunk
     source = sft.base_model(knobs)
     rng = runtime.seed_everything(knobs.seed)
     base, tokenizer = GPT.from_pretrained(source).to(device), sft.load_tokenizer(source)
-    rm = RewardModel.from_base(base, dropout=knobs.dropout).to(device)
-    optimizer = runtime.make_optimizer(rm, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
+    if knobs.model == "pairwise":
+        model = PreferenceModel.from_base(base, dropout=knobs.dropout).to(device)
+    else:
+        model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level).to(device)
+    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
 
     # Data: rows, and the fixed test pairs
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)
-    rows = encode(feedback.train, tokenizer, rm.config.n_ctx, overlong)
-    test_rows = encode(feedback.test, tokenizer, rm.config.n_ctx, overlong)
+    rows, prompt_lengths = encode(feedback.train, tokenizer, model.config.n_ctx, overlong)
+    test_rows = encode(feedback.test, tokenizer, model.config.n_ctx, overlong)
     test_pairs, gaps = feedback.test.comparisons(20_000, seed=1)
     plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
+    normalize = knobs.normalize and knobs.model == "pointwise"
+    if normalize:
+        prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
+        prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
     run = Run("rm", knobs, len(plan), device)
-    fresh = pair_accuracy(score(rm, test_rows, tokenizer, autocast, device), torch.as_tensor(test_pairs))
+    fresh = share_positive(differences(model, read_all(model, *test_rows, tokenizer, autocast, device), test_pairs))
     run.say(f"step-0 check: a fresh head orders {fresh:.3f} of the test pairs (chance is 0.5)")
 
     # Loop
     for step, (batch, pairs, labels) in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        thinned = [thin(rows[i], knobs.delete, rng) for i in batch]
+        thinned = zip(*(thin(rows[i], prompt_lengths[i], knobs.delete, rng) for i in batch), strict=True)
         with autocast:
-            scores = forward(rm, thinned, tokenizer.pad, device)  # (B,)
-        first, second = scores[torch.as_tensor(pairs, device=device)].unbind(1)  # (P,) each
-        label = torch.as_tensor(labels, device=device, dtype=torch.float32)
-        loss = bradley_terry_loss(first, second, label=label, margin=knobs.margin, center=knobs.center)
+            read = forward(model, *thinned, tokenizer.pad, device, knobs.micro_batch)  # (b,) or (b, dim)
+        loss = batch_loss(knobs, model, read, feedback.train, batch, pairs, labels)
         loss_number = runtime.finite(loss, f"rm step {step}: loss")
         loss.backward()
         norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
-        agree = ((first > second) == (label > 0.5)).float().mean()
+        agree = ((differences(model, read, pairs) > 0) == (torch.as_tensor(labels).float() > 0.5).to(device)).float().mean()
         run.log(step, {"loss": loss_number, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
-    if knobs.normalize:
-        prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
-        samples = sample_scores(base, rm, prompts, knobs.response_length, tokenizer, autocast)
-        mean, std = normalization(samples)
-        rm.normalize(mean, std)
+    if normalize:
+        mean, std = normalization(sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast))
+        model.normalize(mean, std)
         run.say(f"raw scores of base samples: mean {mean:.2f}, standard deviation {std:.2f}; now 0 and 1")
-    scores = score(rm, test_rows, tokenizer, autocast, device)
+    read = read_all(model, *test_rows, tokenizer, autocast, device)
     run.close()
-    figures = evaluate(feedback, scores, test_pairs, gaps)
-    rm.save_pretrained(run.out / "model", tokenizer)
-    samples = [{"prompt": feedback.test.prompts[i], "response": feedback.test.responses[i], "score": scores[i].item()}
-               for i in range(min(64, len(test_rows)))]  # fmt: skip
-    run.samples(samples)
+    figures = evaluate(feedback, differences(model, read, test_pairs), test_pairs, gaps)
+    model.save_pretrained(run.out / "model", tokenizer)
+    scores = [{"score": s.item()} for s in read] if knobs.model == "pointwise" else [{}] * len(read)
+    texts = zip(feedback.test.prompts, feedback.test.responses, scores, strict=True)
+    run.samples([{"prompt": prompt, "response": response} | score for prompt, response, score in texts][:64])
     summary = run.finish(figures | {"data": knobs.data})
     print(f"reward model: {summary['seconds']:.0f} s; left in {run.out}")
     return summary
 
 
+def check(knobs, items):
+    """Refuses knobs that say nothing together."""
+    if knobs.loss == "ratings" and items.ratings is None:
+        raise UserError(f"--loss ratings: {knobs.data} has no ratings on one scale (those of responses that share a prompt are compared)")
+    if knobs.loss != "pairs" and (knobs.margin or knobs.center or items.margins is not None or not knobs.soft_labels):
+        raise UserError(f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs")
+    if knobs.group_size < 2:
+        raise UserError(f"--group-size {knobs.group_size}: expected at least 2")
+    if knobs.model == "pairwise" and (knobs.loss != "pairs" or knobs.center or knobs.level != "response"):
+        raise UserError("--model pairwise has no scores: expected --loss pairs, --level response and no --center")
+
+
 def encode(items, tokenizer, n_ctx, overlong):
-    return data.encode(zip(items.prompts, items.responses, items.where, strict=True), tokenizer, n_ctx, overlong)[0]
+    """Rows of token ids, and prompt lengths (N,)."""
+    return data.encode(zip(items.prompts, items.responses, items.where, strict=True), tokenizer, n_ctx, overlong)
 
 
-def thin(row, delete, rng):
-    """A row of token ids without a random share of them; the EOS at both ends stay."""
+def thin(row, prompt_length, delete, rng):
+    """A row of token ids without a random share of them, the EOS at both ends excepted, and what is left of its prompt length."""
     keep = rng.random(len(row)) >= delete
     keep[[0, -1]] = True
-    return row[keep]
+    return row[keep], int(keep[:prompt_length].sum())
 
 
-def forward(rm, rows, pad, device):
-    """Scores (B,) of rows of token ids."""
-    parts, undo = data.parts_by_length([len(row) for row in rows])
-    return torch.cat([rm(*data.pad_rows([rows[i] for i in part], pad, device)).float() for part in parts])[undo]
+def forward(model, rows, prompt_lengths, pad, device, micro_batch=0):
+    """Scores (b,), or embeddings (b, dim), of rows of token ids.
+
+    The loss compares all rows of a batch, so with a `micro_batch` the gradient is that of the whole: of each part only the result is
+    kept, and backward computes the part again (Chen et al. 2016).
+    """
+
+    def read(tokens, lengths, prompt_lengths):
+        if isinstance(model, PreferenceModel):
+            return model.embed(tokens, lengths)
+        return model(tokens, lengths, prompt_lengths)
+
+    parts, undo = data.parts_by_length([len(row) for row in rows], -(-len(rows) // micro_batch) if micro_batch else 4)
+    results = []
+    for part in parts:
+        inputs = data.pad_rows([rows[i] for i in part], pad, device)
+        inputs += (torch.tensor([prompt_lengths[i] for i in part], device=device),)
+        # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
+        results.append((checkpoint(read, *inputs, use_reentrant=False) if micro_batch else read(*inputs)).float())
+    return torch.cat(results)[undo]
+
+
+def differences(model, read, pairs):
+    """(P,) score differences, or logits of the pairwise model: what speaks for the first of each of the pairs (P, 2)."""
+    first, second = read[torch.as_tensor(pairs, device=read.device)].unbind(1)
+    return model.logit(first, second) if isinstance(model, PreferenceModel) else first - second
+
+
+def batch_loss(knobs, model, read, items, batch, pairs, labels):
+    """The loss of a batch: `read` (b,) or (b, dim) of the items at `batch`; pairs (P, 2) into it, labels (P,) = P(first preferred)."""
+
+    def tensor(x):
+        return torch.as_tensor(x, device=read.device, dtype=torch.float32)
+
+    if knobs.loss == "ratings":
+        return rating_loss(read, tensor([items.ratings[i].mean() for i in batch]))
+    if knobs.loss != "pairs":
+        groups = rankings(items, batch, pairs, knobs.group_size)
+        K = max(map(len, groups))
+        index = torch.tensor([[*group, *[0] * (K - len(group))] for group in groups], device=read.device)  # (G, K)
+        missing = torch.arange(K, device=read.device) >= tensor([len(group) for group in groups])[:, None]
+        rewards = read[index].masked_fill(missing, float("-inf"))  # best first
+        if knobs.loss == "best_of_k":
+            return best_of_k_loss(rewards, torch.zeros_like(index[:, 0]))
+        return plackett_luce_loss(rewards, torch.arange(K, device=read.device).expand_as(index))
+    if not knobs.soft_labels:  # a tie says nothing then; in float64 it may miss one half by rounding
+        labels = labels.astype(np.float32)
+        pairs, labels = pairs[labels != 0.5], labels[labels != 0.5] > 0.5
+        if not len(pairs):
+            return 0 * read.sum()
+    margin = knobs.margin if items.margins is None else knobs.margin + tensor(items.margins[batch[pairs[:, 0]]])
+    if isinstance(model, PreferenceModel):
+        return bradley_terry_loss(differences(model, read, pairs), 0, label=tensor(labels), margin=margin)
+    first, second = read[torch.as_tensor(pairs, device=read.device)].unbind(1)  # (P,) each
+    return bradley_terry_loss(first, second, label=tensor(labels), margin=margin, center=knobs.center)
+
+
+def rankings(items, batch, pairs, group_size):
+    """What was ranked against each other in a batch: lists of positions in it, best first.
+
+    Given groups, or random groups of about group_size rated items by mean rating. Of a tie the first in the random order stands for all
+    and the others are left out of the group, so no order is made up; a group of one has loss 0.
+    """
+    places = np.arange(len(batch))
+    if items.ratings is None:  # one after the other, and only the best of a group is never second
+        return np.split(places, np.setdiff1d(places, pairs[:, 1])[1:])
+    groups = []
+    for group in np.array_split(places, max(1, round(len(batch) / group_size))):
+        _, first = np.unique([-items.ratings[i].mean() for i in batch[group]], return_index=True)
+        groups.append(group[first])
+    return groups
 
 
 @torch.no_grad()
-def score(rm, rows, tokenizer, autocast, device, batch_size=128):
-    """Scores (N,) of rows of token ids, on the CPU."""
-    rm.eval()
-    scores = []
+def read_all(model, rows, prompt_lengths, tokenizer, autocast, device, batch_size=128):
+    """`forward` of any number of rows, without dropout: (N,) or (N, dim), on the CPU."""
+    model.eval()
+    parts = []
     for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
         with autocast:
-            scores.append(forward(rm, rows[start : start + batch_size], tokenizer.pad, device).cpu())
-    rm.train()
-    return torch.cat(scores)
+            parts.append(forward(model, rows[part], prompt_lengths[part], tokenizer.pad, device).cpu())
+    model.train()
+    return torch.cat(parts)
 
 
 def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     """Scores of one response of the base model to each prompt."""
-    prompts = data.fit(prompts, base.config.n_ctx - response_length, "truncate")
     device = base.wte.weight.device
     tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)
     with autocast:
         rollout = generate(base, tokens, lengths, response_length, eos=tokenizer.eos, pad=tokenizer.pad)
     whole = rollout.prompt_lengths + rollout.response_lengths
     rows = [row[:n] for row, n in zip(rollout.tokens.cpu(), whole.cpu(), strict=True)]
-    return score(rm, rows, tokenizer, autocast, device)
+    return read_all(rm, rows, rollout.prompt_lengths.tolist(), tokenizer, autocast, device)
 
 
 def ridge_scores(train, test, strength=10.0, iterations=60):
@@ -185,26 +283,29 @@ def ridge_scores(train, test, strength=10.0, iterations=60):
     return torch.from_numpy(np.bincount(row, weights[column], len(test)))
 
 
-def evaluate(feedback, scores, pairs, gaps):
-    """Figures of the summary, and a table of pair accuracy by the gap between the two mean ratings."""
+def evaluate(feedback, ahead, pairs, gaps):
+    """Figures of the summary, and a table of pair accuracy by the gap between the two mean ratings; ahead (P,) of the test pairs."""
     rated = feedback.train.ratings is not None
-    columns = {"reward model": scores} | ({"ridge": ridge_scores(feedback.train, feedback.test)} if rated else {})
-    human = data.human_ceiling(feedback.test, pairs)
-    figures = {"eval/accuracy": pair_accuracy(scores, torch.as_tensor(pairs)).item(), "eval/pairs": len(pairs)}
+    columns = {"reward model": ahead}
     if rated:
-        figures["eval/ridge_accuracy"] = pair_accuracy(columns["ridge"], torch.as_tensor(pairs)).item()
+        ridge = ridge_scores(feedback.train, feedback.test)
+        columns["ridge"] = ridge[pairs[:, 0]] - ridge[pairs[:, 1]]
+    human = data.human_ceiling(feedback.test, pairs)
+    figures = {"eval/accuracy": share_positive(ahead).item(), "eval/pairs": len(pairs)}
+    if rated:
+        figures["eval/ridge_accuracy"] = share_positive(columns["ridge"]).item()
     if not math.isnan(human):
         figures["eval/human_ceiling"] = human
     edges = [0, 0.5, 1, 2, 3, math.inf] if rated else [0, math.inf]
     print(f"\npair accuracy on {len(pairs):,} test pairs\n{'rating gap':>12} {'pairs':>7}", *(f"{c:>13}" for c in columns),
           f"{'one person':>11}" if human == human else "")  # fmt: skip
     for low, high in [*zip(edges, edges[1:], strict=False), (0, math.inf)][: len(edges) if rated else 1]:
-        part = pairs[(gaps > low) & (gaps <= high)]
-        if len(part):
+        part = (gaps > low) & (gaps <= high)
+        if part.any():
             name = "all" if (low, high) == (0, math.inf) else f"{low:g} to {high:g}" if high < math.inf else f"over {low:g}"
-            cells = [pair_accuracy(c, torch.as_tensor(part)).item() for c in columns.values()]
-            ceiling = data.human_ceiling(feedback.test, part)
-            print(f"{name:>12} {len(part):>7}", *(f"{c:>13.3f}" for c in cells), f"{ceiling:>11.3f}" if ceiling == ceiling else "")
+            cells = [share_positive(c[part]).item() for c in columns.values()]
+            ceiling = data.human_ceiling(feedback.test, pairs[part])
+            print(f"{name:>12} {part.sum():>7}", *(f"{c:>13.3f}" for c in cells), f"{ceiling:>11.3f}" if ceiling == ceiling else "")
     print()
     return figures
 

@@ -33,6 +33,7 @@ class Items:
     where: list[str]  # the origin of each, for error messages
     ratings: list[np.ndarray] | None = None  # the single ratings of each item
     groups: list[list[int]] = field(default_factory=list)  # or indices of the responses to one prompt, best first
+    margins: np.ndarray | None = None  # (N,) how far each should lead the worse ones of its group, where a record says it
 
     def __len__(self):
         return len(self.responses)
@@ -40,7 +41,7 @@ class Items:
     def epoch(self, batch_size, rng):
         """Yields (rows, pairs, labels): indices of about batch_size items at random, and the comparisons among them.
 
-        pairs (P, 2) index into rows; labels (P,) are P(first preferred).
+        pairs (P, 2) index into rows; labels (P,) are P(first preferred). Given groups stand in rows one after the other, best first.
         """
         if self.ratings is not None:
             if min(batch_size, len(self)) < 2:
@@ -130,6 +131,7 @@ def split(items, groups_of_items, name, **more):
             [items.prompts[i] for i in chosen], [items.responses[i] for i in chosen], [items.where[i] for i in chosen],
             None if items.ratings is None else [items.ratings[i] for i in chosen],
             [[new[i] for i in g] for g in items.groups if g[0] in new],
+            None if items.margins is None else items.margins[chosen],
         ))  # fmt: skip
     return Feedback(name, *parts, **more)
 
@@ -209,17 +211,18 @@ def hub_file(source):
 
 def jsonl(path):
     """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`; ratings do not mix with the others."""
-    items, kinds = Items([], [], [], []), set()
+    items, kinds, margins = Items([], [], [], []), set(), []
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
-        prompt, responses, rating = parse_record(line, where)
-        kinds.add(rating is None)
+        prompt, responses, number = parse_record(line, where)
+        kinds.add(len(responses) == 1)
         if len(kinds) > 1:
             raise UserError(f"{where}: ratings and comparisons in one file; expected one kind")
-        if rating is None:
-            items.groups.append(list(range(len(items), len(items) + len(responses))))
+        if len(responses) == 1:
+            items.ratings.append(np.array([number]))
         else:
-            items.ratings.append(np.array([rating]))
+            items.groups.append(list(range(len(items), len(items) + len(responses))))
+            margins += [number or 0.0] * len(responses)
         for response in responses:
             items.prompts.append(prompt)
             items.responses.append(response)
@@ -227,7 +230,7 @@ def jsonl(path):
     if not len(items):
         raise UserError(f"{path}: no records; expected one JSON object a line")
     if items.groups:
-        items.ratings = None
+        items.ratings, items.margins = None, np.array(margins) if any(margins) else None
     else:
         compare_within_prompts(items)
     by_prompt = {}  # a prompt lies in the training part or in the test part, never in both

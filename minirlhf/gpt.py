@@ -161,56 +161,121 @@ class GPT(nn.Module):
         return load_strictly(cls(config), weights, directory_or_hub_name)
 
 
-class RewardModel(nn.Module):
-    """A GPT with a scalar head: the reward model, and the critic that starts as its copy.
+class HeadedGPT(nn.Module):
+    """A GPT with a linear head without a bias, in the layout of GPT2ForSequenceClassification."""
 
-    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score of
-    a unit-variance hidden state has a standard deviation near 1.
-    """
-
-    def __init__(self, config):
+    def __init__(self, config, outputs, std):
         super().__init__()
         self.config = config
         self.transformer = GPT(config)
-        self.score = nn.Linear(config.n_embd, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
+        self.score = nn.Linear(config.n_embd, outputs, bias=False)
+        nn.init.normal_(self.score.weight, std=std)
+
+    @classmethod
+    def from_base(cls, base, *, dropout=0.0, **options):
+        """A fresh head on a copy of a base language model's trunk."""
+        model = cls(GPTConfig(**{**vars(base.config), "dropout": dropout}), **options)
+        model.transformer.load_state_dict(base.state_dict())
+        return model
+
+    def save(self, directory, settings, tokenizer):
+        labels = {str(i): f"LABEL_{i}" for i in range(self.score.out_features)}
+        extra = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": len(labels), "id2label": labels} | settings
+        if tokenizer is not None:  # that class reads the last token before this one, so it must not be EOS
+            extra["pad_token_id"] = tokenizer.pad
+        save_directory(directory, self.config, export(self.state_dict(), ""), extra, tokenizer)
+
+
+class RewardModel(HeadedGPT):
+    """A GPT with a scalar head: the reward model, and the critic that starts as its copy.
+
+    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score of
+    a unit-variance hidden state has a standard deviation near 1. `level` says what the score of a response is: the head at its last
+    token ("response"), or the sum of the head over all its tokens ("token"), which is a reward for each of them, and of `shift`,
+    a constant that belongs to the last one.
+    """
+
+    def __init__(self, config, *, level="response", shift=0.0):
+        if level not in ("response", "token"):
+            raise ValueError(f"reward level {level!r}: expected response or token")
+        super().__init__(config, 1, 1 / math.sqrt(config.n_embd + 1))
+        self.level, self.shift = level, shift
 
     def values(self, idx):
         """The head at every position: (B, T) of token ids (B, T)."""
         return self.score(self.transformer.hidden(idx)).squeeze(-1)
 
-    def forward(self, idx, lengths):
-        """The score (B,) of each row: the head at its last real token, position `lengths - 1`."""
-        return self.values(idx).gather(1, lengths[:, None] - 1).squeeze(1)
+    def forward(self, idx, lengths, prompt_lengths=None):
+        """The score (B,) of each row of `lengths` real tokens, of which the first `prompt_lengths` (B,) are no response.
+
+        Raises ValueError when a token-level model is not told where the responses begin.
+        """
+        values = self.values(idx)
+        if self.level == "response":
+            return values.gather(1, lengths[:, None] - 1).squeeze(1)
+        if prompt_lengths is None:
+            raise ValueError("a token-level score is a sum over the response: prompt_lengths is missing")
+        where = torch.arange(idx.shape[1], device=idx.device)
+        outside = (where < prompt_lengths[:, None]) | (where >= lengths[:, None])  # (B, T)
+        return values.masked_fill(outside, 0).sum(1, dtype=torch.promote_types(values.dtype, torch.float32)) + self.shift
 
     @torch.no_grad()
     def normalize(self, mean, std):
         """Makes scores of that mean and standard deviation have 0 and 1; the ranking stays.
 
         Folded into the weights, as the layout has no place for it: the gain goes into the score vector w, and the
-        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b.
+        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b. A shift of every token would
+        change how responses of unequal length rank, so at token level it is the constant `shift` instead.
         """
         w = self.score.weight.div_(std).squeeze(0)
-        self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
+        if self.level == "token":
+            self.shift = (self.shift - mean) / std
+        else:
+            self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
 
     def save_pretrained(self, directory, tokenizer=None):
-        extra = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
-        if tokenizer is not None:  # that class reads the last token before this one, so it must not be EOS
-            extra["pad_token_id"] = tokenizer.pad
-        save_directory(directory, self.config, export(self.state_dict(), ""), extra, tokenizer)
+        self.save(directory, {"reward_level": self.level, "reward_shift": self.shift}, tokenizer)
 
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
-        """Reads a Hugging Face GPT2ForSequenceClassification directory; errors as in GPT.from_pretrained."""
+        """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in GPT.from_pretrained."""
         config, weights = read_directory(directory, dropout)
-        return load_strictly(cls(config), weights, directory)
+        expect_kind("reward model", directory, weights)
+        raw = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
+        level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
+        return load_strictly(cls(config, level=level, shift=shift), weights, directory)
+
+
+class PreferenceModel(HeadedGPT):
+    """The general preference model of Zhang et al. 2024 (arXiv 2410.02197): P(a preferred to b) without a score of a or b.
+
+    Each response has an embedding of `dim` = 2k numbers, and logit(a, b) = sum_i a_2i b_2i+1 - a_2i+1 b_2i: k planes, in each of which
+    a beats what lies up to half a turn ahead of it. So logit(b, a) = -logit(a, b), and circles of preference can be held. The head's
+    standard deviation makes fresh logits of independent unit-variance hidden states have one near 1. Raises ValueError for an odd dim.
+    """
+
+    def __init__(self, config, dim=8):
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim {dim}: expected an even number, two for each plane")
+        super().__init__(config, dim, dim**-0.25 / math.sqrt(config.n_embd + 1))
+
+    def embed(self, idx, lengths):
+        """The embedding (B, dim) of each row: the head at its last real token."""
+        hidden = self.transformer.hidden(idx)
+        return self.score(hidden[torch.arange(len(idx), device=idx.device), lengths - 1])
+
+    def logit(self, a, b):
+        """The log-odds that a is preferred to b: (...) of embeddings (..., dim), which broadcast."""
+        return (a[..., ::2] * b[..., 1::2] - a[..., 1::2] * b[..., ::2]).sum(-1)
+
+    def save_pretrained(self, directory, tokenizer=None):
+        self.save(directory, {}, tokenizer)
 
     @classmethod
-    def from_base(cls, base, *, dropout=0.0):
-        """A fresh head on a copy of a base language model's trunk."""
-        model = cls(GPTConfig(**{**vars(base.config), "dropout": dropout}))
-        model.transformer.load_state_dict(base.state_dict())
-        return model
+    def from_pretrained(cls, directory, *, dropout=0.0):
+        """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
+        config, weights = read_directory(directory, dropout)
+        return load_strictly(cls(config, expect_kind("preference model", directory, weights)), weights, directory)
 
 
 def export(state, prefix):
@@ -282,12 +347,22 @@ def local_directory(name):
         raise FileNotFoundError(f"{name}: no such directory, and the hub gave no such model: {e}") from None
 
 
+def expect_kind(expected, source, weights):
+    """The number of outputs of the head. Raises UserError when another kind of model lies there."""
+    outputs = weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
+    found = ("language model", "reward model", "preference model")[min(outputs, 2)]
+    if found != expected:
+        raise UserError(f"{source}: a {found} lies here, expected a {expected}")
+    return outputs
+
+
 def load_strictly(model, weights, source):
     expected = model.state_dict()
     wrong = [f"{n} is missing" for n in expected.keys() - weights.keys()]
     wrong += [f"{n} is unexpected" for n in weights.keys() - expected.keys()]
     wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
               for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
+    wrong += [f"{n} has numbers that are not finite" for n, w in weights.items() if not w.isfinite().all()]
     if wrong:
         raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
     model.load_state_dict(weights)

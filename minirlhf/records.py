@@ -27,10 +27,11 @@ def read_lines(path):
 
 
 def parse_record(line, where):
-    """(prompt, responses best first, rating or None) of one line in any of the forms below. Raises UserError.
+    """(prompt, responses best first, the record's number or None) of one line in any of the forms below. Raises UserError.
 
     {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
-    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}.
+    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}. The number is the
+    rating of a single response; a comparison may have a "margin", how far each score should lead those of worse responses (Llama 2).
     """
     try:
         record = json.loads(line)
@@ -38,6 +39,7 @@ def parse_record(line, where):
         raise UserError(f"{where}: not JSON: {e.msg} at column {e.colno}") from None
     keys = set(record) if isinstance(record, dict) else set()
     prompt = text_of(record["prompt"], where, "prompt") if "prompt" in keys else ""
+    margin = number_of(record["margin"], where, "margin") if "margin" in keys else None
     if {"chosen", "rejected"} <= keys:
         chosen, rejected = (text_of(record[key], where, key) for key in ("chosen", "rejected"))
         if "prompt" not in keys:
@@ -47,7 +49,7 @@ def parse_record(line, where):
             pair = [text.removeprefix(prompt) for text in pair]
         if pair[0] == pair[1]:
             raise UserError(f"{where}: chosen and rejected are the same text")
-        return prompt, pair, None
+        return prompt, pair, margin
     if {"prompt", "responses", "ranking"} <= keys:
         responses, ranking = record["responses"], record["ranking"]
         if not isinstance(responses, list) or len(responses) < 2:
@@ -58,16 +60,19 @@ def parse_record(line, where):
         texts = [text_of(response, where, "responses") for response in responses]
         if len(set(texts)) < len(texts):
             raise UserError(f"{where}: responses: the same text twice")
-        return prompt, [texts[i] for i in ranking], None
+        return prompt, [texts[i] for i in ranking], margin
     if {"prompt", "response", "rating"} <= keys:
-        rating = record["rating"]
-        if type(rating) not in (int, float) or not abs(rating) < 1e300:
-            raise UserError(f"{where}: rating: expected a finite number, found {json.dumps(rating)}")
-        return prompt, [text_of(record["response"], where, "response")], float(rating)
+        return prompt, [text_of(record["response"], where, "response")], number_of(record["rating"], where, "rating")
     raise UserError(
         f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
         "or prompt+response+rating"
     )
+
+
+def number_of(value, where, key):
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise UserError(f"{where}: {key}: expected a finite number, found {json.dumps(value)}")
+    return float(value)
 
 
 def text_of(value, where, key):

@@ -6,7 +6,7 @@
 Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS] prompt response EOS`, the prompt
 included. The further text of a source takes part in the first --text-epochs. Leaves runs/sft.
 
-Left out: packing rows into one, gradient accumulation, held-out early stopping.
+Left out: packing rows into one, held-out early stopping.
 """
 
 import math
@@ -42,6 +42,7 @@ class Knobs:
     epochs: int = knob(2, "passes over the responses")
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step")
+    micro_batch: int = knob(0, "rows in memory at a time, their gradients added up; 0: all")
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "learning rate of the token embeddings, as a multiple of --lr")
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
@@ -86,11 +87,8 @@ def main(knobs):
     # Loop
     for step, batch in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        with autocast:
-            logprobs = row_logprobs(model, *data.pad_rows([rows[i] for i in batch], tokenizer.pad, device))
-        loss = -logprobs.mean()
+        loss = add_gradient(model, [rows[i] for i in batch], knobs.micro_batch or len(batch), tokenizer.pad, autocast, device)
         loss_number = runtime.finite(loss, f"sft step {step}: loss")
-        loss.backward()
         norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
         run.log(step, {"loss": loss_number, "grad_norm": norm}, show=("loss",))
 
@@ -112,6 +110,19 @@ def row_logprobs(model, tokens, lengths):
     """Log-probs of every token after the first of right-padded rows (B, T), as one flat vector without padding."""
     real = torch.arange(tokens.shape[1] - 1, device=tokens.device) < lengths[:, None] - 1  # (B, T-1)
     return token_logprobs(model.hidden(tokens[:, :-1])[real], model.lm_head_weight, tokens[:, 1:][real])
+
+
+def add_gradient(model, rows, micro_batch, pad, autocast, device):
+    """The mean loss of all tokens of the rows, after the backward pass of `micro_batch` rows at a time."""
+    n_tokens = sum(len(row) - 1 for row in rows)
+    loss = torch.zeros((), device=device)
+    for start in range(0, len(rows), micro_batch):
+        with autocast:
+            logprobs = row_logprobs(model, *data.pad_rows(rows[start : start + micro_batch], pad, device))
+        part = -logprobs.sum() / n_tokens
+        part.backward()
+        loss += part.detach()
+    return loss
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def test_base_model_knows_the_language(toy):
 def test_reward_model_finds_the_true_reward(toy, capsys):
     test = data.load_feedback("toy").test
     rm, tokenizer = RewardModel.from_pretrained(toy / "rm" / "model"), Tokenizer.load(toy / "rm" / "model")
-    rows = train_rm.encode(test, tokenizer, 64, "error")
+    rows, _ = train_rm.encode(test, tokenizer, 64, "error")
     scores = rm.eval()(*data.pad_rows(rows, tokenizer.pad)).detach().numpy()
     assert np.corrcoef(scores, data.toy_reward(test.prompts, test.responses))[0, 1] > 0.95
     summary = json.loads((toy / "rm" / "summary.json").read_text())

@@ -2,16 +2,18 @@
 
 The directories are written to tmp_path from small random configurations; no test needs a network.
 """
+import contextlib
 import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD = 61, 24, 7
@@ -107,6 +109,34 @@ def test_reward_model_is_read_by_transformers_after_normalize(hf, tmp_path, toke
     close(RewardModel.from_pretrained(tmp_path)(tokens, lengths), ours(tokens, lengths), 0)
 
 
+SHAPES = [(1, 1, 8, 11), (2, 2, 12, 97), (4, 8, 64, 300), (5, 3, 24, 61), (2, 4, 96, 1000)]
+
+
+@pytest.mark.parametrize("n_layer, n_head, n_embd, vocab", SHAPES)
+def test_all_shapes_both_ways(hf, tmp_path, n_layer, n_head, n_embd, vocab):
+    """Ours read by transformers and theirs read here: language model, reward model, preference model."""
+    config = GPTConfig(vocab, CONTEXT, n_layer, n_head, n_embd)
+    sizes = {"n_positions": CONTEXT, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab}
+    tokens, lengths = ragged(vocab=vocab)
+    for cls, theirs_cls, outputs in [(GPT, hf.GPT2LMHeadModel, 0), (RewardModel, hf.GPT2ForSequenceClassification, 1),
+                                     (PreferenceModel, hf.GPT2ForSequenceClassification, 6)]:  # fmt: skip
+        labels = {"num_labels": outputs, "pad_token_id": PAD} if outputs else {}
+        ours = roughen(cls(config, **({"dim": 6} if outputs == 6 else {})))
+        theirs = roughen(theirs_cls(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **labels)))
+
+        def read(model, cls=cls):
+            return model(tokens) if cls is GPT else model(tokens, lengths) if cls is RewardModel else model.embed(tokens, lengths)
+
+        ours.save_pretrained(tmp_path / f"ours{outputs}")
+        extra = {"pad_token_id": PAD} if outputs else {}
+        loaded, report = theirs_cls.from_pretrained(tmp_path / f"ours{outputs}", output_loading_info=True, **extra)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        close(loaded.eval()(tokens).logits.view_as(read(ours)), read(ours), 2e-5)
+        theirs.save_pretrained(tmp_path / f"theirs{outputs}")
+        loaded = cls.from_pretrained(tmp_path / f"theirs{outputs}")
+        close(read(loaded), theirs(tokens).logits.view_as(read(loaded)), 2e-5)
+
+
 def test_old_checkpoint_loads(tmp_path):
     """No `transformer.` prefix, the causal mask and the tied head among the weights, in half precision."""
     model = roughen(GPT(CONFIG))
@@ -141,6 +171,8 @@ def truncate(path):
     (lambda d: edit_weights(d, "h.1.ln_2.bias"), ValueError, "h.1.ln_2.bias is missing"),
     (lambda d: edit_weights(d, "extra", torch.zeros(1)), ValueError, "extra is unexpected"),
     (lambda d: edit_weights(d, "ln_f.bias", torch.zeros(31)), ValueError, r"ln_f.bias.*31.*32"),
+    (lambda d: edit_weights(d, "h.2.ln_1.bias", torch.full((32,), math.nan)), ValueError, "h.2.ln_1.bias.*not finite"),
+    (lambda d: edit_weights(d, "wpe.weight", torch.full((CONTEXT, 32), math.inf)), ValueError, "wpe.weight.*not finite"),
     (lambda d: edit_config(d, model_type="llama"), ValueError, "model_type.*llama"),
     (lambda d: edit_config(d, activation_function="relu"), ValueError, "activation_function.*relu"),
     (lambda d: edit_config(d, layer_norm_epsilon=1e-6), ValueError, "layer_norm_epsilon.*1e-06"),
@@ -163,6 +195,18 @@ def test_broken_directory(tmp_path, monkeypatch, damage, error, names):
     with pytest.raises(error, match=names) as caught:
         GPT.from_pretrained(tmp_path / "model")
     assert str(tmp_path / "model") in str(caught.value)
+
+
+KINDS = {GPT: "language model", RewardModel: "reward model", PreferenceModel: "preference model"}
+
+
+@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize("asked", [RewardModel, PreferenceModel])
+def test_another_kind_of_model_is_named(tmp_path, there, asked):
+    there(CONFIG).save_pretrained(tmp_path)
+    message = f"{tmp_path}: a {KINDS[there]} lies here, expected a {KINDS[asked]}"
+    with contextlib.nullcontext() if there is asked else pytest.raises(ValueError, match=message):
+        asked.from_pretrained(tmp_path)
 
 
 # Initial weights
@@ -252,6 +296,119 @@ def test_normalize():
         assert after.mean().item() == pytest.approx(0, abs=1e-5) and after.std().item() == pytest.approx(1, abs=1e-5)
         assert torch.equal(after.argsort(), scores.argsort())
         close(model.values(tokens), (values - scores.mean()) / scores.std())
+
+
+# Token-level rewards
+
+def token_level(**options):
+    return roughen(RewardModel(CONFIG, level="token", **options))
+
+
+def test_token_level_score_is_the_sum_over_the_response():
+    model, (tokens, lengths) = token_level(), ragged()
+    prompt_lengths = torch.tensor([2, 10, 0, 3])
+    values = model.values(tokens).detach().double().numpy()
+    expected = [sum(values[b, t] for t in range(p, n)) for b, (p, n) in enumerate(zip(prompt_lengths, LENGTHS, strict=True))]
+    np.testing.assert_allclose(model(tokens, lengths, prompt_lengths).detach(), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="prompt_lengths is missing"):
+        model(tokens, lengths)
+    with pytest.raises(ValueError, match="'word'.*response or token"):
+        RewardModel(CONFIG, level="word")
+
+
+def test_credit_moved_between_tokens_changes_only_the_token_level(monkeypatch):
+    """Three tokens of prompt, four of response: the response level reads the head at the last token and nowhere else."""
+    values, moved = torch.tensor([[9.0, 9, 9, 1, 2, 3, 4]]), torch.tensor([[9.0, 9, 10, 0, 1, 4, 4]])
+    tokens, lengths, prompt_lengths = torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), torch.tensor([3])
+    scores = []
+    for level in ("response", "token"):
+        for v in (values, moved):
+            model = RewardModel(CONFIG, level=level)
+            monkeypatch.setattr(model, "values", lambda idx, v=v: v)
+            scores.append(model(tokens, lengths, prompt_lengths).item())
+    assert scores == [4, 4, 10, 9]  # one unit went to the prompt; a unit from one response token to another stays in the sum
+
+
+def test_token_level_is_saved_and_normalised_by_its_sums(hf, tmp_path):
+    model, (tokens, lengths) = token_level(), ragged(lengths=[6, 9, 4, 7] * 10)
+    prompt_lengths = torch.tensor([1, 2, 3, 5] * 10)
+    before = model(tokens, lengths, prompt_lengths).detach().double().numpy()
+    mean, std = before.mean(), before.std()
+    model.normalize(mean, std)
+    model.normalize(0.5, 2.0)  # and once more: the constant is scaled with the rest
+    expected = ((before - mean) / std - 0.5) / 2
+    np.testing.assert_allclose(model(tokens, lengths, prompt_lengths).detach(), expected, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["reward_level"] == "token"
+    loaded = RewardModel.from_pretrained(tmp_path)
+    assert loaded.level == "token"
+    close(loaded(tokens, lengths, prompt_lengths), model(tokens, lengths, prompt_lengths), 0)
+    theirs = hf.GPT2ForSequenceClassification.from_pretrained(tmp_path, pad_token_id=PAD).eval()  # the head at the last token
+    close(theirs(tokens).logits[:, 0], model.values(tokens).gather(1, lengths[:, None] - 1)[:, 0])
+
+
+# The pairwise preference model
+
+def test_preference_logit_is_the_skew_form():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
+    R = np.kron(np.eye(3), np.array([[0, 1], [-1, 0]]))
+    model = PreferenceModel(CONFIG, dim=6)
+    logit = model.logit(torch.from_numpy(a), torch.from_numpy(b))
+    np.testing.assert_allclose(logit, [x @ R @ y for x, y in zip(a, b, strict=True)], atol=1e-12)
+    np.testing.assert_array_equal(model.logit(torch.from_numpy(b), torch.from_numpy(a)), -logit)
+    every = model.logit(torch.from_numpy(a)[:, None], torch.from_numpy(b))  # (5, 5)
+    np.testing.assert_allclose(every, a @ R @ b.T, atol=1e-12)
+    for dim in (0, 3):
+        with pytest.raises(ValueError, match=f"dim {dim}.*even"):
+            PreferenceModel(CONFIG, dim)
+
+
+def test_preference_embedding_reads_the_last_token(tmp_path):
+    model, (tokens, lengths) = roughen(PreferenceModel(CONFIG, dim=6)), ragged()
+    hidden = model.transformer.hidden(tokens)
+    for b, n in enumerate(LENGTHS):
+        close(model.embed(tokens, lengths)[b], model.score.weight @ hidden[b, n - 1])
+    model.save_pretrained(tmp_path)
+    close(PreferenceModel.from_pretrained(tmp_path).embed(tokens, lengths), model.embed(tokens, lengths), 0)
+
+
+@pytest.mark.parametrize("dim", [2, 8, 32])
+def test_fresh_preference_logits_are_of_order_one(dim):
+    torch.manual_seed(0)
+    model = PreferenceModel(GPTConfig(10, 4, 1, 1, 256), dim)
+    a, b = model.score(torch.randn(2, 2000, 256))
+    assert 0.5 < model.logit(a, b).std().item() < 2
+    with torch.no_grad():
+        heads = torch.stack([PreferenceModel(GPTConfig(10, 4, 1, 1, 256), dim).score.weight for _ in range(20)])
+    assert heads.std().item() == pytest.approx(dim**-0.25 / math.sqrt(257), rel=0.04)
+
+
+def test_rock_paper_scissors():
+    """Each beats the next with p = .9. No scores do better than equal ones, log 2; three embeddings reach the entropy of .9."""
+    pairs, q = torch.tensor([[0, 1], [1, 2], [2, 0]]), 0.9
+    scores, embeddings = torch.randn(3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    model = PreferenceModel(CONFIG, dim=2)
+
+    def fit(x, logit):
+        x = x.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            p = 1 / (1 + torch.exp(-logit(*x[pairs].unbind(1))))
+            loss = -(q * p.log() + (1 - q) * (1 - p).log()).mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return closure().item(), x.detach()
+
+    loss, scores = fit(scores, lambda a, b: a - b)
+    assert loss == pytest.approx(0.6931471805599453, abs=1e-9) and scores.std() < 1e-4
+    loss, _ = fit(embeddings, model.logit)
+    assert loss == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=1e-9)
+    assert loss == pytest.approx(0.3251, abs=1e-4)
 
 
 @pytest.mark.parametrize("cls", [GPT, RewardModel])

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.reward import bradley_terry_loss, plackett_luce_loss
+from minirlhf.reward import (
+    best_of_k_loss,
+    bradley_terry_loss,
+    normalization,
+    pair_accuracy,
+    plackett_luce_loss,
+    rating_loss,
+    share_positive,
+)
 
 
 def tensor(x):
@@ -206,3 +214,95 @@ def test_plackett_luce_gradient_and_huge_rewards():
     np.testing.assert_allclose(grad.sum(1).numpy(), 0.0, atol=1e-12)
     huge = plackett_luce_loss(torch.tensor([[1e4, 0.0, -1e4]]), torch.tensor([[2, 1, 0]]))
     assert huge.item() == pytest.approx(3e4, rel=1e-6)              # 2e4 for the first place, 1e4 for the second
+
+
+def ragged(k, sizes, seed):
+    """Rewards (B, k) with -inf for the missing options of rows of these sizes, at random places, and rankings with them last."""
+    rng, rewards, ranking = np.random.default_rng(seed), [], []
+    for size in sizes:
+        order = rng.permutation(k)
+        row = rng.normal(0.0, 2.0, k)
+        row[order[size:]] = -math.inf
+        rewards.append(row.tolist())
+        ranking.append(order.tolist())
+    return rewards, ranking
+
+
+SIZES = [4, 2, 1, 5, 3, 2]
+
+
+def test_plackett_luce_leaves_missing_options_out():
+    rewards, ranking = ragged(5, SIZES, seed=60)
+    expected = pl_loop(rewards, [order[:size] for order, size in zip(ranking, SIZES, strict=True)])
+    assert plackett_luce_loss(tensor(rewards), torch.tensor(ranking)).item() == pytest.approx(expected, rel=1e-12)
+    single = plackett_luce_loss(torch.tensor(rewards), torch.tensor(ranking))
+    assert single.dtype == torch.float32 and single.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["plackett_luce", "best_of_k"])
+def test_missing_options_have_no_gradient_and_the_others_their_own(loss):
+    rewards, ranking = ragged(5, SIZES, seed=61)
+    whole, order = tensor(rewards).requires_grad_(), torch.tensor(ranking)
+
+    def f(x, order):
+        return plackett_luce_loss(x, order) if loss == "plackett_luce" else best_of_k_loss(x, order[:, 0])
+
+    grad, = torch.autograd.grad(f(whole, order), whole)
+    for b, size in enumerate(SIZES):
+        alone = whole.detach()[b, order[b, :size]][None].requires_grad_()
+        expected, = torch.autograd.grad(f(alone, torch.arange(size)[None]), alone)
+        np.testing.assert_allclose(grad[b, order[b, :size]], expected[0] / len(SIZES), atol=1e-12)
+        assert (grad[b, order[b, size:]] == 0).all()
+
+
+def test_gradcheck():
+    ranking = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    a, b = normal(2, 3, seed=62).requires_grad_(), normal(2, 3, seed=63).requires_grad_()
+    label = torch.from_numpy(np.random.default_rng(64).uniform(0, 1, (2, 3)))
+    assert torch.autograd.gradcheck(lambda x, y: bradley_terry_loss(x, y, label=label, margin=0.3, center=0.1), (a, b))
+    assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, ranking), a)
+    assert torch.autograd.gradcheck(lambda x: best_of_k_loss(x, ranking[:, 0]), a)
+    assert torch.autograd.gradcheck(lambda x: rating_loss(x, b.detach()), a)
+    missing = torch.tensor([[False, True, False], [False, False, False]])   # option 1, the last of row 0
+    assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x.masked_fill(missing, -math.inf), ranking), a)
+
+
+# Best of K, ratings
+
+@pytest.mark.parametrize("k", [2, 4, 7])
+def test_best_of_k_is_the_loop(k):
+    rewards, best = normal(6, k, seed=70 + k), np.random.default_rng(k).integers(0, k, 6)
+    expected = np.mean([-math.log(math.exp(row[i]) / sum(map(math.exp, row)))
+                        for row, i in zip(rewards.tolist(), best, strict=True)])
+    loss = best_of_k_loss(rewards, torch.from_numpy(best))
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_best_of_k_by_hand():
+    rewards = tensor([[math.log(2), math.log(5), math.log(3)], [math.log(2), -math.inf, math.log(6)]])
+    loss = best_of_k_loss(rewards, torch.tensor([1, 0]))
+    assert loss.item() == pytest.approx((math.log(10 / 5) + math.log(8 / 2)) / 2, rel=1e-12)
+    assert best_of_k_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(math.log(4))
+
+
+def test_rating_loss():
+    scores, ratings = normal(9, seed=80), normal(9, seed=81)
+    expected = sum((s - r) ** 2 for s, r in zip(scores.tolist(), ratings.tolist(), strict=True)) / 9
+    assert rating_loss(scores, ratings).item() == pytest.approx(expected, rel=1e-12)
+    assert rating_loss(tensor([1.0, -2.0]), tensor([3.0, -2.0])).item() == 2.0
+
+
+# Figures
+
+def test_pair_accuracy():
+    scores = tensor([0.5, 2.0, 0.5, -1.0])
+    pairs = torch.tensor([[1, 0], [0, 2], [3, 1], [2, 3]])           # right, equal, wrong, right
+    assert pair_accuracy(scores, pairs).item() == 0.625
+    assert share_positive(tensor([1.5, 0.0, -2.5, 1.5])).item() == 0.625
+
+
+def test_normalization():
+    scores = normal(11, seed=90)
+    mean = sum(scores.tolist()) / 11
+    std = math.sqrt(sum((s - mean) ** 2 for s in scores.tolist()) / 11)
+    assert normalization(scores) == pytest.approx((mean, std), rel=1e-12)

@@ -30,7 +30,8 @@ CHANGES = {
               max_grad_norm=0.01,
                dtype="bfloat16", n_ctx=32),
     train_rm: dict(epochs=2, batch_size=64, lr=1e-2, embedding_lr=1.0, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
-                   max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16"),
+                   max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16", model="pairwise", level="token",
+                   loss="plackett_luce", soft_labels=False),
     train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
                     kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
                     minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
@@ -38,8 +39,8 @@ CHANGES = {
                     max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
-    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "device"},
-    train_rm: {"data", "init", "out", "overlong", "device"},
+    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device"},
+    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device"},
     train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"},
     train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
 }  # fmt: skip
