@@ -187,7 +187,7 @@ def alarms(rows):
     signs = (
         (kl.mean() < -0.02 - 3 * kl.std() / len(kl) ** 0.5,  # three standard errors, and more than rounding
          "KL is negative on average: a filter in sampling (--top-k); a reference that is not the policy's start"),
-        (rows[-1]["ppo/policy/first_approxkl"] > 0.005,  # log-ratios of 0.1; the mean ratio is near 1 under any two distributions
+        (rows[-1]["ppo/policy/first_approxkl"] > 0.002,  # log-ratios of 0.06; the mean ratio is near 1 under any two distributions
          "ratio is not 1 before the first update: dropout; another temperature or dtype on one side; old log-probs of other weights"),
         (last("objective/entropy", 5).mean() < 0.1 * growth * first["objective/entropy"],  # a token's; healthy runs keep a quarter
          "entropy collapses: --kl-coef too small; a reward model that is fooled (read samples); a low --temperature"),
