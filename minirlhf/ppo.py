@@ -1,7 +1,7 @@
-"""The maths of stage 2: KL, shaped rewards, GAE, whitening, clipped losses, KL control, group baselines.
+"""The maths of stage 2: KL, shaped rewards, GAE, whitening, clipped losses, KL control, group baselines; and its alarms.
 
-Tensors in, tensors out. Everything about tokens is (B, R): response token t of row b, with a mask that is True on real tokens. What
-lies outside the mask never matters and comes back as 0.
+Tensors in, tensors out; `experience` and `losses` put the pieces together as the script's knobs say. Everything about tokens is
+(B, R): response token t of row b, with a mask that is True on real tokens. What lies outside the mask never matters and comes back as 0.
 
 Left out: entropy bonus, dual clip, clamps on log-ratios, bootstrapping the value of a cut response.
 """
@@ -131,9 +131,10 @@ def group_advantages(scores, group_size, kind):
 
 
 def experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef):
-    """The arithmetic of steps 3 to 6 on a given rollout: (rewards, advantages, returns), each (B, R).
+    """Steps 3 to 6 on a given rollout: (rewards, advantages, returns), each (B, R).
 
-    scores (B,), or (B, R) where each token earns its own; values None for the kinds without a critic, which have no returns either.
+    scores (B,), or (B, R) where each token earns its own. Without a critic values are None, and so are the returns: the advantage of a
+    response, from the sum of its rewards, is that of each of its tokens.
     """
     # 3 KL and 4 reward
     kl = kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
@@ -150,7 +151,11 @@ def experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef):
 
 
 def losses(logprobs, values, minibatch, mask, knobs, kl_coef):
-    """Step 7 on episodes, or a part of them: (what is minimised, stats), means over the mask."""
+    """Step 7: (policy loss + vf_coef * value loss, stats), means over the mask; values None leaves the value loss out.
+
+    minibatch: logprobs, ref_logprobs, advantages, values and returns (B, R) of the rollout. With kl_in "loss" the policy loss includes
+    kl_coef times the mean KL estimate.
+    """
     pg_loss, stats = policy_loss(logprobs, minibatch.logprobs, minibatch.advantages, mask, knobs.clip)
     if knobs.kl_in == "loss":
         kl = kl_estimate(logprobs[mask.bool()], minibatch.ref_logprobs[mask.bool()], knobs.kl_kind)

@@ -123,7 +123,8 @@ def test_published_recipes_are_launch_lines(recipe, toy, tmp_path):
 
 def test_temperature_on_one_side_only_moves_the_first_ratio(toy):
     stage = Stage(toy, temperature=0.5)
-    episodes, _ = stage.rollout()
+    episodes, stats = stage.rollout()
+    assert abs(stats["objective/kl"]) < 1e-4
     right, wrong = (stage.update(episodes, temperature=t)[1] for t in (0.5, 1.0))
     assert right["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-4) and right["ppo/policy/first_approxkl"] < 1e-6
     assert abs(wrong["ppo/policy/first_ratio"] - 1) > 1e-2 and wrong["ppo/policy/first_approxkl"] > 0.01
@@ -411,8 +412,11 @@ def test_a_larger_coefficient_ends_nearer_the_base_model(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place", [dict(kl_in="reward"), dict(kl_in="loss", kl_kind="k2")], ids=["reward", "loss"])
-def test_adaptive_kl_follows_its_rule_in_both_places(place, toy, tmp_path):
-    rows = train(toy, tmp_path, steps=5, kl_target=0.5, kl_horizon=20, lr=1e-2, **place)
+def test_adaptive_kl_follows_its_rule_in_both_places(place, toy, tmp_path, monkeypatch):
+    losses, used = ppo.losses, []
+    monkeypatch.setattr(ppo, "losses", lambda *args: used.append(args[-1]) or losses(*args))
+    rows = train(toy, tmp_path, steps=5, kl_target=0.5, kl_horizon=20, lr=1e-2, ppo_epochs=1, minibatches=1, **place)
+    assert used == pytest.approx([row["objective/kl_coef"] for row in rows], rel=1e-5)
     coef = 0.1
     for row in rows:
         assert row["objective/kl_coef"] == pytest.approx(coef, rel=1e-5)
@@ -430,6 +434,23 @@ def test_own_critic_starts_as_the_reward_model(toy):
     values = stage.critic.values(episodes.tokens).gather(1, last[:, None]).squeeze(1)
     torch.testing.assert_close(values, stage.scorer(*episodes[:3])[0].sum(1), atol=1e-5, rtol=1e-5)
     assert stage.critic is not stage.rm
+
+
+def test_values_are_those_of_the_state_before_each_token(toy, monkeypatch):
+    """In the rollout, each row alone; and in the update, the same numbers before anything has moved."""
+    stage = Stage(toy)
+    episodes, _ = stage.rollout()
+    for b in range(32):
+        p, r = int(episodes.prompt_lengths[b]), int(episodes.response_lengths[b])
+        values = stage.critic.values(episodes.tokens[b : b + 1, : p + r])[0, p - 1 : p + r - 1].tolist()
+        np.testing.assert_allclose(episodes.values[b], values + [0] * (R - r), atol=1e-5)
+    seen, losses = [], ppo.losses
+    monkeypatch.setattr(ppo, "losses", lambda *args: seen.append(args) or losses(*args))
+    stage.update(episodes, micro_batch=8)
+    for logprobs, values, mb, mask, *_ in seen:
+        torch.testing.assert_close(values[mask], mb.values[mask], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logprobs, mb.logprobs, atol=1e-5, rtol=1e-5)
+    assert len(seen) == 4
 
 
 def test_shared_critic_is_a_head_on_the_policy(toy):
