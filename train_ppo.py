@@ -2,24 +2,39 @@
 
     python train_ppo.py                                            # laptop, 2 cores, from nothing: under 5 minutes
     python train_ppo.py --data toy --out runs/toy/ppo --steps 20   # a toy language with a known true reward: under a minute
-    python train_ppo.py --reward my_rules.py:score                 # any Python function (prompts, responses) -> floats
+    python train_ppo.py --reward my_rules.py:score                 # any Python function (prompts, responses) -> floats; with
+        --reward-level token, each response is a list of its tokens' texts, and gets a list of as many floats
+    python train_ppo.py --advantage grpo --kl-in loss --kl-kind k3 # answers to one prompt compete: no critic
 
 The policy starts as the base model and learns to write what the reward model scores high, while a penalty on the KL from the frozen
 base model keeps it a language model (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
 
     1 rollout      the policy answers a batch of prompts, sampled at --temperature until EOS or --response-length
-    2 score        the reward model reads prompt and response: one number a response
+    2 score        the reward model reads prompt and response: one number a response (or a token)
     3 KL           log-probs of the response under policy and reference; their difference is the KL of each token
     4 reward       -kl_coef * KL at each token, and the score on the last one
     5 values       the critic, its own network that starts as the reward model, values each position
-    6 advantages   GAE, then whitened over the batch
+    6 advantages   GAE, then whitened over the batch; or, without a critic, each response against the others to its prompt
     7 update       --ppo-epochs passes of clipped policy and value losses
 
-Left out: entropy bonus, value bootstrapping of cut responses, length filters, a shared trunk for policy and critic.
+Every detail on which published code differs is a switch. lm-human-preferences (Ziegler et al. 2019), its style tasks:
+
+    python train_ppo.py --temperature 0.7 --response-length 24 --no-stop-at-eos --truncate . --truncate-after 16 --missing-eos-score -1 \\
+        --whiten-rewards --kl-coef 0.15 --kl-target 6 --critic shared --lam 0.95 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 \\
+        --lr 1e-5 --warmup 0 --batch-size 512 --steps 1953
+
+summarize_from_feedback_details (Huang et al. 2024), which decodes on after EOS but drops what follows, so that stopping there is the same:
+
+    python train_ppo.py --temperature 0.7 --response-length 53 --missing-eos-score -1 --kl-coef 0.05 --lam 0.95 --ppo-epochs 4 \\
+        --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 --batch-size 512 --steps 1953
+
+Left out: entropy bonus, value bootstrapping of cut responses, length filters, Adam's epsilon in its TensorFlow place.
 """
 
+import copy
 import importlib.util
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,30 +55,40 @@ from minirlhf.sampling import answers, before_response, generate, response_logpr
 class Knobs:
     data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
-    reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION of "
-                           "(prompts, responses) -> floats, or true: the toy's own")  # fmt: skip
+    reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION or "
+                           "package.module:FUNCTION of (prompts, responses) -> floats, or true: the toy's own")  # fmt: skip
+    reward_level: str = knob("", "what a function rates: response (the default) or token; a reward model knows", ("", "response", "token"))
     out: str = knob("runs/ppo", "run directory")
-    overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate (at their left end)",
-                         sft.OVERLONG)  # fmt: skip
+    overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate on the left", sft.OVERLONG)
     steps: int = knob(48, "iterations")
     batch_size: int = knob(128, "episodes an iteration")
     response_length: int = knob(24, "most tokens of a response")
+    stop_at_eos: bool = knob(True, "EOS ends a response; else all --response-length tokens are sampled, and trained on")
     temperature: float = knob(1.0, "of sampling and of every log-prob")
+    top_k: int = knob(0, "sample from the k likeliest tokens only, which the log-probs do not know; 0: off")
+    truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS: what follows is hidden from it")
+    truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
     missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
     kl_coef: float = knob(0.033, "price of a nat of KL from the base model, in standard deviations of its scores")
-    kl_kind: str = knob("k1", "KL estimator in the reward: k1, k2 or k3", ("k1", "k2", "k3"))
+    kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
+    kl_in: str = knob("reward", "where the KL is paid: reward, or loss (k2 or k3)", ("reward", "loss"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
     whiten_rewards: bool = knob(False, "shaped rewards get variance 1 over the batch, their mean kept")
+    advantage: str = knob("gae", "gae; or without a critic rloo, grpo, reinforce (baseline: the group's mean)", ppo.ADVANTAGES)
+    group_size: int = knob(4, "answers to each prompt for rloo, grpo and reinforce; gae takes one")
     gamma: float = knob(1.0, "discount")
     lam: float = knob(0.8, "GAE's lambda; 0.95 is usual, but a critic that starts as the reward model can be trusted more")
+    whiten_advantages: bool = knob(True, "gae's advantages get mean 0 and variance 1 over the batch")
+    critic: str = knob("own", "own: a network that starts as the reward model; shared: a head, from 0, on the policy", ("own", "shared"))
     clip: float = knob(0.2, "the policy's ratio is clipped to 1 +- this")
     value_clip: float = knob(0.2, "the critic is clipped to its old value +- this")
     vf_coef: float = knob(0.1, "weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes")
     minibatches: int = knob(2, "optimizer steps a pass")
     micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
-    lr: float = knob(1e-3, "peak learning rate, linear to 0")
+    lr: float = knob(1e-3, "peak learning rate")
+    lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest")
     adam_eps: float = knob(1e-5, "Adam's epsilon")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
@@ -80,15 +105,17 @@ class Episodes(NamedTuple):
     prompt_lengths: torch.Tensor  # (B,)
     response_lengths: torch.Tensor  # (B,)
     logprobs: torch.Tensor  # (B, R) under the policy that sampled, as all below
-    values: torch.Tensor  # (B, R)
+    ref_logprobs: torch.Tensor  # (B, R)
     advantages: torch.Tensor  # (B, R)
-    returns: torch.Tensor  # (B, R)
+    values: torch.Tensor | None  # (B, R), None without a critic
+    returns: torch.Tensor | None  # (B, R), None without a critic
 
     def rows(self, index):
-        return Episodes(*(x[index] for x in self))
+        return Episodes(*(None if x is None else x[index] for x in self))
 
 
 def main(knobs):
+    check(knobs)
     device = runtime.pick_device(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
@@ -99,93 +126,115 @@ def main(knobs):
     rng = runtime.seed_everything(knobs.seed)
     tokenizer = sft.load_tokenizer(source)
     policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
-    scorer, critic = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
-    critic.to(device)
-    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
+    scorer, rm = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
+    critic = make_critic(knobs, policy, reference, rm)
+    trained = torch.nn.ModuleList(filter(None, [policy, critic]))
+    optimizer = runtime.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
     # Data: prompts, in an order without end
     room = policy.config.n_ctx - knobs.response_length
     prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
+    group = 1 if knobs.advantage == "gae" else knobs.group_size
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
 
-    run = Run("ppo", knobs, knobs.steps, device)
-    torch.manual_seed(knobs.seed)
-    before = answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, knobs.temperature, autocast)
+    def sample():
+        torch.manual_seed(knobs.seed)  # the same random numbers before and after
+        return answers(policy, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
+                       knobs.temperature, autocast)  # fmt: skip
+
+    run, told = Run("ppo", knobs, knobs.steps, device), set()
+    before = sample()
+    if knobs.top_k:
+        run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
 
     for step in range(knobs.steps):
-        runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup)
-        batch = data.pad_rows([prompts[next(order)] for _ in range(knobs.batch_size)], tokenizer.pad, device)
+        runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
+        chosen = [prompts[next(order)] for _ in range(knobs.batch_size // group)]
+        batch = data.pad_rows([prompt for prompt in chosen for _ in range(group)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)
+        stats |= update(policy, critic, optimizer, episodes, knobs, controller.coef, autocast, step)
         if knobs.kl_target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
-        stats |= update(policy, critic, optimizer, episodes, knobs, autocast, step)
         if step == 0:
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
+        for alarm in sorted(set(ppo.alarms(run.rows)) - told):
+            told.add(alarm)
+            run.say(f"alarm at step {step}: {alarm}")
 
-    torch.manual_seed(knobs.seed)  # the same random numbers as before
-    after = answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, knobs.temperature, autocast)
+    after = sample()
     run.close()
     policy.save_pretrained(run.out / "model", tokenizer)
-    base_summary = finished(Path(source).parent) or {}
-    return run.compare(before, after, base_summary | reward_summary)
+    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary)
+
+
+def check(knobs):
+    """Refuses switches that make no sense together."""
+    group = knobs.advantage != "gae"
+    for wrong, message in (
+        (knobs.kl_in == "loss" and knobs.kl_kind == "k1", "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3"),
+        (group and (knobs.group_size < 2 or knobs.batch_size % knobs.group_size),
+         f"--advantage {knobs.advantage}: --batch-size {knobs.batch_size} is not whole groups of --group-size {knobs.group_size} >= 2"),
+        (group and knobs.whiten_rewards, f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own"),
+        (knobs.truncate and math.isnan(knobs.missing_eos_score), "--truncate needs --missing-eos-score (-1 is usual)"),
+        (not 0 <= knobs.truncate_after < knobs.response_length, f"--truncate-after {knobs.truncate_after}: not a position of the response"),
+        (knobs.top_k < 0, f"--top-k {knobs.top_k}: expected 0 (off) or more"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message)
 
 
 def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coef):
     """Steps 1 to 6: (Episodes, stats)."""
     # 1 rollout
-    sampled = generate(policy, *prompts, knobs.response_length, eos=tokenizer.eos, pad=tokenizer.pad,
-                       temperature=knobs.temperature)  # fmt: skip
-    row = (sampled.tokens, sampled.prompt_lengths, sampled.response_lengths)
-    width = sampled.logprobs.shape[1]
+    sampled = generate(policy, *prompts, knobs.response_length, eos=tokenizer.eos if knobs.stop_at_eos else -1, pad=tokenizer.pad,
+                       temperature=knobs.temperature, top_k=knobs.top_k or None)  # fmt: skip
+    row, width = sampled[:3], knobs.response_length
     mask = response_mask(sampled.response_lengths, width)  # (B, R)
 
     # 2 score
-    scores = scorer(*row)  # (B,)
+    scores, ended = scorer(*row)  # (B, R) what each token earns, a whole response on its last one; (B,)
     if not math.isnan(knobs.missing_eos_score):
-        scores = torch.where(ended(sampled, tokenizer.eos), scores, knobs.missing_eos_score)
+        missing = ppo.on_last_token(torch.full_like(scores[:, 0], knobs.missing_eos_score), mask)
+        scores = torch.where(ended[:, None], scores, missing)
 
-    # 3 log-probs, made anew by the function that the update uses, so that its first ratio is 1; KL from the reference
+    # 3 log-probs, made anew by the function that the update uses, so that its first ratio is 1
     logprobs = response_logprobs(policy, *row, width, knobs.temperature)  # (B, R)
     ref_logprobs = response_logprobs(reference, *row, width, knobs.temperature)
-    kl = ppo.kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
-
-    # 4 reward
-    rewards = ppo.shaped_rewards(scores, kl, mask, kl_coef)  # (B, R)
-    if knobs.whiten_rewards:
-        rewards = ppo.whiten(rewards, mask, shift_mean=False)
 
     # 5 values: of the state before each token, so at the position of the token before it
-    values = torch.where(mask, before_response(critic.values(sampled.tokens).float(), sampled.prompt_lengths, width), 0)
+    values = None
+    if critic:
+        values = torch.where(mask, before_response(critic.values(sampled.tokens).float(), sampled.prompt_lengths, width), 0)
 
-    # 6 advantages
-    advantages, returns = ppo.gae(rewards, values, mask, knobs.gamma, knobs.lam)
-    episodes = Episodes(*row, logprobs, values, ppo.whiten(advantages, mask), returns)
+    rewards, advantages, returns = ppo.experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef)
+    episodes = Episodes(*row, logprobs, ref_logprobs, advantages, values, returns)
+    scores = scores.sum(1)
     stats = {
         "objective/score": scores.mean(), "objective/score_std": scores.std(correction=0),
         "objective/kl": (logprobs - ref_logprobs).sum(1).mean(), "objective/kl_coef": torch.tensor(kl_coef),
         "objective/entropy": -logprobs.sum(1).mean(), "objective/reward": rewards.sum(1).mean(),
-        "objective/response_length": sampled.response_lengths.float().mean(),
-        "objective/ended": ended(sampled, tokenizer.eos).float().mean(),
+        "objective/response_length": sampled.response_lengths.float().mean(), "objective/ended": ended.float().mean(),
         "objective/mismatch": (logprobs - sampled.logprobs).abs().sum() / mask.sum(),
-        "ppo/returns/mean": ppo.masked_mean(returns, mask),
-        "ppo/val/explained_variance": ppo.explained_variance(values, returns, mask),
     }  # fmt: skip
+    if critic:
+        stats |= {"ppo/returns/mean": ppo.masked_mean(returns, mask),
+                  "ppo/val/explained_variance": ppo.explained_variance(values, returns, mask)}  # fmt: skip
     return episodes, stats
 
 
-def update(policy, critic, optimizer, episodes, knobs, autocast, step):
-    """Step 7: the mean of each statistic over the optimizer steps, and the first ratio."""
+def update(policy, critic, optimizer, episodes, knobs, kl_coef, autocast, step):
+    """Step 7: the mean of each statistic over the optimizer steps, and those of the first one, before anything has moved."""
     B, R = episodes.logprobs.shape
     history = []
     for _ in range(knobs.ppo_epochs):
         for index in torch.randperm(B).tensor_split(knobs.minibatches):
             minibatch = episodes.rows(index.to(episodes.tokens.device))
             n_tokens = minibatch.response_lengths.sum()
-            totals = {}
+            means = {}
             by_length = (minibatch.prompt_lengths + minibatch.response_lengths).argsort()  # like with like: less padding
             for micro in by_length.split(knobs.micro_batch or B):
                 mb = minibatch.rows(micro)
@@ -194,18 +243,17 @@ def update(policy, critic, optimizer, episodes, knobs, autocast, step):
                 mask = response_mask(mb.response_lengths, R)
                 with autocast:
                     logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
-                    values = before_response(critic.values(mb.tokens).float(), mb.prompt_lengths, R)
-                pg_loss, pg_stats = ppo.policy_loss(logprobs, mb.logprobs, mb.advantages, mask, knobs.clip)
-                vf_loss, vf_stats = ppo.value_loss(values, mb.values, mb.returns, mask, knobs.value_clip)
+                    values = before_response(critic.values(mb.tokens).float(), mb.prompt_lengths, R) if critic else None
+                loss, stats = ppo.losses(logprobs, values, mb, mask, knobs, kl_coef)
                 share = mask.sum() / n_tokens  # a mean is over the tokens of the whole minibatch
-                ((pg_loss + knobs.vf_coef * vf_loss) * share).backward()
-                for key, value in (pg_stats | vf_stats | {"ppo/policy/loss": pg_loss, "ppo/val/loss": vf_loss}).items():
-                    totals[key] = totals.get(key, 0) + value.detach() * share
-            runtime.finite(totals["ppo/policy/loss"] + totals["ppo/val/loss"], f"ppo step {step}: loss")
-            totals["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
-            history.append(totals)
+                (loss * share).backward()
+                for key, value in stats.items():
+                    means[key] = means.get(key, 0) + value.detach() * share
+            runtime.finite(means["ppo/policy/loss"] + means.get("ppo/val/loss", 0), f"ppo step {step}: loss")
+            means["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
+            history.append(means)
     stats = {key: torch.stack([torch.as_tensor(h[key]) for h in history]).mean() for key in history[0]}
-    return stats | {"ppo/policy/first_ratio": history[0]["ppo/policy/ratio"]}
+    return stats | {f"ppo/policy/first_{key}": history[0][f"ppo/policy/{key}"] for key in ("ratio", "approxkl")}
 
 
 def step_0_check(stats):
@@ -213,12 +261,6 @@ def step_0_check(stats):
     ratio, kl = stats["ppo/policy/first_ratio"].item(), stats["objective/kl"].item()
     verdict = "as they should be" if abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4 else "NOT as they should be: 1 and 0"
     return f"step-0 check: first ratio {ratio:.6f}, KL {kl:.6f} nats: {verdict}"
-
-
-def ended(sampled, eos):
-    """Whether each response closed with EOS: (B,)."""
-    last = sampled.prompt_lengths + sampled.response_lengths - 1
-    return sampled.tokens.gather(1, last[:, None]).squeeze(1) == eos
 
 
 def reward_model(knobs):
@@ -231,35 +273,77 @@ def reward_model(knobs):
 
 
 def make_scorer(knobs, source, feedback, tokenizer, reference):
-    """(scorer of token rows -> (B,), critic). A Python function scores text, and its critic is the base with a fresh head."""
+    """(scorer, its reward model or None). Of token rows it says what each response token earns (B, R), and which ones ended (B,)."""
+    R, stop = knobs.response_length, tokenizer.encode(knobs.truncate) or [tokenizer.eos]
+    if len(stop) > 1:
+        raise UserError(f"--truncate {knobs.truncate!r}: {len(stop)} tokens of this tokenizer; expected a text of one")
     file, _, name = str(source).rpartition(":")
-    if source == "true" or file.endswith(".py"):
+    rm, level = None, knobs.reward_level or "response"
+    if source == "true" or file.endswith(".py") or (name.isidentifier() and file.replace(".", "").isidentifier()):
         function = feedback.true_reward if source == "true" else load_function(file, name)
         if function is None:
             raise UserError(f"--reward true: {knobs.data} has no known true reward (toy has)")
+    else:
+        rm = sft.load_reward_model(source, tokenizer, reference)
+        level = getattr(rm, "level", "response")
+        if knobs.reward_level not in ("", level):
+            raise UserError(f"--reward-level {knobs.reward_level}: the reward model {source} scores by the {level}")
 
-        def score_text(tokens, prompt_lengths, response_lengths):
-            rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
-            texts = [(tokenizer.decode(row[:p]), tokenizer.decode(row[p : p + r])) for row, p, r in rows]
-            scores = torch.tensor([float(s) for s in function(*map(list, zip(*texts, strict=True)))], device=tokens.device)
-            if len(scores) != len(tokens) or not scores.isfinite().all():
-                raise UserError(f"--reward {source}: expected {len(tokens)} finite scores")
-            return scores
+    def scorer(tokens, p, r):
+        hit = (before_response(tokens[:, 1:], p, R) == stop[0]) & response_mask(r, R)  # (B, R)
+        hit[:, : knobs.truncate_after] = False
+        ended = hit.any(1)
+        seen = torch.where(ended, hit.int().argmax(1) + 1, r)  # up to the first one
+        if level == "response":
+            scores = rm(tokens, p + seen).float() if rm else ask(function, source, level, tokens, p, seen, tokenizer)[:, 0]
+            return ppo.on_last_token(scores, response_mask(r, R)), ended
+        values = before_response(rm.values(tokens).float(), p + 1, R) if rm else ask(function, source, level, tokens, p, seen, tokenizer)
+        return torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0), ended
 
-        critic = RewardModel.from_base(reference)
-        torch.nn.init.zeros_(critic.score.weight)
-        return score_text, critic
-    rm, critic = (sft.load_reward_model(source, tokenizer, reference) for _ in range(2))
-    return lambda tokens, p, r: rm(tokens, p + r).float(), critic
+    return scorer, rm
+
+
+def ask(function, source, level, tokens, prompt_lengths, response_lengths, tokenizer):
+    """What a Python function says of the text of token rows: (B, 1), or (B, longest response) at the token level."""
+    rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
+    prompts, responses = zip(*((tokenizer.decode(row[:p]), row[p : p + r]) for row, p, r in rows), strict=True)
+    apart = level == "token"
+    texts = [[tokenizer.decode([i]) for i in ids] if apart else tokenizer.decode(ids) for ids in responses]
+    scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in function(list(prompts), texts)]
+    expected = [len(ids) if apart else 1 for ids in responses]
+    if [len(s) for s in scores] != expected or not all(s.isfinite().all() for s in scores):
+        raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
+    return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)
 
 
 def load_function(file, name):
-    spec = importlib.util.spec_from_file_location("reward_function", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """A function of FILE.py, or of a module by its dotted name."""
+    try:
+        if file.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("reward_function", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")  # the current directory
+            module = importlib.import_module(file)
+    except ModuleNotFoundError as e:
+        raise UserError(f"--reward {file}:{name}: {e}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
     return getattr(module, name)
+
+
+def make_critic(knobs, policy, reference, rm):
+    """The value function: a copy of the reward model, or a head of zeros: on the policy, or on the base where a function scores."""
+    if knobs.advantage != "gae":
+        return None
+    if rm and knobs.critic == "own":
+        return copy.deepcopy(rm)
+    critic = RewardModel.from_base(reference)
+    if knobs.critic == "shared":
+        critic.transformer = policy
+    torch.nn.init.zeros_(critic.score.weight)
+    return critic.to(policy.wte.weight.device)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""The maths of stage 2: KL, shaped rewards, GAE, whitening, clipped losses, KL control, group baselines.
+"""The maths of stage 2: KL, shaped rewards, GAE, whitening, clipped losses, KL control, group baselines; and its alarms.
 
-Tensors in, tensors out. Everything about tokens is (B, R): response token t of row b, with a mask that is True on real tokens. What
-lies outside the mask never matters and comes back as 0.
+Tensors in, tensors out; `experience` and `losses` put the pieces together as the script's knobs say. Everything about tokens is
+(B, R): response token t of row b, with a mask that is True on real tokens. What lies outside the mask never matters and comes back as 0.
 
 Left out: entropy bonus, dual clip, clamps on log-ratios, bootstrapping the value of a cut response.
 """
 
+import math
+
+import numpy as np
 import torch
+
+ADVANTAGES = ("gae", "rloo", "grpo", "reinforce")
 
 
 def masked_mean(x, mask):
@@ -29,13 +34,20 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     raise ValueError(f"kl kind {kind!r}: expected k1, k2 or k3")
 
 
-def shaped_rewards(scores, kl, mask, kl_coef):
-    """Per-token rewards (B, R): -kl_coef * kl at each token, and the score (B,) on the last one (Ziegler et al. 2019, eq. 2)."""
+def on_last_token(scores, mask):
+    """Scores (B,) on the last real token of their rows, 0 elsewhere: (B, R). A row without tokens has no place for one."""
     mask = mask.bool()
-    rewards = torch.where(mask, -kl_coef * kl, 0)
-    rows = mask.any(1)
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-    return rewards.scatter_add(1, last, (scores * rows)[:, None].to(rewards.dtype))
+    return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).scatter(1, last, (scores * mask.any(1))[:, None])
+
+
+def shaped_rewards(scores, kl, mask, kl_coef):
+    """Per-token rewards (B, R): -kl_coef * kl at each token, and the score (B,) on the last one (Ziegler et al. 2019, eq. 2).
+
+    Scores (B, R) are what each token earns, and stay where they are.
+    """
+    scores = scores if scores.dim() == 2 else on_last_token(scores, mask)
+    return torch.where(mask.bool(), scores - kl_coef * kl, 0)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -118,6 +130,43 @@ def group_advantages(scores, group_size, kind):
     return centred.flatten()
 
 
+def experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef):
+    """Steps 3 to 6 on a given rollout: (rewards, advantages, returns), each (B, R).
+
+    scores (B,), or (B, R) where each token earns its own. Without a critic values are None, and so are the returns: the advantage of a
+    response, from the sum of its rewards, is that of each of its tokens.
+    """
+    # 3 KL and 4 reward
+    kl = kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
+    rewards = shaped_rewards(scores, kl, mask, kl_coef if knobs.kl_in == "reward" else 0.0)
+    if knobs.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+
+    # 6 advantages
+    if values is None:
+        advantages = group_advantages(rewards.sum(1), knobs.group_size, knobs.advantage)  # (B,)
+        return rewards, advantages[:, None] * mask, None
+    advantages, returns = gae(rewards, values, mask, knobs.gamma, knobs.lam)
+    return rewards, whiten(advantages, mask) if knobs.whiten_advantages else advantages, returns
+
+
+def losses(logprobs, values, minibatch, mask, knobs, kl_coef):
+    """Step 7: (policy loss + vf_coef * value loss, stats), means over the mask; values None leaves the value loss out.
+
+    minibatch: logprobs, ref_logprobs, advantages, values and returns (B, R) of the rollout. With kl_in "loss" the policy loss includes
+    kl_coef times the mean KL estimate.
+    """
+    pg_loss, stats = policy_loss(logprobs, minibatch.logprobs, minibatch.advantages, mask, knobs.clip)
+    if knobs.kl_in == "loss":
+        kl = kl_estimate(logprobs[mask.bool()], minibatch.ref_logprobs[mask.bool()], knobs.kl_kind)
+        pg_loss = pg_loss + kl_coef * kl.mean()
+    stats["ppo/policy/loss"] = pg_loss
+    if values is None:
+        return pg_loss, stats
+    vf_loss, vf_stats = value_loss(values, minibatch.values, minibatch.returns, mask, knobs.value_clip)
+    return pg_loss + knobs.vf_coef * vf_loss, stats | vf_stats | {"ppo/val/loss": vf_loss}
+
+
 class AdaptiveKL:
     """A KL coefficient that steers `objective/kl` towards a target in nats (Ziegler et al. 2019, 2.2).
 
@@ -130,3 +179,27 @@ class AdaptiveKL:
     def update(self, kl, n):
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n / self.horizon
+
+
+def alarms(rows):
+    """Signs of trouble in the metrics of all steps so far, each with its likeliest causes first; a healthy run shows none."""
+
+    def last(key, n):
+        return np.array([row.get(key, math.nan) for row in rows[-n:]] if len(rows) >= n else [math.nan])  # nan: no alarm
+
+    first, kl, length = rows[0], last("objective/kl", 10), last("objective/response_length", 5).mean()
+    growth = length / first["objective/response_length"]
+    signs = (
+        (kl.mean() < -0.02 - 3 * kl.std() / len(kl) ** 0.5,  # three standard errors, and more than rounding
+         "KL is negative on average: a filter in sampling (--top-k); a reference that is not the policy's start"),
+        (rows[-1]["ppo/policy/first_approxkl"] > 0.002,  # log-ratios of 0.06; the mean ratio is near 1 under any two distributions
+         "ratio is not 1 before the first update: dropout; another temperature or dtype on one side; old log-probs of other weights"),
+        (last("objective/entropy", 5).mean() < 0.1 * growth * first["objective/entropy"],  # a token's; healthy runs keep a quarter
+         "entropy collapses: --kl-coef too small; a reward model that is fooled (read samples); a low --temperature"),
+        (last("objective/score", 5).mean() > first["objective/score"] and growth > 2
+         and last("objective/ended", 5).mean() < 0.5 * first["objective/ended"],  # longer alone can be better
+         "score rises while length explodes: the reward likes length; no --missing-eos-score"),
+        (last("ppo/val/explained_variance", 20).max() < 0,  # a critic with a fresh head may need ten steps
+         "explained variance stays below 0: --whiten-rewards on raw values; the critic's --lr; values read one position off"),
+    )  # fmt: skip
+    return [text for sign, text in signs if sign]

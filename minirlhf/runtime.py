@@ -5,6 +5,7 @@ Left out, so far: distributed start-up.
 
 import argparse
 import dataclasses
+import math
 import platform
 import random
 import sys
@@ -94,11 +95,17 @@ def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, 
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
-def set_lr(optimizer, step, steps, lr, warmup=0.05):
-    """Linear warm-up over a share of the steps, then linear to 0: step 0 is the first, step steps-1 the last above 0."""
-    rising = max(1, int(warmup * steps))
+def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
+    """Linear warm-up over a share of the steps, then linear to 0, along half a cosine to 0, or constant.
+
+    Step 0 is the first, step steps-1 the last above 0. Without warm-up the linear rate is lr * (1 - step/steps).
+    """
+    rising = max(1, int(warmup * steps)) if warmup else 0
+    left = min(1.0, (steps - step) / max(1, steps - rising))
+    scale = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
+    scale = min((step + 1) / rising, scale) if rising else scale
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0) * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+        group["lr"] = lr * group.get("scale", 1.0) * scale
 
 
 def optimizer_step(optimizer, max_grad_norm):

@@ -3,6 +3,7 @@
 B rows of R response tokens. Padding is filled with large numbers: what lies outside the mask must change nothing.
 """
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ def test_score_lands_on_the_last_token_and_nowhere_else():
         expected[b, length - 1] += scores[b].item() if length else 0.0
     for m in (mask, mask.double()):
         close(ppo.shaped_rewards(scores, dirty(kl, mask, 1e6), m, 0.3), expected)
+        alone = ppo.on_last_token(scores, m)
+        close(alone, expected + np.where(mask, 0.3 * kl, 0.0))
+        close(ppo.shaped_rewards(dirty(alone, mask, 1e6), kl, m, 0.3), expected)  # scores by the token stay where they are
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.97, 0.5])
@@ -196,6 +200,48 @@ def test_gradient_of_one_token(loss, new, old, target, expected):
     grad = torch.autograd.grad(value, new)[0].item()
     assert grad == (0.0 if expected == 0 else pytest.approx(expected, rel=1e-12))
     assert float(stats["ppo/policy/clipfrac" if loss is ppo.policy_loss else "ppo/val/clipfrac"]) == (expected == 0)
+
+
+@both_losses
+def test_gradient_is_the_slope(loss, loop):
+    """Central differences in float64 (torch.autograd.gradcheck), padding and an empty row included."""
+    mask = make_mask()
+    x, old, target = (normal(B, R, seed=90 + i, scale=scale) for i, scale in enumerate((0.3, 0.1, 1.0)))
+    assert torch.autograd.gradcheck(lambda x: loss(x, old, target, mask)[0], dirty(x, mask, 9.0).requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_losses_add_up(kind):
+    """Policy loss, the KL where it is in the loss, and the weighed value loss; with the slope, whatever the padding holds."""
+    mask = make_mask()
+    logprobs, old, ref, advantages, values, old_values, returns = (normal(B, R, seed=100 + i, scale=0.4) for i in range(7))
+    u = (logprobs - ref)[mask].numpy()
+    kl = {"k1": u, "k2": u**2 / 2, "k3": np.exp(-u) - 1 + u}[kind].mean()
+    pg, vf = policy_loop(logprobs, old, advantages, mask, 0.1)[0], value_loop(values, old_values, returns, mask, 0.3)[0]
+    for pad in (0.0, 800.0):
+        minibatch = SimpleNamespace(logprobs=dirty(old, mask, pad), ref_logprobs=dirty(ref, mask, -pad), advantages=advantages,
+                                    values=dirty(old_values, mask, pad), returns=returns)  # fmt: skip
+        inputs = [dirty(x, mask, s * pad).requires_grad_() for x, s in ((logprobs, 1), (values, -2))]
+        for kl_in, expected in (("loss", pg + 0.7 * kl), ("reward", pg)):
+            knobs = SimpleNamespace(clip=0.1, value_clip=0.3, vf_coef=0.5, kl_in=kl_in, kl_kind=kind)
+            loss, stats = ppo.losses(*inputs, minibatch, mask, knobs, 0.7)
+            close(loss, expected + 0.5 * vf)
+            close([stats["ppo/policy/loss"].detach(), stats["ppo/val/loss"].detach()], [expected, vf])
+            alone, stats = ppo.losses(inputs[0], None, minibatch, mask, knobs, 0.7)
+            close(alone, expected)
+            assert not any("val" in key for key in stats)
+            assert torch.autograd.gradcheck(lambda *x, k=knobs, mb=minibatch: ppo.losses(*x, mb, mask, k, 0.7)[0], inputs)
+
+
+def test_k1_in_a_loss_has_a_gradient_of_mean_zero_and_k2_that_of_the_kl():
+    """Over all tokens of a small distribution, by its own probabilities; d KL / d logits = p (log p/q - KL)."""
+    logits, q = normal(9, seed=110), torch.softmax(normal(9, seed=111), 0)
+    p = torch.softmax(logits, 0)
+    kl = (p * (p / q).log()).sum()
+    for kind, expected in (("k1", np.zeros(9)), ("k2", p * ((p / q).log() - kl))):
+        x = logits.clone().requires_grad_()
+        estimate = ppo.kl_estimate(torch.log_softmax(x, 0), q.log(), kind)
+        close(torch.autograd.grad((p * estimate).sum(), x)[0], expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

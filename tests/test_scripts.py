@@ -34,14 +34,16 @@ CHANGES = {
                    loss="plackett_luce", soft_labels=False),
     train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
                     kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
-                    minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+                    minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16",
+                    top_k=2, stop_at_eos=False, advantage="rloo", critic="shared", whiten_advantages=False, lr_schedule="cosine"),
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
                     max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device"},
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device"},
-    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"},
+    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"}
+    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},  # tests/test_switches.py
     train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
 }  # fmt: skip
 
@@ -102,21 +104,6 @@ def test_micro_batches_do_not_change_the_update(micro_batch, toy, baselines, tmp
         torch.testing.assert_close(changed[name], w, atol=2e-5, rtol=1e-4)
 
 
-def test_value_weight_of_zero_leaves_the_critic(toy):
-    """With vf_coef 0 nothing reaches the critic; the optimizer has no decay."""
-    knobs = train_ppo.Knobs(**TOY, reward=str(toy / "rm"), vf_coef=0.0, ppo_epochs=1)
-    from minirlhf.gpt import GPT, RewardModel
-
-    policy, critic = GPT.from_pretrained(toy / "sft" / "model"), RewardModel.from_pretrained(toy / "rm" / "model")
-    was = {k: w.clone() for k, w in critic.state_dict().items()}
-    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), 1e-2)
-    B, R = 4, 3
-    episodes = train_ppo.Episodes(torch.randint(0, 200, (B, 6)), torch.full((B,), 3), torch.full((B,), 3),
-                                  torch.full((B, R), -5.0), torch.zeros(B, R), torch.randn(B, R), torch.randn(B, R))  # fmt: skip
-    train_ppo.update(policy, critic, optimizer, episodes, knobs, runtime.precision(torch.device("cpu"), "float32"), 0)
-    assert same(was, critic.state_dict())
-
-
 def run(*command, cwd, **env):
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
                           env=os.environ | {"HF_HUB_OFFLINE": "1"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env)  # fmt: skip
@@ -162,6 +149,8 @@ def test_bad_files_are_one_line_and_leave_nothing(script, mistake, toy, tmp_path
         (["--init", "nowhere/model"], "nowhere/model"),
         (["--reward", "nowhere/model"], "nowhere/model"),
         (["--reward", "nowhere.py:f"], "nowhere.py"),
+        (["--reward", "nowhere.rules:f"], "nowhere.rules:f"),
+        (["--kl-in", "loss"], "--kl-kind k2 or k3"),
         (["--kl-kind", "k9"], "argument --kl-kind"),
     ],
 )
