@@ -13,17 +13,23 @@ Left out: several GPUs, other models.
 
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minirlhf import kernels, runtime
-from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.dpo import pair_loss
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.ppo import on_last_token
+from minirlhf.reward import bradley_terry_loss
 from minirlhf.runtime import knob
-from minirlhf.sampling import generate
+from minirlhf.sampling import generate, response_logprobs
+from minirlhf.tokenizer import Tokenizer
 
 
 @dataclass
@@ -106,6 +112,17 @@ class Bench:
         self.results.append(result | runtime.versions(self.device))
         text = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items() if key != "row"]
         print(f"{result['row']:<28}", ", ".join(text), flush=True)
+
+    def against_trl(self, name, shape, unit, amount, ours, trl):
+        """A row whose peer has a loop and a clock of its own: `trl` are the seconds of its steps, or None."""
+        n = 10 if self.cuda else 5
+        seconds, spread = self.seconds(ours, n=n)[0]
+        result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds,
+                  "n": n, "seconds": seconds}  # fmt: skip
+        if trl is not None:
+            theirs = float(np.median(trl) if self.cuda else np.min(trl))
+            result |= {"trl": amount / theirs, "ratio/trl": theirs / seconds}
+        self.report(result)
 
     def gpt(self):
         torch.manual_seed(0)
@@ -240,14 +257,168 @@ def row_adamw(bench):
     bench.row("AdamW step", [size], "parameters/s", size, fused.step, {"foreach": foreach.step}, roof=28 * size / bench.bandwidth)
 
 
-def pairs(bench, B, prompt, response):
-    """B rows of prompt and response, and their lengths: ragged by a half on the CPU as real text is."""
-    rng = np.random.default_rng(0)
-    lengths = torch.as_tensor(rng.integers(response // 2, response + 1, B), device=bench.device)
-    return bench.tokens(B, prompt + response), torch.full((B,), prompt, device=bench.device), lengths
+def ragged(bench, rows, prompt, response):
+    """Token rows (rows, prompt + response), prompt lengths and response lengths, the latter from a half to the whole as in real text."""
+    lengths = np.random.default_rng(0).integers(response // 2, response + 1, rows)
+    lengths = torch.as_tensor(lengths, device=bench.device)
+    return bench.tokens(rows, prompt + response), torch.full((rows,), prompt, device=bench.device), lengths
 
 
-ROWS = {"lm": row_lm, "logprobs": row_logprobs, "rollout": row_rollout, "adamw": row_adamw}
+def by_length(lengths, parts=4):
+    """Indices of rows of like length, as the scripts split a batch."""
+    return [torch.as_tensor(part) for part in np.array_split(np.argsort(lengths.cpu()), parts)]
+
+
+def row_reward(bench):
+    """A step of reward-model training on pairs."""
+    P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
+    tokens, prompt, response = ragged(bench, 2 * P, Q, R)
+    torch.manual_seed(0)
+    rm = RewardModel(bench.config).to(bench.device)
+    optimizer = runtime.make_optimizer(rm, 1e-4)
+
+    def ours():
+        scores = torch.zeros(2 * P, device=bench.device)
+        for part in by_length(response):
+            end = int((prompt + response)[part].max())
+            with bench.autocast:
+                scores = scores.index_put((part.to(bench.device),), rm(tokens[part, :end], (prompt + response)[part]).float())
+        bradley_terry_loss(scores[:P], scores[P:]).backward()
+        runtime.optimizer_step(optimizer, 1.0)
+
+    trl = trl_step(bench, "reward", rm, response, P, Q) if "trl" in bench.peers else None
+    bench.against_trl("reward-model step", [P, Q, R], "pairs/s", P, ours, trl)
+
+
+def row_dpo(bench):
+    """A step of DPO, the reference's log-probs included."""
+    P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
+    tokens, prompt, response = ragged(bench, 2 * P, Q, R)
+    policy, reference = bench.gpt(), bench.gpt()
+    optimizer = runtime.make_optimizer(policy, 1e-4)
+
+    def sums(model):
+        logps = torch.zeros(2 * P, device=bench.device)
+        for part in by_length(response):
+            end = int((prompt + response)[part].max())
+            with bench.autocast:
+                row = response_logprobs(model, tokens[part, :end], prompt[part], response[part], int(response[part].max())).sum(1)
+            logps = logps.index_put((part.to(bench.device),), row)
+        return logps
+
+    def ours():
+        with torch.no_grad():
+            ref = sums(reference)
+        logps = sums(policy)
+        pair_loss("sigmoid", logps[:P], logps[P:], ref[:P], ref[P:]).mean().backward()
+        runtime.optimizer_step(optimizer, 1.0)
+
+    trl = trl_step(bench, "dpo", policy, response, P, Q) if "trl" in bench.peers else None
+    bench.against_trl("DPO step", [P, Q, R], "pairs/s", P, ours, trl)
+
+
+def row_ppo(bench):
+    """A whole PPO iteration, no EOS, 4 epochs of 4 minibatches, separate networks."""
+    import train_ppo  # from the folder of the scripts
+
+    B, Q, R = (128, 128, 128) if bench.cuda else (64, 8, 24)
+    knobs = train_ppo.Knobs(batch_size=B, response_length=R, stop_at_eos=False, ppo_epochs=4, minibatches=4, micro_batch=0)
+    policy, reference = bench.gpt(), bench.gpt()
+    rm, critic = (RewardModel.from_base(policy).to(bench.device) for _ in range(2))
+    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), 1e-5)
+    prompts = bench.tokens(B, Q), torch.full((B,), Q, device=bench.device)
+
+    def scorer(tokens, p, r):
+        return on_last_token(rm(tokens, p + r).float(), torch.ones(B, R, device=bench.device)), torch.zeros(B, device=bench.device).bool()
+
+    def ours():
+        with torch.no_grad(), bench.autocast:
+            episodes, _ = train_ppo.rollout(policy, reference, scorer, critic, prompts, SimpleNamespace(eos=0, pad=0), knobs, 0.05)
+        train_ppo.update(policy, critic, optimizer, episodes, knobs, 0.05, bench.autocast, 0)
+
+    trl = trl_ppo(bench, policy, rm, B, Q, R) if "trl" in bench.peers else None
+    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl)
+
+
+def trl_setting(bench, folder, batch, steps):
+    """(tokenizer, arguments that all of TRL's configurations share, at their quickest)."""
+    from transformers import PreTrainedTokenizerFast
+
+    Tokenizer.train([], 257).save(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>", pad_token="ÿ")
+    return tokenizer, dict(output_dir=f"{folder}/out", per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4,
+                           gradient_checkpointing=False, bf16=bench.cuda, use_cpu=not bench.cuda, report_to=[], save_strategy="no",
+                           disable_tqdm=True)  # fmt: skip
+
+
+def trl_clock(bench):
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.times = []
+
+        def on_step_end(self, args, state, control, **_):
+            if bench.cuda:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter() if bench.cuda else time.process_time())
+
+    return Clock()
+
+
+def trl_model(folder, model, kind):
+    """What transformers reads of one of our models."""
+    import transformers
+
+    model.save_pretrained(f"{folder}/{kind}", Tokenizer.train([], 257))
+    return getattr(transformers, kind).from_pretrained(f"{folder}/{kind}")
+
+
+def trl_step(bench, stage, model, lengths, P, Q):
+    """Seconds between the ends of TRL's training steps on pairs of the same lengths."""
+    import trl
+    from datasets import Dataset
+
+    text = ["a" * (int(n) - 1) for n in lengths]  # the tokenizer knows bytes, and adds EOS
+    rows = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
+    steps, clock = (14 if bench.cuda else 7), trl_clock(bench)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, common = trl_setting(bench, folder, P, steps)
+        shared = {"train_dataset": Dataset.from_list(rows * 2), "processing_class": tokenizer, "callbacks": [clock]}
+        if stage == "reward":
+            model = trl_model(folder, model, "GPT2ForSequenceClassification")
+            trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
+        else:
+            model, reference = (trl_model(folder, model, "GPT2LMHeadModel") for _ in range(2))
+            trainer = trl.DPOTrainer(model=model, ref_model=reference, args=trl.DPOConfig(**common, logging_strategy="no"), **shared)
+        trainer.train()
+    return np.diff(clock.times)[2:]
+
+
+def trl_ppo(bench, policy, rm, B, Q, R):
+    """Seconds between the ends of TRL's PPO iterations; it exists in trl 1.12 at the latest."""
+    try:
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ImportError:
+        print("this trl has no PPO (1.12 was the last): left out")
+        return None
+    from datasets import Dataset
+
+    steps, clock = (8 if bench.cuda else 4), trl_clock(bench)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, common = trl_setting(bench, folder, B, -1)
+        tokenizer.padding_side = "left"
+        args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=B * steps, response_length=R, temperature=1.0,
+                         local_rollout_forward_batch_size=B, num_sample_generations=0, stop_token=None)  # fmt: skip
+        models = [trl_model(folder, policy, "GPT2LMHeadModel") for _ in range(2)]
+        models += [trl_model(folder, rm, "GPT2ForSequenceClassification") for _ in range(2)]
+        dataset = Dataset.from_list([{"input_ids": row} for row in torch.randint(1, 250, (B * steps, Q)).tolist()])
+        PPOTrainer(args, tokenizer, *models[:3], train_dataset=dataset, value_model=models[3], callbacks=[clock]).train()
+    return np.diff(clock.times)[1:]
+
+
+ROWS = {"lm": row_lm, "logprobs": row_logprobs, "rollout": row_rollout, "adamw": row_adamw, "reward": row_reward, "dpo": row_dpo,
+        "ppo": row_ppo}  # fmt: skip
 
 
 def main(knobs):
