@@ -50,7 +50,7 @@ class Bench:
         self.config = GPTConfig(50304, 1024, 12, 12, 768) if self.cuda else GPTConfig(8192, 64, 4, 4, 128)
         self.dtype = "bfloat16" if self.cuda else "float32"
         self.autocast = runtime.precision(self.device, self.dtype)
-        self.results = []
+        self.out = knobs.out
         n = 8192 if self.cuda else 1024
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32)
         x = torch.randn(1 << (29 if self.cuda else 25), device=self.device)
@@ -109,7 +109,9 @@ class Bench:
         self.report(result)
 
     def report(self, result):
-        self.results.append(result | runtime.versions(self.device))
+        if self.out:
+            with open(self.out, "a", encoding="utf-8") as f:
+                f.write(json.dumps(result | runtime.versions(self.device)) + "\n")
         text = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items() if key != "row"]
         print(f"{result['row']:<28}", ", ".join(text), flush=True)
 
@@ -404,7 +406,7 @@ def trl_ppo(bench, policy, rm, B, Q, R):
         return None
     from datasets import Dataset
 
-    steps, clock = (8 if bench.cuda else 4), trl_clock(bench)
+    steps, clock = 4, trl_clock(bench)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, common = trl_setting(bench, folder, B, -1)
         tokenizer.padding_side = "left"
@@ -434,9 +436,6 @@ def main(knobs):
             row(bench)
             if bench.cuda:
                 torch.cuda.empty_cache()
-    if knobs.out:
-        with open(knobs.out, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(result) + "\n" for result in bench.results)
 
 
 if __name__ == "__main__":

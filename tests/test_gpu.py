@@ -131,7 +131,8 @@ def test_graph_sees_weights_eos_and_seeds(gpt):
 
 
 def test_noise_is_the_seeds(gpt):
-    first, same, other = (generate(gpt, *prompts(8), 40, eos=-1, pad=0, generator=torch.Generator("cuda").manual_seed(seed))
+    rows = prompts(8)
+    first, same, other = (generate(gpt, *rows, 40, eos=-1, pad=0, generator=torch.Generator("cuda").manual_seed(seed))
                           for seed in (1, 1, 2))  # fmt: skip
     assert torch.equal(first.tokens, same.tokens) and not torch.equal(first.tokens, other.tokens)
 
