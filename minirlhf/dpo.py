@@ -174,7 +174,7 @@ def slic(pc, pr, nc, *, delta=1.0, lam=0.1):
 
 def r_dpo(c, r, beta, nc, nr, *, alpha=0.01):
     """R-DPO (Park et al. 2024): DPO for a reward that charges alpha a token."""
-    return -logsigmoid(beta * (c - r) + alpha * (nc - nr))
+    return -logsigmoid(beta * (c - r) + alpha * (nc - nr).to(c))
 
 
 def tdpo1(c, r, beta, *, chosen_kl, rejected_kl):
@@ -204,7 +204,7 @@ REFERENCE_FREE = ("simpo", "orpo", "cpo", "slic")
 
 
 def loss_at_start(kind, beta):
-    """The loss of any pair while the policy is the reference, where that is one number whatever pair and options; else None."""
+    """The loss while the policy is the reference, if it is one number for all pairs and settings but divergence and nll_weight."""
     log2 = math.log(2)
     logistic = ("sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired", "tdpo1", "tdpo2", "d2o")
     return {**dict.fromkeys(logistic, log2), "nca_pair": 2 * log2, "bco_pair": 2 * log2, "npo": 2 / beta * log2, "hinge": 1.0,
@@ -215,12 +215,12 @@ def loss_at_start(kind, beta):
 def kto_loss(policy_logps, ref_logps, desirable, kl_logratios, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
     """KTO (Ethayarajh et al. 2024, eq. 8) for single responses with a thumb up or down: (B,).
 
-    desirable (B,) bool; kl_logratios (M,): log-ratios of responses matched with other prompts, whose mean, at least 0, is the
-    reference point and takes no gradient. The weights make up for unequal numbers of thumbs up and down.
+    1 - sigmoid(beta (h - z)) for a thumb up, 1 - sigmoid(beta (z - h)) for one down. desirable (B,) bool; kl_logratios (M,): h of
+    responses matched with other prompts; z, the reference point, is their mean, at least 0, and takes no gradient. The weights make
+    up for unequal numbers of thumbs.
     """
     h, z = policy_logps - ref_logps, kl_logratios.mean().clamp(min=0).detach()
-    return torch.where(desirable, desirable_weight, undesirable_weight) * (
-        1 - torch.where(desirable, beta * (h - z), beta * (z - h)).sigmoid())  # fmt: skip
+    return torch.where(desirable, desirable_weight * (beta * (z - h)).sigmoid(), undesirable_weight * (beta * (h - z)).sigmoid())
 
 
 def una_loss(policy_logps, ref_logps, scores, *, beta=0.1):
@@ -257,7 +257,7 @@ def lipo_loss(policy_logps, ref_logps, rewards, mask=None, *, beta=0.1):
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     s, better, _ = ranked(beta * (policy_logps - ref_logps), rewards, mask)
     rank = 1 + s.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    gain, discount = 2.0 ** rewards.masked_fill(~mask, 0), 1 / torch.log(1.0 + rank)
+    gain, discount = 2.0 ** rewards.masked_fill(~mask, 0), 1 / torch.log(1 + rank.to(s))
     weight = (gain[:, :, None] - gain[:, None, :]) * (discount[:, :, None] - discount[:, None, :])
     return -(better * weight.abs() * logsigmoid(s[:, :, None] - s[:, None, :])).sum((1, 2))
 
