@@ -1,4 +1,4 @@
-"""JSONL files of human feedback: one object a line, in any of five forms. A bad line is an error that names it.
+"""JSONL files of human feedback: one object a line, in any of six forms. A bad line is an error that names it.
 
 Left out: other file formats; dialogues keep the plain-text form of Bai et al. 2022.
 """
@@ -27,10 +27,11 @@ def read_lines(path):
 
 
 def parse_record(line, where):
-    """(prompt, responses best first, rating or None) of one line in any of the forms below. Raises UserError.
+    """(prompt, responses best first, rating, label or None) of one line in any of the forms below. Raises UserError.
 
     {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
-    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}.
+    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"};
+    {"prompt", "response", "label"}, true or false: thumbs up or down.
     """
     try:
         record = json.loads(line)
@@ -64,9 +65,13 @@ def parse_record(line, where):
         if type(rating) not in (int, float) or not abs(rating) < 1e300:
             raise UserError(f"{where}: rating: expected a finite number, found {json.dumps(rating)}")
         return prompt, [text_of(record["response"], where, "response")], float(rating)
+    if {"prompt", "response", "label"} <= keys:
+        if type(record["label"]) is not bool:
+            raise UserError(f"{where}: label: expected true or false, found {json.dumps(record['label'])}")
+        return prompt, [text_of(record["response"], where, "response")], record["label"]
     raise UserError(
         f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
-        "or prompt+response+rating"
+        "prompt+response+rating, or prompt+response+label"
     )
 
 
