@@ -1,23 +1,26 @@
 """Stage 2': DPO and its family: a policy straight from preferences, without a reward model and without sampling.   python train_dpo.py
 
     python train_dpo.py                                    # laptop, 2 cores: the reviews, 2 to 3 minutes
-    python train_dpo.py --loss ipo --no-soft-labels        # any loss of minirlhf.dpo: on pairs, on thumbs (kto, una), on lists (rrhf ...)
-    python train_dpo.py --online                           # own samples, ranked by the reward model: 100 steps
+    python train_dpo.py --loss ipo --no-soft-labels        # any loss of minirlhf.dpo: on pairs, on thumbs (kto, una), on lists (rrhf, ...)
+    python train_dpo.py --online                           # on samples of its own, compared by the reward model
     python train_dpo.py --online --loss sppo --rounds 3    # against its own last round
     python train_dpo.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-5 --epochs 1 --micro-batch 16 --out runs/hh/dpo                      # GPU
 
 With h = log pi(response) - log pi_ref(response), beta h is the reward for which the policy pi is the best there is at that price of KL
-(Rafailov et al. 2023): so the policy is trained as its own reward model. The reference is the frozen base model; its log-probs are
-computed once and kept on disk. Where every response has the ratings of several people, all pairs of a batch are compared, and under the
-sigmoid loss with soft labels: the chance that a rater of the one gives more than a rater of the other. Leaves runs/dpo.
+(Rafailov et al. 2023): so the policy is trained as its own reward model. The reference is the frozen base model, whose log-probs are
+computed once and kept in the cache, or with --rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). Where every response
+has the ratings of several people, all pairs of a batch are compared, and under the sigmoid loss with soft labels: the chance that a
+rater of the one gives more than a rater of the other. Leaves runs/dpo.
 
-Losses without a reference load none: their runs report no KL, and the reward of a response is its own log-prob.
-With --online nothing is stored: a step samples --samples responses to each of batch-size/2 prompts, the labeler says how often each
-would be preferred to the others, and the best is set against the worst (Guo et al. 2024; with more than 2 and rounds, Rosset et al.
-2024). d2o sets the mean of the others against the worst, and Nash-MD each sample against one of a mixture with the reference.
+Losses without a reference load none: such a run reports no KL, and its implicit reward is the log-prob itself.
+With --online each step takes batch-size/2 prompts and --samples responses of the policy as it is then to each; a labeler says how often
+each response is preferred to the others, and the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset
+et al. 2024). d2o sets the mean of the others against the worst, Nash-MD each response against one of a mixture with the reference.
+All of them make the toy's true reward rise. Three need help: npo and apo_down, which push down most of what they see, a high --beta
+(3 and 1), and discopop, whose loss falls to both sides of its start, --loss-options temperature=1.
 
-Left out: resuming; lists and thumbs online; a reference that moves by a running mean.
+Left out: thumbs and lists online, a reference that follows by a running mean, resuming.
 """
 
 import copy
@@ -58,7 +61,7 @@ class Knobs:
     loss_options: str = knob("", "options of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(0.1, "price of a nat of KL from the base model")
     label_smoothing: float = knob(0.0, "probability that a label is swapped, for losses that have it")
-    soft_labels: bool = knob(True, "under the sigmoid loss: labels are shares of raters, where there are several")
+    soft_labels: bool = knob(True, "under the sigmoid and the sppo loss: labels are shares of raters, where there are several")
     group_size: int = knob(4, "rated responses to a ranked list; of a file, a record is a list")
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
     samples: int = knob(2, "online: samples to a prompt")
@@ -114,7 +117,7 @@ def main(knobs):
     # Loop
     for step, batch in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        with autocast:
+        with autocast:  # apart from the loss's: what autocast once cast without a gradient it would use again without one
             if step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round begins
                 reference.load_state_dict(policy.state_dict())
                 ref_logps = None if knobs.online else batches.all_logps(reference, rows)
@@ -123,22 +126,21 @@ def main(knobs):
             else:
                 index, *labels = batch
                 batch = rows.take(index), None if ref_logps is None else ref_logps[index], *labels
+        with autocast:
             loss, stats = batch_loss(policy, reference, kind, options, knobs, *batch)
         loss_number = runtime.finite(loss, f"dpo step {step}: loss")
         if step == 0 and base:
             run.say(step_0_check(kind, options, knobs, loss_number, stats))
         loss.backward()
-        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
-        stats = {"loss": loss_number, "grad_norm": norm} | stats | ({"online/labels": bought} if knobs.online else {})
-        run.log(step, stats, show=("loss", "rewards/accuracies"))
+        stats = {"loss": loss_number, "grad_norm": runtime.optimizer_step(optimizer, knobs.max_grad_norm)} | stats
+        run.log(step, stats | ({"online/labels": bought} if knobs.online else {}), show=("loss", "rewards/accuracies"))
 
     # Evaluation
     after = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
     run.close()
     accuracy = implicit_accuracy(policy, base, test_rows, test_pairs, kind, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
-    earlier = (finished(Path(source).parent) or {}) | reward_summary
-    return run.compare(before, after, earlier | {"eval/implicit_accuracy": accuracy})
+    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary | {"eval/implicit_accuracy": accuracy})
 
 
 def loss_of(knobs):
@@ -150,8 +152,7 @@ def loss_of(knobs):
     for part in filter(None, knobs.loss_options.split(",")):
         name, _, value = part.partition("=")
         try:
-            options[name] = value if name == "divergence" else {"true": True, "false": False}.get(value)
-            options[name] = float(value) if options[name] is None else options[name]
+            options[name] = value if name == "divergence" else value == "true" if value in ("true", "false") else float(value)
         except ValueError:
             raise UserError(f"--loss-options {part}: expected NAME=NUMBER, NAME=true or NAME=false") from None
         if name not in known:
@@ -223,9 +224,10 @@ def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels
         lists, rewards, mask = labels  # (L, K)
         i, j, k = np.nonzero((rewards[:, :, None] > rewards[:, None]) & mask[:, :, None] & mask[:, None])
         chosen, rejected = lists[i, j], lists[i, k]
-        beside = tensor(lengths[lists]) if kind != "lipo" else ref_logps[lists]
-        options = options | ({"beta": knobs.beta} if kind == "lipo" else {})
-        losses = LISTS[kind](logps[lists], beside, tensor(rewards), tensor(mask), **options)
+        if kind == "lipo":
+            losses = dpo.lipo_loss(logps[lists], ref_logps[lists], tensor(rewards), tensor(mask), beta=knobs.beta)
+        else:
+            losses = LISTS[kind](logps[lists], lengths[lists], tensor(rewards), tensor(mask), **options)
     else:
         scores = labels[-1] if kind in THUMBS else labels[-1].cpu().numpy() > 0.5
         chosen, rejected = np.nonzero(np.greater.outer(scores > 0, scores > 0))
@@ -266,12 +268,11 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
     def anchors(x):  # of d2o: all samples of a prompt but the worst, which comes last
         return torch.stack([x[chosen + i] for i in range(knobs.samples - 1)]).mean(0)
 
-    lengths, ref_logps = rows.lengths(), logps if ref_logps is None else ref_logps
-    preferred = anchors if kind == "d2o" else lambda x: x[chosen]
+    lengths, preferred = rows.lengths(), anchors if kind == "d2o" else lambda x: x[chosen]
+    refs = (None, None) if ref_logps is None else (preferred(ref_logps), ref_logps[rejected])
     try:
-        losses = dpo.pair_loss(kind, preferred(logps), logps[rejected], preferred(ref_logps), ref_logps[rejected], beta=knobs.beta,
-                               label_smoothing=smoothing, chosen_lengths=lengths[chosen], rejected_lengths=lengths[rejected],
-                               **options)  # fmt: skip
+        losses = dpo.pair_loss(kind, preferred(logps), logps[rejected], *refs, beta=knobs.beta, label_smoothing=smoothing,
+                               chosen_lengths=lengths[chosen], rejected_lengths=lengths[rejected], **options)  # fmt: skip
     except ValueError as e:
         raise UserError(f"--loss {knobs.loss}: {e}") from None
     return losses, chosen, rejected

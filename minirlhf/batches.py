@@ -48,7 +48,10 @@ class Rows(NamedTuple):
         return torch.cat(values)[undo]
 
     def mismatched(self, n_ctx):
-        """Each prompt with the response of the row before, the last one's first; long prompts lose their left end."""
+        """Each prompt with the response of the row before it, the first with that of the last: where there are no prompts, the same rows.
+
+        A prompt that is too long for its response loses its left end.
+        """
         prompts = [row[:p] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
         responses = [row[p:] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
         responses = responses[-1:] + responses[:-1]
@@ -168,6 +171,6 @@ def lists_epoch(items, batch_size, group_size, rng):
         lengths = np.array([len(groups[i]) for i in batch])
         mask = np.arange(lengths.max()) < lengths[:, None]  # (L, K)
         rows = np.concatenate([groups[i] for i in batch])
-        lists, worth = np.zeros(mask.shape, dtype=int), np.zeros(mask.shape)
+        lists, worth = np.zeros(mask.shape, dtype=int), np.zeros(mask.shape, dtype=np.float32)
         lists[mask], worth[mask] = np.arange(len(rows)), np.concatenate([rewards[i] for i in batch])
         yield rows, lists, worth, mask

@@ -94,14 +94,14 @@ def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
         wins = win_rates(preferences)  # (n, K)
         ranking = wins.argsort(dim=1, descending=True, stable=True)
         kept = {"nash_md": torch.zeros_like(ranking[:, :1]), "d2o": ranking}.get(kind, ranking[:, [0, -1]])  # (n, k)
-        each = torch.arange(n, device=device)
-        label = preferences[each, kept[:, 0], kept[:, -1]].cpu().numpy()  # (n,)
-        index = (kept + K * each[:, None]).flatten().cpu()
+        index = (kept + K * torch.arange(n, device=device)[:, None]).flatten().tolist()
         lengths = (prompt_lengths + response_lengths).tolist()
         rows = Rows([tokens[i, : lengths[i]].cpu().numpy() for i in index], prompt_lengths.cpu().numpy()[index], tokenizer.pad, device)
         pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
         bought += n * K * (K - 1) // 2
-        yield bought, rows, all_logps(reference, rows), pairs, label, wins.gather(1, kept).flatten()
+        kept_wins = wins.gather(1, kept)
+        labels = (1 + kept_wins[:, 0] - kept_wins[:, -1]) / 2  # of two samples just P(the better is preferred)
+        yield bought, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), kept_wins.flatten()
 
 
 @torch.no_grad()
