@@ -25,6 +25,7 @@ Left out: thumbs and lists online, a reference that follows by a running mean, r
 
 import copy
 import inspect
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +202,7 @@ def plan_of(items, kind, knobs, rng):
         epochs = (batches.lists_epoch(items, knobs.batch_size, knobs.group_size, rng) for _ in range(knobs.epochs))
     else:
         epochs = (items.epoch(knobs.batch_size, rng) for _ in range(knobs.epochs))
-    return [batch for epoch in epochs for batch in epoch][: knobs.steps or None]
+    return list(itertools.islice((batch for epoch in epochs for batch in epoch), knobs.steps or None))
 
 
 def sample(policy, base, scorer, prompts, tokenizer, knobs, autocast):

@@ -114,8 +114,8 @@ def prefix_kl(policy, reference, tokens, prompt_lengths, response_lengths):
 
     def kl(hidden, ref_hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, ref = ((h.float() @ m.lm_head_weight.float().t()).log_softmax(1)
-                         for h, m in ((hidden, policy), (ref_hidden, reference)))  # fmt: skip
+            heads = (hidden, policy.lm_head_weight), (ref_hidden, reference.lm_head_weight.detach())
+            logp, ref = ((h.float() @ weight.float().t()).log_softmax(1) for h, weight in heads)
             return (ref.exp() * (ref - logp)).sum(1)
 
     parts = [checkpoint(kl, h, r, use_reentrant=False) for h, r in zip(hidden.split(1024), ref_hidden.split(1024), strict=True)]
