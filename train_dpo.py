@@ -16,9 +16,11 @@ rater of the one gives more than a rater of the other. Leaves runs/dpo.
 Losses without a reference load none: such a run reports no KL, and its implicit reward is the log-prob itself.
 With --online each step takes batch-size/2 prompts and --samples responses of the policy as it is then to each; a labeler says how often
 each response is preferred to the others, and the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset
-et al. 2024). d2o sets the mean of the others against the worst, Nash-MD each response against one of a mixture with the reference.
-All of them make the toy's true reward rise. Three need help: npo and apo_down, which push down most of what they see, a high --beta
-(3 and 1), and discopop, whose loss falls to both sides of its start, --loss-options temperature=1.
+et al. 2024). Nash-MD sets each response against one of a mixture with the reference; d2o, online or not, the rejected responses against
+--samples answers of the policy's own, of which nothing is asked.
+Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the defaults four do not: npo, d2o and apo_down
+push down most of what they see until the policy leaves the language, which a higher beta or alpha or an nll_weight prevents, and
+discopop's loss falls to both sides of where it starts, but for a higher temperature.
 
 Left out: thumbs and lists online, a reference that follows by a running mean, resuming.
 """
@@ -65,7 +67,7 @@ class Knobs:
     soft_labels: bool = knob(True, "under the sigmoid and the sppo loss: labels are shares of raters, where there are several")
     group_size: int = knob(4, "rated responses to a ranked list; of a file, a record is a list")
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
-    samples: int = knob(2, "online: samples to a prompt")
+    samples: int = knob(2, "own samples to a prompt, online and for d2o")
     mixture: float = knob(0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)")
     rounds: int = knob(1, "equal parts of the run; at the start of each the reference becomes a copy of the policy")
     epochs: int = knob(3, "passes over the responses")
@@ -160,7 +162,7 @@ def loss_of(knobs):
             raise UserError(f"--loss-options {part}: loss {kind} has the options {', '.join(known) or 'none'}")
     free = dpo.AXES[kind]["RL1"] == "free"
     for wrong, message in (
-        (kind in ("nash_md", "d2o") and not knobs.online, f"--loss {kind} learns from the policy's own samples: add --online"),
+        (kind == "nash_md" and not knobs.online, "--loss nash_md learns from the policy's own samples: add --online"),
         (kind in THUMBS | LISTS and knobs.online, f"--loss {kind} takes stored responses: leave out --online"),
         (free and knobs.rounds > 1, f"--rounds {knobs.rounds}: loss {kind} has no reference to move"),
         (knobs.label_smoothing and not pairwise, f"--label-smoothing {knobs.label_smoothing}: loss {kind} has none"),
@@ -265,15 +267,15 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
     if kind in ("tdpo1", "tdpo2"):
         kl = rows.by_parts(partial(batches.prefix_kl, policy, reference), knobs.micro_batch)
         options = options | {"chosen_kl": kl[chosen], "rejected_kl": kl[rejected]}
-
-    def anchors(x):  # of d2o: all samples of a prompt but the worst, which comes last
-        return torch.stack([x[chosen + i] for i in range(knobs.samples - 1)]).mean(0)
-
-    lengths, preferred = rows.lengths(), anchors if kind == "d2o" else lambda x: x[chosen]
-    refs = (None, None) if ref_logps is None else (preferred(ref_logps), ref_logps[rejected])
+    lengths = rows.lengths()
+    sides = [None if x is None else x[side] for x in (logps, ref_logps) for side in (chosen, rejected)]
     try:
-        losses = dpo.pair_loss(kind, preferred(logps), logps[rejected], *refs, beta=knobs.beta, label_smoothing=smoothing,
-                               chosen_lengths=lengths[chosen], rejected_lengths=lengths[rejected], **options)  # fmt: skip
+        if kind == "d2o":  # in the place of the preferred: what the policy itself answers to the prompt of the rejected
+            own = selfplay.own_answers(policy, rows, knobs.samples, knobs.response_length)
+            for side, own_logps in ((0, own.by_parts(batches.total(policy), knobs.micro_batch)), (2, batches.all_logps(reference, own))):
+                sides[side] = own_logps.view(-1, knobs.samples).mean(1)[rejected]
+        losses = dpo.pair_loss(kind, *sides, beta=knobs.beta, label_smoothing=smoothing, chosen_lengths=lengths[chosen],
+                               rejected_lengths=lengths[rejected], **options)  # fmt: skip
     except ValueError as e:
         raise UserError(f"--loss {knobs.loss}: {e}") from None
     return losses, chosen, rejected

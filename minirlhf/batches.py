@@ -26,6 +26,12 @@ class Rows(NamedTuple):
     pad: int
     device: torch.device
 
+    @classmethod
+    def sampled(cls, tokens, prompt_lengths, response_lengths, pad):
+        """Rows of samples: tokens (N, T), lengths (N,)."""
+        rows = zip(tokens.cpu().numpy(), (prompt_lengths + response_lengths).tolist(), strict=True)
+        return cls([row[:length] for row, length in rows], prompt_lengths.cpu().numpy(), pad, tokens.device)
+
     def take(self, index):
         return self._replace(tokens=[self.tokens[i] for i in index], prompt_lengths=self.prompt_lengths[index])
 

@@ -72,8 +72,8 @@ def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
     """Yields batches without end: (labels bought so far, Rows, ref_logps (b,), pairs (n, 2), labels (n,) = P(first preferred), wins (b,)).
 
     For each of batch_size / 2 prompts the policy as it is then writes --samples responses. A response wins as often as it is preferred
-    to the others; the best and the worst make the pair. d2o gets all of them, best first; Nash-MD's one response is compared with one
-    of the mixture, which does not take part in the batch.
+    to the others; the best and the worst make the pair. Nash-MD's one response is compared with one of the mixture, which does not
+    take part in the batch.
     """
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
     n, device = knobs.batch_size // 2, policy.wte.weight.device
@@ -93,15 +93,23 @@ def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
         preferences = prefer(tokens, prompt_lengths, response_lengths, K)  # (n, K, K)
         wins = win_rates(preferences)  # (n, K)
         ranking = wins.argsort(dim=1, descending=True, stable=True)
-        kept = {"nash_md": torch.zeros_like(ranking[:, :1]), "d2o": ranking}.get(kind, ranking[:, [0, -1]])  # (n, k)
+        kept = torch.zeros_like(ranking[:, :1]) if kind == "nash_md" else ranking[:, [0, -1]]  # (n, 1 or 2)
         index = (kept + K * torch.arange(n, device=device)[:, None]).flatten().tolist()
-        lengths = (prompt_lengths + response_lengths).tolist()
-        rows = Rows([tokens[i, : lengths[i]].cpu().numpy() for i in index], prompt_lengths.cpu().numpy()[index], tokenizer.pad, device)
+        rows = Rows.sampled(tokens, prompt_lengths, response_lengths, tokenizer.pad).take(index)
         pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
         bought += n * K * (K - 1) // 2
         kept_wins = wins.gather(1, kept)
         labels = (1 + kept_wins[:, 0] - kept_wins[:, -1]) / 2  # of two samples just P(the better is preferred)
         yield bought, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), kept_wins.flatten()
+
+
+@torch.no_grad()
+def own_answers(policy, rows, K, response_length):
+    """K samples of the policy to the prompt of each row, in turn: Rows (N K)."""
+    prompts = [row[:p] for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(K)]
+    tokens, lengths = data.pad_rows(prompts, rows.pad, rows.device)
+    sampled = generate(policy, tokens, lengths, response_length, eos=int(prompts[0][0]), pad=rows.pad)
+    return Rows.sampled(sampled.tokens, lengths, sampled.response_lengths, rows.pad)
 
 
 @torch.no_grad()

@@ -35,13 +35,14 @@ CHANGES = {
                     kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
                     minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
-                    max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+                    loss_options="divergence=js", rounds=2, steps=2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "device"},
     train_rm: {"data", "init", "out", "overlong", "device"},
     train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"},
-    train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
+    train_dpo: {"data", "init", "reward", "out", "overlong", "group_size", "online", "samples", "mixture", "micro_batch",
+                "response_length", "eval_samples", "device"},
 }  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def test_prefix_kl(micro_batch):
     assert weight.grad[3, 2].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.02)
 
 
-def test_pairs_reach_their_losses():
+def test_pairs_reach_their_losses(monkeypatch):
     """tdpo1, npo, sppo and d2o get the KL, the win rates and the anchors of the right rows."""
     policy, reference, rows = tiny(1), tiny(2), some_rows(8)
     both = {"policy": policy, "reference": reference}
@@ -139,9 +139,13 @@ def test_pairs_reach_their_losses():
         loss, _ = loss_of("sppo", rows, pairs, labels, *wins, **both)
         expected = 0.5 * ((h[chosen] - (won - 0.5) / b) ** 2 + (h[rejected] - (lost - 0.5) / b) ** 2)
         assert loss.item() == pytest.approx(expected.mean(), rel=1e-4)
-    loss, _ = loss_of("d2o", rows, np.array([[0, 3], [4, 7]]), np.array([0.8, 0.6]), **both, online=True, samples=4)
-    expected = [-np.log(sg(b * h[i : i + 3].mean() - b * h[i + 3])) for i in (0, 4)]
-    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
+    own, real = [], selfplay.own_answers
+    monkeypatch.setattr(selfplay, "own_answers", lambda *a: own.append(real(*a)) or own[0])
+    loss, _ = loss_of("d2o", rows, pairs, labels, **both, samples=3, response_length=5)
+    assert [row[:p].tolist() for row, p in zip(own[0].tokens, own[0].prompt_lengths, strict=True)] == [
+        row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(3)]  # fmt: skip
+    anchors = np_h(policy, reference, own[0]).reshape(8, 3).mean(1)
+    assert loss.item() == pytest.approx(-np.log(sg(b * (anchors - h)[rejected])).mean(), rel=1e-4)
 
 
 def test_thumbs_and_lists_reach_their_losses():
@@ -374,7 +378,7 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-@pytest.mark.parametrize("kind,samples", [("sigmoid", 2), ("sigmoid", 4), ("d2o", 3), ("nash_md", 2)])
+@pytest.mark.parametrize("kind,samples", [("sigmoid", 2), ("sigmoid", 4), ("nash_md", 2)])
 def test_own_batches(kind, samples):
     """The labeler likes high tokens: best, worst, win rates and order are recomputed here from the rows it was shown."""
     shown = []
@@ -399,7 +403,7 @@ def test_own_batches(kind, samples):
             s = scores[i].numpy()
             rate = [np.mean([sg(s[a] - s[b]) for b in range(K) if b != a]) for a in range(K)]
             order = sorted(range(K), key=lambda a: -rate[a])  # noqa: B023
-            order = {"sigmoid": [order[0], order[-1]], "d2o": order, "nash_md": [0]}[kind]
+            order = {"sigmoid": [order[0], order[-1]], "nash_md": [0]}[kind]
             expected += [all_rows[i * K + a] for a in order]
             expected_wins += [rate[a] for a in order]
             expected_labels.append((1 + rate[order[0]] - rate[order[-1]]) / 2)
@@ -514,7 +518,7 @@ def test_loss_options(loss, option, value):
     ({"loss": "simpo", "loss_options": "gamma"}, "NAME=NUMBER"), ({"loss": "lipo", "loss_options": "beta=1"}, "has the options none"),
     ({"loss": "sppo", "loss_options": "chosen_win=1"}, "sppo has"), ({"loss": "tdpo1", "loss_options": "chosen_kl=1"}, "tdpo1 has"),
     ({"loss": "simpo", "loss_options": "divergence=js"}, "loss simpo has"), ({"loss": "nash_md"}, "add --online"),
-    ({"loss": "d2o"}, "add --online"), ({"loss": "kto", "online": True}, "leave out --online"),
+    ({"loss": "kto", "online": True}, "leave out --online"),
     ({"loss": "pro", "online": True}, "leave out --online"), ({"loss": "simpo", "rounds": 2}, "no reference to move"),
     ({"loss": "kto", "label_smoothing": 0.1}, "loss kto has none"), ({"samples": 1}, "--samples"), ({"group_size": 1}, "--group-size"),
     ({"rounds": 0}, "--rounds"), ({"mixture": 1.5}, "--mixture"), ({"online": True, "batch_size": 1}, "--batch-size 1"),
