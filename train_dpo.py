@@ -217,7 +217,7 @@ def sample(policy, base, scorer, prompts, tokenizer, knobs, autocast):
 def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels):
     """The mean loss of a batch, and its statistics over all pairs in which one response is preferred.
 
-    ref_logps (b,) or None; labels as `epoch` and `own_batches` give them after the rows.
+    ref_logps (b,) or None; labels as `plan_of` and `own_batches` give them after the rows.
     """
     logps = rows.by_parts(batches.total(policy), knobs.micro_batch)  # (b,)
     lengths, tensor = rows.lengths().float(), partial(torch.as_tensor, device=rows.device)

@@ -139,6 +139,7 @@ def thumbs(items):
     for group in items.groups if means is None else []:
         half = len(group) // 2
         scores[group[:half]], scores[group[-half:]] = 1, -1
+    scores[np.isclose(scores, 0)] = 0
     if not scores.any():
         raise UserError(f"{items.where[0]} and on: all {len(items)} ratings are alike, no response is better than the others")
     index = np.flatnonzero(scores)

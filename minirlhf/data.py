@@ -212,7 +212,8 @@ def hub_file(source):
 def jsonl(path):
     """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`; comparisons, ratings and labels do not mix.
 
-    A label is a rating of 1 or 0."""
+    A label is a rating of 1 or 0.
+    """
     items, kinds = Items([], [], [], []), set()
     for number, line in read_lines(path):
         where = f"{path}, line {number}"

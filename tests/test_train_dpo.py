@@ -232,6 +232,8 @@ def test_thumbs_of_ratings_rankings_and_labels(capsys):
     assert index.tolist() == [0, 1, 2, 3] and scores.tolist() == [True, False, False, True]
     with pytest.raises(UserError, match="all 2 ratings are alike"):
         batches.thumbs(items(2, ratings=[np.array([1.0])] * 2))
+    with pytest.raises(UserError, match="all 3 ratings are alike"):
+        batches.thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
     drawn = list(batches.thumbs_epoch(items(10, groups=[[i, i + 5] for i in range(5)]), 4, np.random.default_rng(0)))
     assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {len(rows) for rows, _ in drawn} <= {3, 4, 5}
     assert all((rows < 5).tolist() == scores.tolist() for rows, scores in drawn)
