@@ -1,46 +1,79 @@
 """Stage 2': DPO and its family: a policy straight from preferences, without a reward model and without sampling.   python train_dpo.py
 
     python train_dpo.py                                    # laptop, 2 cores: the reviews, 2 to 3 minutes
-    python train_dpo.py --loss ipo --no-soft-labels        # any pairwise loss of minirlhf.dpo
+    python train_dpo.py --loss ipo --no-soft-labels        # any loss of minirlhf.dpo: on pairs, on thumbs (kto, una), on lists (rrhf, ...)
+    python train_dpo.py --online                           # on samples of its own, compared by the reward model
+    python train_dpo.py --online --loss sppo --rounds 3    # against its own last round
     python train_dpo.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
-        --dtype bfloat16 --lr 1e-5 --epochs 1 --out runs/hh/dpo                                      # GPU
+        --dtype bfloat16 --lr 1e-5 --epochs 1 --micro-batch 16 --out runs/hh/dpo                      # GPU
 
 With h = log pi(response) - log pi_ref(response), beta h is the reward for which the policy pi is the best there is at that price of KL
-(Rafailov et al. 2023): so the policy is trained as its own reward model. The reference is the frozen base model; its log-probs are
-computed once. Where every response has the ratings of several people, all pairs of a batch are compared, and under the sigmoid loss
-with soft labels: the chance that a rater of the one gives more than a rater of the other. Leaves runs/dpo.
+(Rafailov et al. 2023): so the policy is trained as its own reward model. The reference is the frozen base model, whose log-probs are
+computed once and kept in the cache, or with --rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). Where every response
+has the ratings of several people, all pairs of a batch are compared, and under the sigmoid loss with soft labels: the chance that a
+rater of the one gives more than a rater of the other. Leaves runs/dpo.
 
-Left out: moving references, losses on more than pairs, gradient accumulation.
+Losses without a reference load none: such a run reports no KL, and its implicit reward is the log-prob itself.
+With --online each step takes batch-size/2 prompts and --samples responses of the policy as it is then to each; a labeler says how often
+each response is preferred to the others, and the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset
+et al. 2024). Nash-MD sets each response against one of a mixture with the reference; d2o, online or not, the rejected responses against
+--samples answers of the policy's own, of which nothing is asked.
+Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the defaults four do not: npo, d2o and apo_down
+push down most of what they see until the policy leaves the language, which a higher beta or alpha or an nll_weight prevents, and
+discopop's loss falls to both sides of where it starts, but for a higher temperature.
+
+Left out: thumbs and lists online, a reference that follows by a running mean, resuming.
 """
 
+import copy
+import inspect
+import itertools
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minirlhf import data, dpo, runtime, sft
+import train_rm
+from minirlhf import batches, data, dpo, runtime, selfplay, sft
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT
 from minirlhf.log import Run
 from minirlhf.reward import pair_accuracy
 from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import answers, response_logprobs
+from minirlhf.sampling import answers
+
+THUMBS = {"kto": dpo.kto_loss, "una": dpo.una_loss}
+LISTS = {"rrhf": dpo.rrhf_loss, "pro": dpo.pro_loss, "lipo": dpo.lipo_loss}
+LOSSES = dpo.KINDS | THUMBS | LISTS | {"nash_md": dpo.nash_md_loss}
+PER_TOKEN = ("simpo", "orpo", "rrhf", "pro")  # without a reference the reward of a response is its log-prob, for these a token
 
 
 @dataclass
 class Knobs:
     data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
-    reward: str = knob("", "reward model that scores samples before and after: a run or a directory (default: rm beside --out, if any)")
+    reward: str = knob("", "reward or preference model that labels online samples and scores samples before and after: a run, a directory, "
+                           "or true: the toy's own (default: rm beside --out, made if missing with --online)")  # fmt: skip
     out: str = knob("runs/dpo", "run directory")
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", sft.OVERLONG)
-    loss: str = knob("sigmoid", "a kind of minirlhf.dpo.pair_loss: " + ", ".join(dpo.KINDS), (*dpo.KINDS, *dpo.ALIASES))
+    loss: str = knob("sigmoid", "pairs: " + ", ".join(dpo.KINDS) + "; thumbs: kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
+                     (*LOSSES, *dpo.ALIASES))  # fmt: skip
+    loss_options: str = knob("", "options of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(0.1, "price of a nat of KL from the base model")
     label_smoothing: float = knob(0.0, "probability that a label is swapped, for losses that have it")
-    soft_labels: bool = knob(True, "under the sigmoid loss: labels are shares of raters, where there are several")
+    soft_labels: bool = knob(True, "under the sigmoid and the sppo loss: labels are shares of raters, where there are several")
+    group_size: int = knob(4, "rated responses to a ranked list; of a file, a record is a list")
+    online: bool = knob(False, "compare the policy's own samples, not stored responses")
+    samples: int = knob(2, "own samples to a prompt, online and for d2o")
+    mixture: float = knob(0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)")
+    rounds: int = knob(1, "equal parts of the run; at the start of each the reference becomes a copy of the policy")
     epochs: int = knob(3, "passes over the responses")
+    steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or 100 online")
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts")
+    micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch")
     lr: float = knob(5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
@@ -52,109 +85,162 @@ class Knobs:
 
 
 def main(knobs):
+    kind, options = loss_of(knobs)
     device = runtime.pick_device(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
 
-    # Models: the base, made now if it is missing, twice
+    # Models: the base, made now if it is missing, twice where the loss has a reference; what labels and scores samples
     source = sft.base_model(knobs)
+    labeler, reward_summary = find_labeler(knobs)
     rng = runtime.seed_everything(knobs.seed)
     tokenizer = sft.load_tokenizer(source)
-    policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
+    policy = GPT.from_pretrained(source).to(device)
+    base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
+    reference = copy.deepcopy(base) if knobs.rounds > 1 else base
+    scorer, prefer = selfplay.load_labeler(labeler, feedback, tokenizer, policy)
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
-    # Data: rows, their reference log-probs, the plan of all batches, the fixed test pairs
-    rows, test_rows = (Rows(items, tokenizer, knobs, policy.config.n_ctx) for items in (feedback.train, feedback.test))
-    ref_logps, test_ref_logps = (all_logps(reference, r, tokenizer.pad, autocast, device) for r in (rows, test_rows))  # (N,)
-    lengths = np.array([len(row) for row in rows.tokens])
-    plan = [batch for _ in range(knobs.epochs) for batch in feedback.train.epoch(knobs.batch_size, rng)]
-    test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
+    # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples; the fixed test pairs
     room = policy.config.n_ctx - knobs.response_length
+    if knobs.online:
+        prompts, plan = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong), range(knobs.steps or 100)
+        own = selfplay.own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
+    else:
+        rows = encode(feedback.train, tokenizer, kind, knobs, policy)
+        ref_logps = batches.stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
+        plan = plan_of(feedback.train, kind, knobs, rng)
+    test_rows = encode(feedback.test, tokenizer, kind, knobs, policy)
+    test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
-    scorer, reward_summary = find_scorer(knobs, tokenizer, reference)
-
-    def sample():
-        torch.manual_seed(knobs.seed)  # the same random numbers before and after
-        return answers(policy, reference, scorer, held_out, tokenizer, knobs.response_length, 1.0, autocast)
 
     run = Run("dpo", knobs, len(plan), device)
-    before = sample()
+    before = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
 
     # Loop
-    for step, (batch, pairs, labels) in enumerate(plan):
+    for step, batch in enumerate(plan):
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
+        with autocast:  # apart from the loss's: what autocast once cast without a gradient it would use again without one
+            if step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round begins
+                reference.load_state_dict(policy.state_dict())
+                ref_logps = None if knobs.online else batches.all_logps(reference, rows)
+            if knobs.online:
+                bought, *batch = next(own)
+            else:
+                index, *labels = batch
+                batch = rows.take(index), None if ref_logps is None else ref_logps[index], *labels
         with autocast:
-            logps = sum_logps(policy, rows, batch, tokenizer.pad, device)  # (b,)
-        loss, stats = comparison_loss(knobs, logps, ref_logps[batch], lengths[batch] - rows.prompt_lengths[batch], pairs, labels)
+            loss, stats = batch_loss(policy, reference, kind, options, knobs, *batch)
         loss_number = runtime.finite(loss, f"dpo step {step}: loss")
-        if step == 0:
-            run.say(step_0_check(knobs, loss_number, stats))
+        if step == 0 and base:
+            run.say(step_0_check(kind, options, knobs, loss_number, stats))
         loss.backward()
-        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
-        run.log(step, {"loss": loss_number, "grad_norm": norm} | stats, show=("loss", "rewards/accuracies"))
+        stats = {"loss": loss_number, "grad_norm": runtime.optimizer_step(optimizer, knobs.max_grad_norm)} | stats
+        run.log(step, stats | ({"online/labels": bought} if knobs.online else {}), show=("loss", "rewards/accuracies"))
 
     # Evaluation
-    after = sample()
+    after = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
     run.close()
-    implicit = all_logps(policy, test_rows, tokenizer.pad, autocast, device) - test_ref_logps
-    accuracy = pair_accuracy(implicit, torch.as_tensor(test_pairs, device=device)).item()
+    accuracy = implicit_accuracy(policy, base, test_rows, test_pairs, kind, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
-    earlier = (finished(Path(source).parent) or {}) | reward_summary
-    print(f"\nthe policy's implicit reward orders {accuracy:.3f} of {len(test_pairs):,} test pairs as people do")
-    return run.compare(before, after, earlier | {"eval/implicit_accuracy": accuracy})
+    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary | {"eval/implicit_accuracy": accuracy})
 
 
-class Rows:
-    """Token rows of items, with prompt lengths (N,); responses of one row are compared only when the prompt is the same."""
+def loss_of(knobs):
+    """The kind of loss and its options, as keywords; what does not go together is an error."""
+    kind, options = dpo.ALIASES.get(knobs.loss, knobs.loss), {}
+    pairwise, parameters = kind in dpo.KINDS, inspect.signature(LOSSES[kind]).parameters
+    known = [n for n, p in parameters.items() if p.kind == p.KEYWORD_ONLY and type(p.default) in (bool, float) and n != "beta"]
+    known += ["nll_weight"] * pairwise + ["divergence", "alpha_divergence"] * (pairwise and "r" in parameters)
+    for part in filter(None, knobs.loss_options.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            options[name] = value if name == "divergence" else value == "true" if value in ("true", "false") else float(value)
+        except ValueError:
+            raise UserError(f"--loss-options {part}: expected NAME=NUMBER, NAME=true or NAME=false") from None
+        if name not in known:
+            raise UserError(f"--loss-options {part}: loss {kind} has the options {', '.join(known) or 'none'}")
+    free = dpo.AXES[kind]["RL1"] == "free"
+    for wrong, message in (
+        (kind == "nash_md" and not knobs.online, "--loss nash_md learns from the policy's own samples: add --online"),
+        (kind in THUMBS | LISTS and knobs.online, f"--loss {kind} takes stored responses: leave out --online"),
+        (free and knobs.rounds > 1, f"--rounds {knobs.rounds}: loss {kind} has no reference to move"),
+        (knobs.label_smoothing and not pairwise, f"--label-smoothing {knobs.label_smoothing}: loss {kind} has none"),
+        (knobs.samples < 2 or knobs.group_size < 2 or knobs.rounds < 1, "--samples and --group-size must be at least 2, --rounds 1"),
+        (not 0 <= knobs.mixture <= 1, f"--mixture {knobs.mixture}: expected 0 to 1"),
+        (knobs.online and knobs.batch_size < 2, f"--batch-size {knobs.batch_size}: expected at least 2 responses"),
+    ):
+        if wrong:
+            raise UserError(message)
+    return kind, options
 
-    def __init__(self, items, tokenizer, knobs, n_ctx):
-        if items.ratings is not None and any(items.prompts):
-            raise UserError(f"{knobs.data}: no two rated responses share a prompt, so DPO has no pairs")
-        texts = zip(items.prompts, items.responses, items.where, strict=True)
-        self.tokens, self.prompt_lengths = data.encode(texts, tokenizer, n_ctx, sft.overlong_rule(knobs.overlong, knobs.data))
+
+def find_labeler(knobs):
+    """(what scores samples, the summary of its training): --reward, or the reward model beside --out, which --online cannot do without."""
+    beside = Path(knobs.out).parent / "rm"
+    if knobs.reward:
+        return knobs.reward, finished(knobs.reward) or {}
+    if knobs.online:
+        own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(beside), seed=knobs.seed, overlong=knobs.overlong,
+                             device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+        return sft.stage_before("reward model", train_rm.main, own)
+    summary = finished(beside) or {}
+    return (beside, summary) if summary.get("data") == knobs.data else (None, {})
 
 
-def sum_logps(model, rows, index, pad, device):
-    """Log-prob of each response, summed over its tokens: (b,) fp32 of rows (b,)."""
-    parts, undo = data.parts_by_length([len(rows.tokens[i]) for i in index])
-    logps = []
-    for part in parts:
-        tokens, lengths = data.pad_rows([rows.tokens[index[i]] for i in part], pad, device)
-        prompt_lengths = torch.as_tensor(rows.prompt_lengths[index[part]], device=device)
-        response_lengths = lengths - prompt_lengths
-        logps.append(response_logprobs(model, tokens, prompt_lengths, response_lengths, int(response_lengths.max())).sum(1))
-    return torch.cat(logps)[undo]
+def encode(items, tokenizer, kind, knobs, policy):
+    """The Rows of items. Responses are compared only when they answer the same prompt."""
+    if items.ratings is not None and any(items.prompts) and not (knobs.online or kind in THUMBS):
+        raise UserError(f"{knobs.data}: no two rated responses share a prompt, so DPO has no pairs; --loss kto needs none")
+    overlong = sft.overlong_rule(knobs.overlong, knobs.data)
+    return batches.encode(items, tokenizer, policy.config.n_ctx, overlong, policy.wte.weight.device)
 
 
-@torch.no_grad()
-def all_logps(model, rows, pad, autocast, device):
-    """sum_logps of all rows: (N,)."""
-    with autocast:
-        index = np.arange(len(rows.tokens))
-        return torch.cat([sum_logps(model, rows, i, pad, device) for i in np.split(index, range(128, len(index), 128))])
+def plan_of(items, kind, knobs, rng):
+    """All batches of the run in the shape that the loss wants: indices of rows, and what people said of them."""
+    if kind in THUMBS:
+        epochs = (batches.thumbs_epoch(items, knobs.batch_size, rng) for _ in range(knobs.epochs))
+    elif kind in LISTS:
+        epochs = (batches.lists_epoch(items, knobs.batch_size, knobs.group_size, rng) for _ in range(knobs.epochs))
+    else:
+        epochs = (items.epoch(knobs.batch_size, rng) for _ in range(knobs.epochs))
+    return list(itertools.islice((batch for epoch in epochs for batch in epoch), knobs.steps or None))
 
 
-def comparison_loss(knobs, logps, ref_logps, lengths, pairs, labels):
-    """The mean loss of a batch's comparisons, and their statistics.
+def sample(policy, base, scorer, prompts, tokenizer, knobs, autocast):
+    """Answers to held-out prompts; without a base there is no KL from it."""
+    torch.manual_seed(knobs.seed)  # the same random numbers before and after
+    sampled = answers(policy, base or policy, scorer, prompts, tokenizer, knobs.response_length, 1.0, autocast)
+    return sampled if base else [answer._replace(kl=math.nan) for answer in sampled]
 
-    logps, ref_logps, lengths (b,); pairs (P, 2) index into them, labels (P,) = P(first preferred).
+
+def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels):
+    """The mean loss of a batch, and its statistics over all pairs in which one response is preferred.
+
+    ref_logps (b,) or None; labels as `plan_of` and `own_batches` give them after the rows.
     """
-    swap = labels < 0.5
-    chosen, rejected = np.where(swap[:, None], pairs[:, ::-1], pairs).T
-    label = np.where(swap, 1 - labels, labels)
-    soft = knobs.soft_labels and dpo.ALIASES.get(knobs.loss, knobs.loss) == "sigmoid"
-    if not soft:  # a tie says nothing then
-        chosen, rejected, label = chosen[label > 0.5], rejected[label > 0.5], np.ones(int((label > 0.5).sum()))
-    flipped = torch.as_tensor(1 - label, device=logps.device, dtype=torch.float32)
-    smoothing = flipped + knobs.label_smoothing * (1 - 2 * flipped) if soft else knobs.label_smoothing
-    lengths = torch.as_tensor(lengths, device=logps.device)
-    try:
-        losses = dpo.pair_loss(knobs.loss, logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected], beta=knobs.beta,
-                               label_smoothing=smoothing, chosen_lengths=lengths[chosen], rejected_lengths=lengths[rejected])  # fmt: skip
-    except ValueError as e:
-        raise UserError(f"--loss {knobs.loss}: {e}") from None
+    logps = rows.by_parts(batches.total(policy), knobs.micro_batch)  # (b,)
+    lengths, tensor = rows.lengths().float(), partial(torch.as_tensor, device=rows.device)
+    if kind in dpo.KINDS:
+        losses, chosen, rejected = pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps, *labels)
+    elif kind in LISTS:
+        lists, rewards, mask = labels  # (L, K)
+        i, j, k = np.nonzero((rewards[:, :, None] > rewards[:, None]) & mask[:, :, None] & mask[:, None])
+        chosen, rejected = lists[i, j], lists[i, k]
+        if kind == "lipo":
+            losses = dpo.lipo_loss(logps[lists], ref_logps[lists], tensor(rewards), tensor(mask), beta=knobs.beta)
+        else:
+            losses = LISTS[kind](logps[lists], lengths[lists], tensor(rewards), tensor(mask), **options)
+    else:
+        scores = labels[-1] if kind in THUMBS else labels[-1].cpu().numpy() > 0.5
+        chosen, rejected = np.nonzero(np.greater.outer(scores > 0, scores > 0))
+        given = [tensor(labels[-1])]
+        if kind == "kto":
+            other = rows.mismatched(policy.config.n_ctx)
+            given = [tensor(scores > 0), batches.all_logps(policy, other) - batches.all_logps(reference, other)]
+        losses = LOSSES[kind](logps, ref_logps, *given, beta=knobs.beta, **options)
     with torch.no_grad():
-        rewards = knobs.beta * (logps - ref_logps)
+        rewards = knobs.beta * rewards_of(kind, logps, ref_logps, lengths)
         margins = rewards[chosen] - rewards[rejected]
         stats = {"rewards/chosen": rewards[chosen].mean(), "rewards/rejected": rewards[rejected].mean(),
                  "rewards/margins": margins.mean(), "rewards/accuracies": (margins > 0).float().mean(),
@@ -162,22 +248,62 @@ def comparison_loss(knobs, logps, ref_logps, lengths, pairs, labels):
     return losses.mean(), stats
 
 
-def step_0_check(knobs, loss, stats):
+def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps, pairs, labels, wins=None):
+    """The losses of a batch's comparisons, and the rows (P,) of the preferred and of the other responses.
+
+    pairs (P, 2) index into the rows; labels (P,) = P(first preferred); wins (b,): win rates among own samples.
+    """
+    swap = labels < 0.5
+    chosen, rejected = np.where(swap[:, None], pairs[:, ::-1], pairs).T
+    label = np.where(swap, 1 - labels, labels)
+    soft = knobs.soft_labels and kind in ("sigmoid", "sppo")
+    if not soft:  # a tie says nothing then
+        chosen, rejected, label = chosen[label > 0.5], rejected[label > 0.5], np.ones(int((label > 0.5).sum()))
+    flipped = torch.as_tensor(1 - label, device=logps.device, dtype=torch.float32)
+    smoothing = flipped + knobs.label_smoothing * (1 - 2 * flipped) if soft and kind == "sigmoid" else knobs.label_smoothing
+    if kind == "sppo":
+        won = (wins[chosen], wins[rejected]) if soft and wins is not None else (1 - flipped, flipped)
+        options = options | {"chosen_win": won[0], "rejected_win": won[1]}
+    if kind in ("tdpo1", "tdpo2"):
+        kl = rows.by_parts(partial(batches.prefix_kl, policy, reference), knobs.micro_batch)
+        options = options | {"chosen_kl": kl[chosen], "rejected_kl": kl[rejected]}
+    lengths = rows.lengths()
+    sides = [None if x is None else x[side] for x in (logps, ref_logps) for side in (chosen, rejected)]
+    try:
+        if kind == "d2o":  # in the place of the preferred: what the policy itself answers to the prompt of the rejected
+            own = selfplay.own_answers(policy, rows, knobs.samples, knobs.response_length)
+            for side, own_logps in ((0, own.by_parts(batches.total(policy), knobs.micro_batch)), (2, batches.all_logps(reference, own))):
+                sides[side] = own_logps.view(-1, knobs.samples).mean(1)[rejected]
+        losses = dpo.pair_loss(kind, *sides, beta=knobs.beta, label_smoothing=smoothing, chosen_lengths=lengths[chosen],
+                               rejected_lengths=lengths[rejected], **options)  # fmt: skip
+    except ValueError as e:
+        raise UserError(f"--loss {knobs.loss}: {e}") from None
+    return losses, chosen, rejected
+
+
+def rewards_of(kind, logps, ref_logps, lengths):
+    """The implicit rewards, as multiples of beta: log-ratios, or without a reference log-probs, of the response or a token."""
+    if ref_logps is not None:
+        return logps - ref_logps
+    return logps / lengths if kind in PER_TOKEN else logps
+
+
+def step_0_check(kind, options, knobs, loss, stats):
     """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any pair is log 2."""
-    expected, margin = dpo.log_two(knobs.loss), stats["rewards/margins"].item()
-    right = abs(margin) < 1e-4 and (expected is None or abs(loss - expected) < 1e-4)
-    return (f"step-0 check: loss {loss:.6f}" + (f" (log 2 is {expected:.6f})" if expected else "") + f", reward margin {margin:.6f}: "
+    expected, margin = None if options else dpo.loss_at_start(kind, knobs.beta), stats["rewards/margins"].item()
+    right = abs(margin) < 1e-4 and (expected is None or abs(loss - expected) < 1e-4 * max(1, expected))
+    return (f"step-0 check: loss {loss:.6f}" + (f" (expected {expected:.6f})" if expected else "") + f", reward margin {margin:.6f}: "
             + ("as they should be" if right else "NOT as they should be"))  # fmt: skip
 
 
-def find_scorer(knobs, tokenizer, reference):
-    """(scorer of sampled rows or None, summary of the reward model's training)."""
-    beside = Path(knobs.out).parent / "rm"
-    summary = finished(knobs.reward or beside) or {}
-    if not knobs.reward and summary.get("data") != knobs.data:
-        return None, {}
-    rm = sft.load_reward_model(knobs.reward or beside, tokenizer, reference)
-    return (lambda tokens, p, r: rm(tokens, p + r).float()), summary
+def implicit_accuracy(policy, base, rows, pairs, kind, knobs, autocast):
+    """How often the policy's implicit reward orders pairs (P, 2) as people do."""
+    with autocast:
+        logps = batches.all_logps(policy, rows)
+    rewards = rewards_of(kind, logps, batches.stored_logps(base, rows, autocast, knobs.dtype), rows.lengths())
+    accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
+    print(f"\nthe policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs as people do")
+    return accuracy
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Items:
     ratings: list[np.ndarray] | None = None  # the single ratings of each item
     groups: list[list[int]] = field(default_factory=list)  # or indices of the responses to one prompt, best first
     margins: np.ndarray | None = None  # (N,) how far each should lead the worse ones of its group, where a record says it
+    means: list[float] | None = None  # the mean rating of each item, kept where groups took the place of ratings
 
     def __len__(self):
         return len(self.responses)
@@ -132,6 +133,7 @@ def split(items, groups_of_items, name, **more):
             None if items.ratings is None else [items.ratings[i] for i in chosen],
             [[new[i] for i in g] for g in items.groups if g[0] in new],
             None if items.margins is None else items.margins[chosen],
+            None if items.means is None else [items.means[i] for i in chosen],
         ))  # fmt: skip
     return Feedback(name, *parts, **more)
 
@@ -210,16 +212,19 @@ def hub_file(source):
 
 
 def jsonl(path):
-    """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`; ratings do not mix with the others."""
+    """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`; comparisons, ratings and labels do not mix.
+
+    A label is a rating of 1 or 0.
+    """
     items, kinds, margins = Items([], [], [], []), set(), []
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         prompt, responses, number = parse_record(line, where)
-        kinds.add(len(responses) == 1)
+        kinds.add("comparison" if len(responses) > 1 else type(number))
         if len(kinds) > 1:
-            raise UserError(f"{where}: ratings and comparisons in one file; expected one kind")
+            raise UserError(f"{where}: labels, ratings and comparisons in one file; expected one kind")
         if len(responses) == 1:
-            items.ratings.append(np.array([number]))
+            items.ratings.append(np.array([float(number)]))
         else:
             items.groups.append(list(range(len(items), len(items) + len(responses))))
             margins += [number or 0.0] * len(responses)
@@ -249,7 +254,7 @@ def compare_within_prompts(items):
     if pairs:
         rating = [r[0] for r in items.ratings]
         items.groups = [[i, j] if rating[i] > rating[j] else [j, i] for i, j in pairs if rating[i] != rating[j]]
-        items.ratings = None
+        items.ratings, items.means = None, rating
         if not items.groups:
             raise UserError(f"{items.where[0]} and on: all responses to a prompt have the same rating, there is nothing to compare")
         alone = len(items) - len({i for pair in pairs for i in pair})

@@ -1,4 +1,4 @@
-"""JSONL files of human feedback: one object a line, in any of five forms. A bad line is an error that names it.
+"""JSONL files of human feedback: one object a line, in any of six forms. A bad line is an error that names it.
 
 Left out: other file formats; dialogues keep the plain-text form of Bai et al. 2022.
 """
@@ -30,8 +30,9 @@ def parse_record(line, where):
     """(prompt, responses best first, the record's number or None) of one line in any of the forms below. Raises UserError.
 
     {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}; {"chosen", "rejected"}, two dialogues that share a
-    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"}. The number is the
-    rating of a single response; a comparison may have a "margin", how far each score should lead those of worse responses (Llama 2).
+    prefix (Bai et al. 2022); {"prompt", "responses", "ranking"}, indices best first; {"prompt", "response", "rating"};
+    {"prompt", "response", "label"}, true or false: thumbs up or down. The number is the rating or label of a single response; a
+    comparison may have a "margin", how far each score should lead those of worse responses (Llama 2).
     """
     try:
         record = json.loads(line)
@@ -63,9 +64,13 @@ def parse_record(line, where):
         return prompt, [texts[i] for i in ranking], margin
     if {"prompt", "response", "rating"} <= keys:
         return prompt, [text_of(record["response"], where, "response")], number_of(record["rating"], where, "rating")
+    if {"prompt", "response", "label"} <= keys:
+        if type(record["label"]) is not bool:
+            raise UserError(f"{where}: label: expected true or false, found {json.dumps(record['label'])}")
+        return prompt, [text_of(record["response"], where, "response")], record["label"]
     raise UserError(
         f"{where}: found keys {sorted(keys)}, expected prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, "
-        "or prompt+response+rating"
+        "prompt+response+rating, or prompt+response+label"
     )
 
 

@@ -37,14 +37,15 @@ CHANGES = {
                     minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16",
                     top_k=2, stop_at_eos=False, advantage="rloo", critic="shared", whiten_advantages=False, lr_schedule="cosine"),
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
-                    max_grad_norm=0.01, seed=1, dtype="bfloat16"),
+                    loss_options="divergence=js", rounds=2, steps=2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device"},
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device"},
     train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"}
     | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},  # tests/test_switches.py
-    train_dpo: {"data", "init", "reward", "out", "overlong", "response_length", "eval_samples", "device"},
+    train_dpo: {"data", "init", "reward", "out", "overlong", "group_size", "online", "samples", "mixture", "micro_batch",
+                "response_length", "eval_samples", "device"},
 }  # fmt: skip
 
 

@@ -1,0 +1,183 @@
+"""What a step of train_dpo learns from: rows of token ids, their log-probs, and what people said of them as thumbs or ranked lists.
+
+Left out: thumbs that mean different things from one prompt to another.
+"""
+
+import contextlib
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+from minirlhf import data
+from minirlhf.checkpoint import atomic_write
+from minirlhf.runtime import UserError
+from minirlhf.sampling import before_response, response_logprobs, response_mask
+
+
+class Rows(NamedTuple):
+    """N rows of token ids, `[EOS] prompt response EOS`."""
+
+    tokens: list
+    prompt_lengths: np.ndarray  # (N,)
+    pad: int
+    device: torch.device
+
+    @classmethod
+    def sampled(cls, tokens, prompt_lengths, response_lengths, pad):
+        """Rows of samples: tokens (N, T), lengths (N,)."""
+        rows = zip(tokens.cpu().numpy(), (prompt_lengths + response_lengths).tolist(), strict=True)
+        return cls([row[:length] for row, length in rows], prompt_lengths.cpu().numpy(), pad, tokens.device)
+
+    def take(self, index):
+        return self._replace(tokens=[self.tokens[i] for i in index], prompt_lengths=self.prompt_lengths[index])
+
+    def lengths(self):
+        """Response tokens of each row: (N,)."""
+        return torch.tensor([len(row) for row in self.tokens], device=self.device) - torch.as_tensor(self.prompt_lengths).to(self.device)
+
+    def by_parts(self, f, micro_batch=0):
+        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b,) of all rows, in parts of like length: (N,).
+
+        With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward.
+        """
+        parts, undo = data.parts_by_length([len(row) for row in self.tokens], -(-len(self.tokens) // micro_batch) if micro_batch else 4)
+        values = []
+        for part in parts:
+            tokens, lengths = data.pad_rows([self.tokens[i] for i in part], self.pad, self.device)
+            prompt_lengths = torch.as_tensor(self.prompt_lengths[part], device=self.device)
+            row = (tokens, prompt_lengths, lengths - prompt_lengths)
+            values.append(checkpoint(f, *row, use_reentrant=False) if micro_batch else f(*row))
+        return torch.cat(values)[undo]
+
+    def mismatched(self, n_ctx):
+        """Each prompt with the response of the row before it, the first with that of the last: where there are no prompts, the same rows.
+
+        A prompt that is too long for its response loses its left end.
+        """
+        prompts = [row[:p] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
+        responses = [row[p:] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
+        responses = responses[-1:] + responses[:-1]
+        prompts = [np.append(p[:1], p[1:][max(0, len(p) + len(r) - n_ctx) :]) for p, r in zip(prompts, responses, strict=True)]
+        rows = [np.append(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return self._replace(tokens=rows, prompt_lengths=np.array([len(p) for p in prompts]))
+
+
+def encode(items, tokenizer, n_ctx, overlong, device):
+    """The Rows of Items."""
+    texts = zip(items.prompts, items.responses, items.where, strict=True)
+    return Rows(*data.encode(texts, tokenizer, n_ctx, overlong), tokenizer.pad, device)
+
+
+def total(model):
+    """The log-prob of each response, summed over its tokens, as a function for Rows.by_parts."""
+    return lambda tokens, p, r: response_logprobs(model, tokens, p, r, int(r.max())).sum(1)
+
+
+@torch.no_grad()
+def all_logps(model, rows):
+    """Log-probs of all responses (N,); None where there is no model."""
+    if model is None:
+        return None
+    index = np.arange(len(rows.tokens))
+    return torch.cat([rows.take(i).by_parts(total(model)) for i in np.split(index, range(128, len(index), 128))])
+
+
+def stored_logps(model, rows, autocast, dtype):
+    """all_logps, computed once and kept in the cache under a digest of all that they depend on; `dtype` is the autocast's name."""
+    if model is None:
+        return None
+    key = hashlib.sha256(repr((model.config, dtype, rows.device.type)).encode())
+    for weight in model.state_dict().values():
+        key.update(weight.cpu().numpy())
+    for row, prompt_length in zip(rows.tokens, rows.prompt_lengths, strict=True):
+        key.update(np.array([prompt_length, len(row), *row], dtype=np.int64))
+    path = data.cache_directory() / "ref-logps" / f"{key.hexdigest()}.safetensors"
+    if path.exists():
+        return load_file(path)["logps"].to(rows.device)
+    with autocast:
+        logps = all_logps(model, rows)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as tmp:
+            save_file({"logps": logps.cpu()}, tmp)
+    return logps
+
+
+def prefix_kl(policy, reference, tokens, prompt_lengths, response_lengths):
+    """KL(pi_ref || pi) of the next token, summed over the prefixes of each response (TDPO): (b,), for Rows.by_parts.
+
+    Distributions over the vocabulary exist for 1,024 prefixes at a time, and are made again in backward.
+    """
+    width, end = int(response_lengths.max()), tokens.shape[1] - 1
+    mask = response_mask(response_lengths, width)  # (b, R)
+    with torch.no_grad():
+        ref_hidden = before_response(reference.hidden(tokens[:, :end]), prompt_lengths, width)[mask]  # (N, C)
+    hidden = before_response(policy.hidden(tokens[:, :end]), prompt_lengths, width)[mask]
+
+    def kl(hidden, ref_hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            heads = (hidden, policy.lm_head_weight), (ref_hidden, reference.lm_head_weight.detach())
+            logp, ref = ((h.float() @ weight.float().t()).log_softmax(1) for h, weight in heads)
+            return (ref.exp() * (ref - logp)).sum(1)
+
+    parts = [checkpoint(kl, h, r, use_reentrant=False) for h, r in zip(hidden.split(1024), ref_hidden.split(1024), strict=True)]
+    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(parts)).sum(1)
+
+
+def thumbs(items):
+    """Single responses and what they are worth: indices (M,) and scores (M,), above 0 for the desirable ones.
+
+    Scores are mean ratings, standardised, so what is rated above the average is desirable; where there are but two values, or where a
+    pair or a ranking has an upper and a lower half, they are bool. What lies exactly between is left out, and counted.
+    """
+    means = items.means if items.ratings is None else [r.mean() for r in items.ratings]
+    scores = np.zeros(len(items)) if means is None else np.array(means, dtype=float) - np.mean(means)
+    for group in items.groups if means is None else []:
+        half = len(group) // 2
+        scores[group[:half]], scores[group[-half:]] = 1, -1
+    scores[np.isclose(scores, 0)] = 0
+    if not scores.any():
+        raise UserError(f"{items.where[0]} and on: all {len(items)} ratings are alike, no response is better than the others")
+    index = np.flatnonzero(scores)
+    if len(index) < len(items):
+        print(f"{len(items) - len(index)} of {len(items)} responses are neither desirable nor undesirable: left out")
+    scores = scores[index]
+    return index, scores > 0 if len(np.unique(scores)) == 2 else (scores / scores.std()).astype(np.float32)
+
+
+def thumbs_epoch(items, batch_size, rng):
+    """Yields (rows (b,), scores (b,)): about batch_size items of `thumbs` at random."""
+    index, scores = thumbs(items)
+    if min(batch_size, len(index)) < 2:
+        raise UserError(f"a batch of {min(batch_size, len(index))} has no response of another row: expected at least 2")
+    for part in np.array_split(rng.permutation(len(index)), max(1, round(len(index) / batch_size))):
+        yield index[part], scores[part]
+
+
+def lists_epoch(items, batch_size, group_size, rng):
+    """Yields (rows (b,), lists (L, K), rewards (L, K), mask (L, K)): ranked lists of about batch_size items in all.
+
+    lists index into rows, best first; the mask tells which of the K there are. Rated items come in random groups of about group_size,
+    their rewards the mean ratings; a given ranking has rewards K-1 .. 0.
+    """
+    if items.ratings is not None:
+        means = np.array([r.mean() for r in items.ratings])
+        groups = np.array_split(rng.permutation(len(items)), max(1, len(items) // group_size))
+        groups = [group[np.argsort(-means[group], kind="stable")] for group in groups]
+        rewards = [means[group] for group in groups]
+    else:
+        groups = items.groups
+        rewards = [np.arange(len(group))[::-1] for group in groups]
+    size = max(1, batch_size // max(map(len, groups)))
+    order = rng.permutation(len(groups))
+    for batch in np.split(order, range(size, len(order), size)):
+        lengths = np.array([len(groups[i]) for i in batch])
+        mask = np.arange(lengths.max()) < lengths[:, None]  # (L, K)
+        rows = np.concatenate([groups[i] for i in batch])
+        lists, worth = np.zeros(mask.shape, dtype=int), np.zeros(mask.shape, dtype=np.float32)
+        lists[mask], worth[mask] = np.arange(len(rows)), np.concatenate([rewards[i] for i in batch])
+        yield rows, lists, worth, mask

@@ -1,0 +1,135 @@
+"""A policy's own responses against one another: sampled, compared by a labeler, and handed on as a batch for train_dpo --online.
+
+Left out: a pool of earlier policies as opponents; a cache for the mixture, whose responses are short.
+"""
+
+import json
+
+import numpy as np
+import torch
+
+from minirlhf import data, sft
+from minirlhf.batches import Rows, all_logps
+from minirlhf.gpt import PreferenceModel, local_directory
+from minirlhf.runtime import UserError
+from minirlhf.sampling import before_response, generate
+
+
+def load_labeler(source, feedback, tokenizer, base):
+    """(scorer, prefer) of a reward model, of a preference model (no scorer), or of `true`, the toy's own reward; None: neither.
+
+    scorer(tokens (B, T), prompt_lengths, response_lengths) -> (B,). prefer(the same, K), where K rows in turn stand to one prompt
+    -> (B/K, K, K): P(i preferred to j), with scores by Bradley and Terry.
+    """
+    if source is None:
+        return None, None
+    if source == "true":
+        if feedback.true_reward is None:
+            raise UserError(f"--reward true: {feedback.name} has no known true reward (toy has)")
+
+        def scorer(tokens, prompt_lengths, response_lengths):
+            rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
+            texts = [(tokenizer.decode(row[:p]), tokenizer.decode(row[p : p + r])) for row, p, r in rows]
+            return torch.tensor(feedback.true_reward(*zip(*texts, strict=True)), device=tokens.device)
+
+    else:
+        config = local_directory(sft.model_directory(source)) / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("num_labels", 1) > 1:
+            return None, preference_labeler(sft.model_directory(source), base.wte.weight.device)
+        rm = sft.load_reward_model(source, tokenizer, base)
+
+        def scorer(tokens, prompt_lengths, response_lengths):
+            return rm(tokens, prompt_lengths + response_lengths, prompt_lengths).float()
+
+    def prefer(tokens, prompt_lengths, response_lengths, K):
+        scores = scorer(tokens, prompt_lengths, response_lengths).view(-1, K)
+        return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
+
+    return scorer, prefer
+
+
+def preference_labeler(directory, device):
+    model = PreferenceModel.from_pretrained(directory).to(device).eval()
+
+    def prefer(tokens, prompt_lengths, response_lengths, K):
+        e = model.embed(tokens, prompt_lengths + response_lengths).float()
+        e = e.view(-1, K, e.shape[-1])
+        return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
+
+    return prefer
+
+
+def win_rates(preferences):
+    """How often each response beats the others to its prompt, on average: (n, K) of P(i preferred to j) (n, K, K)."""
+    itself = torch.eye(preferences.shape[1], dtype=torch.bool, device=preferences.device)
+    return preferences.masked_fill(itself, 0).sum(2) / (preferences.shape[1] - 1)
+
+
+@torch.no_grad()
+def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng):
+    """Yields batches without end: (labels bought so far, Rows, ref_logps (b,), pairs (n, 2), labels (n,) = P(first preferred), wins (b,)).
+
+    For each of batch_size / 2 prompts the policy as it is then writes --samples responses. A response wins as often as it is preferred
+    to the others; the best and the worst make the pair. Nash-MD's one response is compared with one of the mixture, which does not
+    take part in the batch.
+    """
+    order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
+    n, device = knobs.batch_size // 2, policy.wte.weight.device
+    ends, bought = {"eos": tokenizer.eos, "pad": tokenizer.pad}, 0
+    while True:
+        tokens, lengths = data.pad_rows([prompts[next(order)] for _ in range(n)], tokenizer.pad, device)  # (n, Q), (n,)
+        if kind == "nash_md":
+            own = generate(policy, tokens, lengths, knobs.response_length, **ends)
+            other, other_lengths = sample_mixture(policy, reference, knobs.mixture, tokens, lengths, knobs.response_length, **ends)
+            sampled = torch.stack([own.tokens, other], 1), torch.stack([own.response_lengths, other_lengths], 1)
+            tokens, response_lengths = (x.flatten(0, 1) for x in sampled)
+        else:
+            repeated = (x.repeat_interleave(knobs.samples, 0) for x in (tokens, lengths))
+            tokens, _, response_lengths, _ = generate(policy, *repeated, knobs.response_length, **ends)
+        K = len(tokens) // n
+        prompt_lengths = lengths.repeat_interleave(K)
+        preferences = prefer(tokens, prompt_lengths, response_lengths, K)  # (n, K, K)
+        wins = win_rates(preferences)  # (n, K)
+        ranking = wins.argsort(dim=1, descending=True, stable=True)
+        kept = torch.zeros_like(ranking[:, :1]) if kind == "nash_md" else ranking[:, [0, -1]]  # (n, 1 or 2)
+        index = (kept + K * torch.arange(n, device=device)[:, None]).flatten().tolist()
+        rows = Rows.sampled(tokens, prompt_lengths, response_lengths, tokenizer.pad).take(index)
+        pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
+        bought += n * K * (K - 1) // 2
+        kept_wins = wins.gather(1, kept)
+        labels = (1 + kept_wins[:, 0] - kept_wins[:, -1]) / 2  # of two samples just P(the better is preferred)
+        yield bought, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), kept_wins.flatten()
+
+
+@torch.no_grad()
+def own_answers(policy, rows, K, response_length):
+    """K samples of the policy to the prompt of each row, in turn: Rows (N K)."""
+    prompts = [row[:p] for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(K)]
+    tokens, lengths = data.pad_rows(prompts, rows.pad, rows.device)
+    sampled = generate(policy, tokens, lengths, response_length, eos=int(prompts[0][0]), pad=rows.pad)
+    return Rows.sampled(sampled.tokens, lengths, sampled.response_lengths, rows.pad)
+
+
+@torch.no_grad()
+def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_tokens, *, eos, pad):
+    """Samples of the geometric mixture pi^(1-mu) pi_ref^mu, normalised at each token (Munos et al. 2023): tokens, response lengths.
+
+    prompts (B, Q) int, right-padded -> tokens (B, Q+R) left-aligned and response lengths (B,), as in a Rollout.
+    """
+    B, Q = prompts.shape
+    real = torch.arange(Q, device=prompts.device) < prompt_lengths[:, None]
+    tokens = torch.cat([prompts.where(real, pad), prompts.new_full((B, max_new_tokens), pad)], 1)
+    response_lengths, finished = torch.zeros_like(prompt_lengths), torch.zeros(B, dtype=torch.bool, device=prompts.device)
+    for t in range(max_new_tokens):
+        logits = 0  # (B, V); each model's logits are its log-probs up to a constant, which the softmax forgets
+        for model, weight in ((policy, 1 - mu), (reference, mu)):
+            hidden = before_response(model.hidden(tokens[:, : Q + t]), prompt_lengths + t, 1)[:, 0]
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = logits + weight * (hidden.float() @ model.lm_head_weight.float().t())
+        token = torch.multinomial(logits.softmax(1), 1).masked_fill(finished[:, None], pad)
+        tokens.scatter_(1, (prompt_lengths + t)[:, None], token)
+        response_lengths += ~finished
+        finished |= token[:, 0] == eos
+        if finished.all():
+            break
+    return tokens, response_lengths
