@@ -1,0 +1,123 @@
+"""Two published recipes and the pairwise losses, step by step, against second_implementation.py: plain loops in NumPy, written from the
+formulas alone by someone who had not read this package. Its numbers lie in second_implementation.json."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import second_implementation
+import torch
+
+import train_ppo
+from minirlhf import dpo, ppo, runtime
+from minirlhf.sampling import Rollout, response_mask
+
+SECOND = json.loads(Path(__file__).with_suffix("").with_name("second_implementation.json").read_text())
+LAUNCHES = re.findall(r"^ +python train_ppo.py (--temperature 0.7 .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M)
+RECIPES = dict(zip(("lhp", "sfd"), LAUNCHES, strict=True))
+
+
+def test_the_numbers_are_those_of_the_second_implementation():
+    for recipe in RECIPES:
+        for key, value in second_implementation.iteration(recipe, second_implementation.fixed_rollout()).items():
+            np.testing.assert_allclose(value, SECOND[recipe][key], rtol=0, atol=0)
+
+
+def close(actual, key, expected, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    expected = torch.tensor(expected[key], dtype=torch.float64)
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_iteration(recipe, dtype, monkeypatch):
+    given, expected = SECOND["rollout"], SECOND[recipe]
+    knobs = runtime.parse(train_ppo.Knobs, "", [*shlex.split(RECIPES[recipe]), "--batch-size", "6", "--response-length", "5"])
+    knobs.truncate_after = given["truncate_after"] if knobs.truncate else 0
+    fixed = {key: torch.tensor(given[key], dtype=dtype) for key in
+             ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values", "scores")}  # fmt: skip
+    lengths, prompts = torch.tensor(given["lengths"]), torch.ones(6, dtype=torch.int64)
+    tokens = torch.cat([torch.full((6, 1), 9), torch.tensor(given["tokens"])], 1)
+    mask = response_mask(lengths, 5)
+
+    # Models that say what the rollout says
+    read = []
+    rm = lambda tokens, ends: read.append(ends - 1) or fixed["scores"]  # noqa: E731
+    tokenizer = SimpleNamespace(eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else [])
+    critic = SimpleNamespace(values=lambda tokens: torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1))
+    monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)
+    monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"]))
+    monkeypatch.setattr(train_ppo, "response_logprobs", lambda model, *_: torch.where(mask, fixed[model], 0))
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double())
+    scorer, _ = train_ppo.make_scorer(knobs, "rm", None, tokenizer, None)
+    episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (), tokenizer, knobs, knobs.kl_coef)
+
+    assert read[0].tolist() == expected["scored_lengths"]
+    close(stats["objective/score"], "mean", {"mean": np.mean(expected["scores"])}, dtype)
+    rewards, _, _ = ppo.experience(torch.tensor(expected["scores"], dtype=dtype), episodes.logprobs, episodes.ref_logprobs, episodes.values,
+                                   mask, knobs, knobs.kl_coef)  # fmt: skip
+    close(rewards, "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards", expected, dtype)
+    close(stats["objective/reward"], "mean", {"mean": rewards.sum(1).mean().item()}, dtype)
+    close(episodes.advantages, "whitened_advantages", expected, dtype)
+    close(episodes.returns, "returns", expected, dtype)
+    close(stats["objective/kl"], "mean_kl", expected, dtype)
+    close(stats["objective/entropy"], "entropy", expected, dtype)
+
+    loss, stats = ppo.losses(fixed["new_logprobs"], fixed["new_values"], episodes, mask, knobs, knobs.kl_coef)
+    for name, key in (("ppo/policy/loss", "policy_loss"), ("ppo/val/loss", "value_loss"), ("ppo/policy/approxkl", "approxkl"),
+                      ("ppo/policy/clipfrac", "clipfrac"), ("ppo/policy/ratio", "mean_ratio")):  # fmt: skip
+        close(stats[name], key, expected, dtype)
+    close(loss, "total_loss", expected, dtype)
+    controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
+    if knobs.kl_target:
+        controller.update(expected["mean_kl"], 6)
+    close(controller.coef, "kl_coef", expected, torch.float64)
+
+
+def test_group_baselines_controller_and_schedule():
+    scores = torch.tensor(SECOND["functions"]["group_scores"], dtype=torch.float64)
+    for case in SECOND["functions"]["group_advantages"]:
+        close(ppo.group_advantages(scores, case["k"], case["kind"]), "result", case, torch.float64)
+    for case in SECOND["functions"]["adaptive_kl"]:
+        controller = ppo.AdaptiveKL(case["coef"], case["target"], case["horizon"])
+        controller.update(case["kl"], case["n"])
+        close(controller.coef, "result", case, torch.float64)
+    for case in SECOND["functions"]["learning_rate"]:
+        knobs = runtime.parse(train_ppo.Knobs, "", shlex.split(RECIPES[case["recipe"]]))
+        optimizer = SimpleNamespace(param_groups=[{}])
+        runtime.set_lr(optimizer, case["u"] - 1, case["N"], knobs.lr, knobs.warmup, knobs.lr_schedule)
+        close(optimizer.param_groups[0]["lr"], "result", case, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", [name for name in SECOND["pairs"]["values"] if not name.startswith("kto")])
+def test_pair_losses(name, dtype):
+    inputs = {key: torch.tensor(value, dtype=dtype) for key, value in SECOND["pairs"]["inputs"].items()}
+    case = SECOND["pairs"]["values"][name]
+    options = dict(case["options"])
+    for theirs, ours in (("f_divergence", "divergence"), ("alpha", "alpha_divergence")):
+        if theirs in options:
+            options[ours] = options.pop(theirs)
+    if name == "orpo":
+        options["lam"] = options["beta"]  # there the weight of the odds ratio goes by the name of beta
+    got = dpo.pair_loss(case["kind"], **inputs, **options)
+    losses = torch.tensor(case["losses"], dtype=torch.float64)
+    if case["kind"].startswith("aot"):  # in the order of the sorted batch
+        got, losses = got.sort().values, losses.sort().values
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), losses, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["kto", "kto z=0"])
+def test_kto(name):
+    case, inputs = SECOND["pairs"]["values"][name], SECOND["pairs"]["inputs"]
+    mismatched = torch.tensor(case["mismatched_logratios"], dtype=torch.float64)
+    for side, desirable in (("chosen", True), ("rejected", False)):
+        policy, ref = (torch.tensor(inputs[f"{model}_{side}_logps"], dtype=torch.float64) for model in ("policy", "ref"))
+        got = dpo.kto_loss(policy, ref, torch.full((8,), desirable), mismatched, beta=case["options"]["beta"])
+        close(got, "desirable" if desirable else "undesirable", case, torch.float64)
