@@ -253,6 +253,7 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
 
     pairs (P, 2) index into the rows; labels (P,) = P(first preferred); wins (b,): win rates among own samples.
     """
+    labels = np.asarray(labels, dtype=np.float32)  # in float64 a tie can be a hair above one half
     swap = labels < 0.5
     chosen, rejected = np.where(swap[:, None], pairs[:, ::-1], pairs).T
     label = np.where(swap, 1 - labels, labels)

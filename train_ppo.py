@@ -259,8 +259,8 @@ def update(policy, critic, optimizer, episodes, knobs, kl_coef, autocast, step):
 def step_0_check(stats):
     """Before any update, policy and reference are one: the KL is 0, and so is the first log-ratio."""
     ratio, kl = stats["ppo/policy/first_ratio"].item(), stats["objective/kl"].item()
-    verdict = "as they should be" if abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4 else "NOT as they should be: 1 and 0"
-    return f"step-0 check: first ratio {ratio:.6f}, KL {kl:.6f} nats: {verdict}"
+    right = abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4
+    return f"step-0 check: first ratio {ratio:.6f}, KL {kl:.6f} nats: {'' if right else 'NOT '}as they should be"
 
 
 def reward_model(knobs):
@@ -277,16 +277,14 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
     R, stop = knobs.response_length, tokenizer.encode(knobs.truncate) or [tokenizer.eos]
     if len(stop) > 1:
         raise UserError(f"--truncate {knobs.truncate!r}: {len(stop)} tokens of this tokenizer; expected a text of one")
-    file, _, name = str(source).rpartition(":")
-    rm, level = None, knobs.reward_level or "response"
+    rm, level, (file, _, name) = None, knobs.reward_level or "response", str(source).rpartition(":")
     if source == "true" or file.endswith(".py") or (name.isidentifier() and file.replace(".", "").isidentifier()):
         function = feedback.true_reward if source == "true" else load_function(file, name)
         if function is None:
             raise UserError(f"--reward true: {knobs.data} has no known true reward (toy has)")
     else:
         rm = sft.load_reward_model(source, tokenizer, reference)
-        level = getattr(rm, "level", "response")
-        if knobs.reward_level not in ("", level):
+        if knobs.reward_level not in ("", level := rm.level):
             raise UserError(f"--reward-level {knobs.reward_level}: the reward model {source} scores by the {level}")
 
     def scorer(tokens, p, r):
@@ -298,7 +296,9 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
             scores = rm(tokens, p + seen).float() if rm else ask(function, source, level, tokens, p, seen, tokenizer)[:, 0]
             return ppo.on_last_token(scores, response_mask(r, R)), ended
         values = before_response(rm.values(tokens).float(), p + 1, R) if rm else ask(function, source, level, tokens, p, seen, tokenizer)
-        return torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0), ended
+        values = torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0)
+        shift = rm.shift if rm else 0.0  # of the whole response
+        return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended
 
     return scorer, rm
 

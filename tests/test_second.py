@@ -30,7 +30,8 @@ def test_the_numbers_are_those_of_the_second_implementation():
 def close(actual, key, expected, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     expected = torch.tensor(expected[key], dtype=torch.float64)
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+    actual = torch.as_tensor(actual, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -47,7 +48,12 @@ def test_one_iteration(recipe, dtype, monkeypatch):
 
     # Models that say what the rollout says
     read = []
-    rm = lambda tokens, ends: read.append(ends - 1) or fixed["scores"]  # noqa: E731
+
+    def rm(tokens, ends):
+        read.append(ends - 1)
+        return fixed["scores"]
+
+    rm.level = "response"
     tokenizer = SimpleNamespace(eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else [])
     critic = SimpleNamespace(values=lambda tokens: torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1))
     monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)

@@ -252,7 +252,7 @@ def test_a_reward_model_knows_its_level(toy, monkeypatch):
 
     def by_token(*args):
         rm = whole(*args)
-        rm.level = "token"
+        rm.level, rm.shift = "token", 0.5
         return rm
 
     with pytest.raises(runtime.UserError, match="scores by the response"):
@@ -266,6 +266,7 @@ def test_a_reward_model_knows_its_level(toy, monkeypatch):
     for b in range(32):
         p, r = episodes.prompt_lengths[b], episodes.response_lengths[b]
         values = stage.rm.values(episodes.tokens[b : b + 1, : p + r])[0, p:].tolist()  # each at its own token
+        values[-1] += 0.5  # the constant of a response is paid at its end
         np.testing.assert_allclose(scored[b].detach(), values + [0] * (R - int(r)), atol=1e-5)
 
 

@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 import train_dpo
+import train_rm
 from minirlhf import batches, data, dpo, gpt, log, selfplay
 from minirlhf.batches import Rows
 from minirlhf.data import Items
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.records import parse_record
 from minirlhf.runtime import UserError
+from minirlhf.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 PAD = 9
@@ -472,30 +474,32 @@ def test_bfloat16_online_reaches_every_weight(toy, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
 
 
-def test_a_preference_model_labels(toy, tmp_path, monkeypatch):
-    """Written against the interface: embed(idx, lengths), logit(a, b), more than one label in the saved config."""
+def test_a_preference_model_labels(toy, tmp_path):
+    """Its log-odds are of the embeddings at the last tokens, computed here from transformers' view of the saved directory."""
+    from transformers import GPT2ForSequenceClassification
 
-    class Model(torch.nn.Module):
-        @classmethod
-        def from_pretrained(cls, directory):
-            return cls()
-
-        def embed(self, idx, lengths):
-            last = idx.gather(1, lengths[:, None] - 1).float()
-            return torch.cat([last, lengths[:, None].float()], 1)
-
-        def logit(self, a, b):
-            return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-
-    monkeypatch.setattr(gpt, "PreferenceModel", Model, raising=False)
-    (tmp_path / "config.json").write_text('{"num_labels": 2}')
+    model = gpt.PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
+    model.save_pretrained(tmp_path, Tokenizer.load(toy / "sft" / "model"))
     scorer, prefer = selfplay.load_labeler(str(tmp_path), None, None, tiny())
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 9], [0, 5, 9, 9], [0, 1, 2, 6]])
     lengths = torch.tensor([3, 2, 1, 3])
     p = prefer(tokens, torch.ones(4, dtype=int), lengths, 2)
-    last, total = [3, 4, 5, 6], [4, 3, 2, 4]
-    expected = [[[sg(last[i] * total[j] - total[i] * last[j]) for j in (g, g + 1)] for i in (g, g + 1)] for g in (0, 2)]
-    assert scorer is None and np.allclose(p, expected)
+    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        e = [theirs(row[None, : 1 + n]).logits[0].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
+    logit = [[sum(a[k] * b[k + 1] - a[k + 1] * b[k] for k in (0, 2)) for b in e] for a in e]
+    expected = [[[sg(logit[i][j]) for j in (g, g + 1)] for i in (g, g + 1)] for g in (0, 2)]
+    assert scorer is None and np.allclose(p.detach(), expected, atol=1e-6)
+
+
+def test_a_trained_preference_model_teaches_online(toy, tmp_path):
+    rm = {"data": "toy", "init": str(toy / "sft"), "out": str(tmp_path / "pm"), "epochs": 4, "lr": 3e-3, "delete": 0.0, "dropout": 0.0}
+    train_rm.main(train_rm.Knobs(**rm, embedding_lr=1.0, model="pairwise"))
+    summary, rows, _ = run(toy, tmp_path / "dpo", reward=str(tmp_path / "pm"), online=True, steps=12, batch_size=64, lr=1e-3,
+                           response_length=8, eval_samples=64)  # fmt: skip
+    samples = [json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()]
+    before, after = (np.mean(data.toy_reward([""] * len(samples), [s[when] for s in samples])) for when in ("before", "after"))
+    assert after > before + 0.3 and rows[-1]["online/labels"] == 12 * 32
 
 
 # Flags
