@@ -11,6 +11,7 @@ from this machine's own matrix product and copy, measured first.
 Left out: several GPUs, other models.
 """
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -22,21 +23,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf import kernels, runtime
+from minirlhf import batches, kernels, runtime
 from minirlhf.dpo import pair_loss
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.ppo import on_last_token
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.runtime import knob
-from minirlhf.sampling import generate, response_logprobs
+from minirlhf.sampling import generate
 from minirlhf.tokenizer import Tokenizer
+
+PEERS = {"hf": "transformers", "trl": "trl", "liger": "liger_kernel"}  # and what each imports as
 
 
 @dataclass
 class Knobs:
     device: str = knob("auto", "auto, cpu or cuda")
-    rows: str = knob("", "comma-separated rows (default: all): " + "lm, logprobs, rollout, adamw, reward, dpo, ppo")
-    peers: str = knob("hf,trl,liger", "comma-separated peers to run where they are installed")
+    rows: str = knob("", "some of lm,logprobs,rollout,adamw,reward,dpo,ppo (default: all)")
+    peers: str = knob("", "some of hf,trl,liger, to run where they are installed (default: all)")
     out: str = knob("", "JSONL file to append the rows to")
 
 
@@ -46,11 +49,11 @@ class Bench:
     def __init__(self, knobs):
         self.device = runtime.pick_device(knobs.device)
         self.cuda = self.device.type == "cuda"
-        self.peers = [p for p in knobs.peers.split(",") if p and installed(p)]
+        self.peers = [peer for peer in names(knobs.peers, PEERS, "--peers") if importlib.util.find_spec(PEERS[peer])]
         self.config = GPTConfig(50304, 1024, 12, 12, 768) if self.cuda else GPTConfig(8192, 64, 4, 4, 128)
         self.dtype = "bfloat16" if self.cuda else "float32"
         self.autocast = runtime.precision(self.device, self.dtype)
-        self.out = knobs.out
+        self.out, self.n = knobs.out, 30 if self.cuda else 7
         n = 8192 if self.cuda else 1024
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32)
         x = torch.randn(1 << (29 if self.cuda else 25), device=self.device)
@@ -60,7 +63,7 @@ class Bench:
 
     def seconds(self, *functions, n=None):
         """For each function, run in turn with the others: (seconds, spread over the middle half of the runs)."""
-        n = n or (30 if self.cuda else 7)
+        n = n or self.n
         times = [[] for _ in functions]
         for _ in range(5 if self.cuda else 2):
             for f in functions:
@@ -83,9 +86,7 @@ class Bench:
         return start.elapsed_time(end) / 1e3
 
     def peak(self, f):
-        """MiB that a call holds at most beyond what was held before: on a GPU."""
-        if not self.cuda:
-            return None
+        """MiB of a GPU that a call holds at most beyond what was held before."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -96,17 +97,25 @@ class Bench:
 
     def row(self, name, shape, unit, amount, ours, peers, *, roof=None, n=None, memory=False):
         """Times ours beside {peer: function}; `amount` of `unit` is what a call does, `roof` the seconds it needs at the ceilings."""
-        timed = self.seconds(ours, *peers.values(), n=n)
-        rate = [amount / seconds for seconds, _ in timed]
-        result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": rate[0], "spread": timed[0][1] / timed[0][0],
-                  "n": n or (30 if self.cuda else 7), "seconds": timed[0][0]}  # fmt: skip
-        for peer, peer_rate in zip(peers, rate[1:], strict=True):
-            result |= {peer: peer_rate, f"ratio/{peer}": rate[0] / peer_rate}
+        (seconds, spread), *others = self.seconds(ours, *peers.values(), n=n)
+        result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds}
+        for peer, (theirs, _) in zip(peers, others, strict=True):
+            result |= {peer: amount / theirs, f"ratio/{peer}": theirs / seconds}
         if roof:
-            result |= {"roof": amount / roof, "share of roof": roof / timed[0][0]}
+            result |= {"roof": amount / roof, "share of roof": roof / seconds}
         if memory and self.cuda:
             result |= {"peak MiB": self.peak(ours)} | {f"peak MiB/{peer}": self.peak(f) for peer, f in peers.items()}
-        self.report(result)
+        self.report(result | {"n": n or self.n})
+
+    def against_trl(self, name, shape, unit, amount, ours, trl, *args):
+        """A row whose peer has a loop and a clock of its own: trl(bench, *args) -> the seconds of its steps, or None."""
+        seconds, spread = self.seconds(ours, n=10)[0]
+        result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds}
+        times = trl(self, *args) if "trl" in self.peers else None
+        if times is not None:
+            theirs = float(np.median(times) if self.cuda else np.min(times))
+            result |= {"trl": amount / theirs, "ratio/trl": theirs / seconds}
+        self.report(result | {"n": 10})
 
     def report(self, result):
         if self.out:
@@ -114,17 +123,6 @@ class Bench:
                 f.write(json.dumps(result | runtime.versions(self.device)) + "\n")
         text = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items() if key != "row"]
         print(f"{result['row']:<28}", ", ".join(text), flush=True)
-
-    def against_trl(self, name, shape, unit, amount, ours, trl):
-        """A row whose peer has a loop and a clock of its own: `trl` are the seconds of its steps, or None."""
-        n = 10 if self.cuda else 5
-        seconds, spread = self.seconds(ours, n=n)[0]
-        result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds,
-                  "n": n, "seconds": seconds}  # fmt: skip
-        if trl is not None:
-            theirs = float(np.median(trl) if self.cuda else np.min(trl))
-            result |= {"trl": amount / theirs, "ratio/trl": theirs / seconds}
-        self.report(result)
 
     def gpt(self):
         torch.manual_seed(0)
@@ -141,52 +139,38 @@ class Bench:
     def tokens(self, *shape):
         return torch.randint(1, min(8000, self.config.vocab_size), shape, device=self.device)
 
-    def train_flops(self, tokens, T, config=None):
-        """6 for each weight of a matrix product and 12 L T C of attention, a token (Chowdhery et al. 2022, appendix B)."""
-        c = config or self.config
-        return tokens * (6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) + 12 * c.n_layer * T * c.n_embd / 2)
-
-
-def installed(peer):
-    try:
-        __import__({"hf": "transformers", "trl": "trl", "liger": "liger_kernel"}[peer])
-    except ImportError:
-        print(f"{peer} is not installed: left out")
-        return False
-    return True
+    def train_flops(self, tokens, T):
+        """6 for each weight of a matrix product and 6 L T C of causal attention, a token (Chowdhery et al. 2022, appendix B)."""
+        c = self.config
+        return tokens * (6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) + 6 * c.n_layer * T * c.n_embd)
 
 
 def row_lm(bench):
     """A step of next-token training: forward, backward, AdamW."""
     B, T = (32, 1024) if bench.cuda else (32, 64)
-    idx = bench.tokens(B, T + 1)
-    model = bench.gpt()
-    optimizer = runtime.make_optimizer(model, 1e-4)
+    idx, model = bench.tokens(B, T + 1), bench.gpt()
+    inputs, targets = idx[:, :-1], idx[:, 1:].flatten()
+
+    def train(loss, optimizer):
+        def step():
+            with bench.autocast:
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
 
     def ours():
-        with bench.autocast:
-            hidden = model.hidden(idx[:, :-1]).flatten(0, 1)
-            loss = -kernels.token_logprobs(hidden, model.lm_head_weight, idx[:, 1:].flatten()).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return -kernels.token_logprobs(model.hidden(inputs).flatten(0, 1), model.lm_head_weight, targets).mean()
 
-    peers = {}
-    if "hf" in bench.peers:
-        other = bench.hf()
-        other_optimizer = torch.optim.AdamW(other.parameters(), 1e-4, fused=True)
+    def theirs():
+        return F.cross_entropy(other(inputs).logits.flatten(0, 1).float(), targets)
 
-        def hf():
-            with bench.autocast:
-                logits = other(idx[:, :-1]).logits
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten())
-            loss.backward()
-            other_optimizer.step()
-            other_optimizer.zero_grad(set_to_none=True)
-
-        peers["hf"] = hf
-    bench.row("language-model step", [B, T], "tokens/s", B * T, ours, peers, roof=bench.train_flops(B * T, T) / bench.flops, memory=True,
-              n=10)  # fmt: skip
+    other = bench.hf() if "hf" in bench.peers else None
+    peers = {"hf": train(theirs, torch.optim.AdamW(other.parameters(), 1e-4, fused=True))} if other else {}
+    bench.row("language-model step", [B, T], "tokens/s", B * T, train(ours, runtime.make_optimizer(model, 1e-4)), peers,
+              roof=bench.train_flops(B * T, T) / bench.flops, memory=True, n=10)  # fmt: skip
 
 
 def row_logprobs(bench):
@@ -196,18 +180,13 @@ def row_logprobs(bench):
     weight = (0.05 * torch.randn(V, C, device=bench.device)).requires_grad_()
     targets = torch.randint(0, V, (N,), device=bench.device)
 
-    def ours(hidden, weight):
-        return kernels.token_logprobs(hidden, weight, targets)
-
-    def plain(hidden, weight):
-        return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-
-    ways = {"ours": ours, "full logits": plain}
+    ways = {"ours": lambda h, w: kernels.token_logprobs(h, w, targets),
+            "full logits": lambda h, w: F.linear(h, w).float().log_softmax(-1).gather(1, targets[:, None])}  # fmt: skip
     if "liger" in bench.peers and bench.cuda:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         fused = LigerFusedLinearCrossEntropyLoss()
-        ways["liger"] = lambda hidden, weight: -fused(weight, hidden, targets)  # a mean; its gradient is made in forward
+        ways["liger"] = lambda h, w: -fused(w, h, targets)  # a mean; its gradient is made in forward
 
     def runner(f, backward):
         def run():
@@ -218,12 +197,10 @@ def row_logprobs(bench):
 
         return run
 
-    gemm = 2 * N * C * V / bench.flops
-    for backward in (False, True):
-        first, *others = (runner(f, backward) for f in ways.values())
-        name = "token log-probs, " + ("forward and backward" if backward else "forward")
-        peers = dict(zip(list(ways)[1:], others, strict=True))
-        bench.row(name, [N, C, V], "rows/s", N, first, peers, roof=gemm * (4 if backward else 1), memory=True, n=10 if bench.cuda else 2)
+    for backward, products in ((False, 1), (True, 4)):  # backward makes the logits again
+        peers = {name: runner(f, backward) for name, f in ways.items()}
+        bench.row("token log-probs, forward" + " and backward" * backward, [N, C, V], "rows/s", N, peers.pop("ours"), peers,
+                  roof=products * 2 * N * C * V / bench.flops, memory=True, n=10 if bench.cuda else 2)  # fmt: skip
 
 
 def row_rollout(bench):
@@ -259,64 +236,45 @@ def row_adamw(bench):
     bench.row("AdamW step", [size], "parameters/s", size, fused.step, {"foreach": foreach.step}, roof=28 * size / bench.bandwidth)
 
 
-def ragged(bench, rows, prompt, response):
-    """Token rows (rows, prompt + response), prompt lengths and response lengths, the latter from a half to the whole as in real text."""
-    lengths = np.random.default_rng(0).integers(response // 2, response + 1, rows)
-    lengths = torch.as_tensor(lengths, device=bench.device)
-    return bench.tokens(rows, prompt + response), torch.full((rows,), prompt, device=bench.device), lengths
-
-
-def by_length(lengths, parts=4):
-    """Indices of rows of like length, as the scripts split a batch."""
-    return [torch.as_tensor(part) for part in np.array_split(np.argsort(lengths.cpu()), parts)]
+def pairs(bench):
+    """(P, Q, R), and 2 P Rows of prompts of Q and responses of R/2 to R tokens, as in real text: the chosen, then the rejected."""
+    P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
+    lengths = torch.as_tensor(np.random.default_rng(0).integers(R // 2, R + 1, 2 * P), device=bench.device)
+    rows = batches.Rows.sampled(bench.tokens(2 * P, Q + R), torch.full((2 * P,), Q, device=bench.device), lengths, 0)
+    return [P, Q, R], rows
 
 
 def row_reward(bench):
     """A step of reward-model training on pairs."""
-    P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
-    tokens, prompt, response = ragged(bench, 2 * P, Q, R)
+    shape, rows = pairs(bench)
     torch.manual_seed(0)
     rm = RewardModel(bench.config).to(bench.device)
     optimizer = runtime.make_optimizer(rm, 1e-4)
 
     def ours():
-        scores = torch.zeros(2 * P, device=bench.device)
-        for part in by_length(response):
-            end = int((prompt + response)[part].max())
-            with bench.autocast:
-                scores = scores.index_put((part.to(bench.device),), rm(tokens[part, :end], (prompt + response)[part]).float())
-        bradley_terry_loss(scores[:P], scores[P:]).backward()
+        with bench.autocast:
+            scores = rows.by_parts(lambda tokens, p, r: rm(tokens, p + r).float())
+        bradley_terry_loss(*scores.chunk(2)).backward()
         runtime.optimizer_step(optimizer, 1.0)
 
-    trl = trl_step(bench, "reward", rm, response, P, Q) if "trl" in bench.peers else None
-    bench.against_trl("reward-model step", [P, Q, R], "pairs/s", P, ours, trl)
+    bench.against_trl("reward-model step", shape, "pairs/s", shape[0], ours, trl_step, rm, rows, shape)
 
 
 def row_dpo(bench):
     """A step of DPO, the reference's log-probs included."""
-    P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
-    tokens, prompt, response = ragged(bench, 2 * P, Q, R)
+    shape, rows = pairs(bench)
     policy, reference = bench.gpt(), bench.gpt()
     optimizer = runtime.make_optimizer(policy, 1e-4)
 
-    def sums(model):
-        logps = torch.zeros(2 * P, device=bench.device)
-        for part in by_length(response):
-            end = int((prompt + response)[part].max())
-            with bench.autocast:
-                row = response_logprobs(model, tokens[part, :end], prompt[part], response[part], int(response[part].max())).sum(1)
-            logps = logps.index_put((part.to(bench.device),), row)
-        return logps
-
     def ours():
-        with torch.no_grad():
-            ref = sums(reference)
-        logps = sums(policy)
-        pair_loss("sigmoid", logps[:P], logps[P:], ref[:P], ref[P:]).mean().backward()
+        with bench.autocast:
+            ref = batches.all_logps(reference, rows)
+        with bench.autocast:
+            logps = rows.by_parts(batches.total(policy))
+        pair_loss("sigmoid", *logps.chunk(2), *ref.chunk(2)).mean().backward()
         runtime.optimizer_step(optimizer, 1.0)
 
-    trl = trl_step(bench, "dpo", policy, response, P, Q) if "trl" in bench.peers else None
-    bench.against_trl("DPO step", [P, Q, R], "pairs/s", P, ours, trl)
+    bench.against_trl("DPO step", shape, "pairs/s", shape[0], ours, trl_step, policy, rows, shape)
 
 
 def row_ppo(bench):
@@ -338,8 +296,7 @@ def row_ppo(bench):
             episodes, _ = train_ppo.rollout(policy, reference, scorer, critic, prompts, SimpleNamespace(eos=0, pad=0), knobs, 0.05)
         train_ppo.update(policy, critic, optimizer, episodes, knobs, 0.05, bench.autocast, 0)
 
-    trl = trl_ppo(bench, policy, rm, B, Q, R) if "trl" in bench.peers else None
-    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl)
+    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_ppo, policy, rm, B, Q, R)
 
 
 def trl_setting(bench, folder, batch, steps):
@@ -357,8 +314,7 @@ def trl_clock(bench):
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.times = []
+        times = []
 
         def on_step_end(self, args, state, control, **_):
             if bench.cuda:
@@ -368,31 +324,31 @@ def trl_clock(bench):
     return Clock()
 
 
-def trl_model(folder, model, kind):
-    """What transformers reads of one of our models."""
-    import transformers
+def read(folder, model):
+    """One of our models as transformers reads it."""
+    model.save_pretrained(folder, Tokenizer.train([], 257))
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model.save_pretrained(f"{folder}/{kind}", Tokenizer.train([], 257))
-    return getattr(transformers, kind).from_pretrained(f"{folder}/{kind}")
+    kind = AutoModelForSequenceClassification if isinstance(model, RewardModel) else AutoModelForCausalLM
+    return kind.from_pretrained(folder)
 
 
-def trl_step(bench, stage, model, lengths, P, Q):
+def trl_step(bench, model, rows, shape):
     """Seconds between the ends of TRL's training steps on pairs of the same lengths."""
     import trl
     from datasets import Dataset
 
-    text = ["a" * (int(n) - 1) for n in lengths]  # the tokenizer knows bytes, and adds EOS
-    rows = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
-    steps, clock = (14 if bench.cuda else 7), trl_clock(bench)
+    (P, Q, _), clock = shape, trl_clock(bench)
+    text = ["a" * (int(n) - 1) for n in rows.lengths()]  # the tokenizer knows bytes, and adds EOS
+    data = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = trl_setting(bench, folder, P, steps)
-        shared = {"train_dataset": Dataset.from_list(rows * 2), "processing_class": tokenizer, "callbacks": [clock]}
-        if stage == "reward":
-            model = trl_model(folder, model, "GPT2ForSequenceClassification")
-            trainer = trl.RewardTrainer(model=model, args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
+        tokenizer, common = trl_setting(bench, folder, P, 14 if bench.cuda else 7)
+        shared = {"train_dataset": Dataset.from_list(data * 2), "processing_class": tokenizer, "callbacks": [clock]}
+        if isinstance(model, RewardModel):
+            trainer = trl.RewardTrainer(model=read(folder, model), args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
         else:
-            model, reference = (trl_model(folder, model, "GPT2LMHeadModel") for _ in range(2))
-            trainer = trl.DPOTrainer(model=model, ref_model=reference, args=trl.DPOConfig(**common, logging_strategy="no"), **shared)
+            args = trl.DPOConfig(**common, logging_strategy="no")
+            trainer = trl.DPOTrainer(model=read(folder, model), ref_model=read(folder, model), args=args, **shared)
         trainer.train()
     return np.diff(clock.times)[2:]
 
@@ -406,36 +362,38 @@ def trl_ppo(bench, policy, rm, B, Q, R):
         return None
     from datasets import Dataset
 
-    steps, clock = 4, trl_clock(bench)
+    clock = trl_clock(bench)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, common = trl_setting(bench, folder, B, -1)
         tokenizer.padding_side = "left"
-        args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=B * steps, response_length=R, temperature=1.0,
+        args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=4 * B, response_length=R, temperature=1.0,
                          local_rollout_forward_batch_size=B, num_sample_generations=0, stop_token=None)  # fmt: skip
-        models = [trl_model(folder, policy, "GPT2LMHeadModel") for _ in range(2)]
-        models += [trl_model(folder, rm, "GPT2ForSequenceClassification") for _ in range(2)]
-        dataset = Dataset.from_list([{"input_ids": row} for row in torch.randint(1, 250, (B * steps, Q)).tolist()])
+        models = [read(folder, model) for model in (policy, policy, rm, rm)]
+        dataset = Dataset.from_list([{"input_ids": row} for row in torch.randint(1, 250, (4 * B, Q)).tolist()])
         PPOTrainer(args, tokenizer, *models[:3], train_dataset=dataset, value_model=models[3], callbacks=[clock]).train()
     return np.diff(clock.times)[1:]
 
 
-ROWS = {"lm": row_lm, "logprobs": row_logprobs, "rollout": row_rollout, "adamw": row_adamw, "reward": row_reward, "dpo": row_dpo,
-        "ppo": row_ppo}  # fmt: skip
+ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_rollout, row_adamw, row_reward, row_dpo, row_ppo)}
+
+
+def names(given, known, flag):
+    chosen = [name for name in given.split(",") if name]
+    if set(chosen) - known.keys():
+        raise runtime.UserError(f"{flag} {given}: expected some of {','.join(known)}")
+    return chosen or list(known)
 
 
 def main(knobs):
-    unknown = {r for r in knobs.rows.split(",") if r} - ROWS.keys()
-    if unknown:
-        raise runtime.UserError(f"--rows {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
+    rows = names(knobs.rows, ROWS, "--rows")
     if runtime.pick_device(knobs.device).type == "cpu":
         torch.set_num_threads(1)
     bench = Bench(knobs)
-    print(f"{runtime.versions(bench.device)}\nmatrix product {bench.flops / 1e12:.3g} TFLOP/s, copy {bench.bandwidth / 1e9:.4g} GB/s")
-    for name, row in ROWS.items():
-        if not knobs.rows or name in knobs.rows.split(","):
-            row(bench)
-            if bench.cuda:
-                torch.cuda.empty_cache()
+    print(f"{runtime.versions(bench.device)}\nmatrix product {bench.flops / 1e12:.3g} TFLOP/s, copy {bench.bandwidth / 1e9:.4g} GB/s\n"
+          f"peers: {', '.join(bench.peers) or 'none is installed'}")  # fmt: skip
+    for name in rows:
+        ROWS[name](bench)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
