@@ -192,8 +192,9 @@ def encode(items, tokenizer, kind, knobs, policy):
     """The Rows of items. Responses are compared only when they answer the same prompt."""
     if items.ratings is not None and any(items.prompts) and not (knobs.online or kind in THUMBS):
         raise UserError(f"{knobs.data}: no two rated responses share a prompt, so DPO has no pairs; --loss kto needs none")
-    overlong = sft.overlong_rule(knobs.overlong, knobs.data)
-    return batches.encode(items, tokenizer, policy.config.n_ctx, overlong, policy.wte.weight.device)
+    texts = zip(items.prompts, items.responses, items.where, strict=True)
+    encoded = data.encode(texts, tokenizer, policy.config.n_ctx, sft.overlong_rule(knobs.overlong, knobs.data))
+    return batches.Rows(*encoded, tokenizer.pad, policy.wte.weight.device)
 
 
 def plan_of(items, kind, knobs, rng):

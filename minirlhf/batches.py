@@ -66,12 +66,6 @@ class Rows(NamedTuple):
         return self._replace(tokens=rows, prompt_lengths=np.array([len(p) for p in prompts]))
 
 
-def encode(items, tokenizer, n_ctx, overlong, device):
-    """The Rows of Items."""
-    texts = zip(items.prompts, items.responses, items.where, strict=True)
-    return Rows(*data.encode(texts, tokenizer, n_ctx, overlong), tokenizer.pad, device)
-
-
 def total(model):
     """The log-prob of each response, summed over its tokens, as a function for Rows.by_parts."""
     return lambda tokens, p, r: response_logprobs(model, tokens, p, r, int(r.max())).sum(1)

@@ -10,6 +10,7 @@ PyTorch's own are good; top-k in the sampler.
 """
 
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # then the twins do everything
-
-    class tl:
-        constexpr = None
-
-    def jit(f):
-        return f
-
-    triton = None
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits held at a time: 64 MB in fp32; 512 MB in bf16 on a GPU
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
@@ -54,7 +48,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = grad and not fused(hidden) and not hidden.is_cuda and len(targets) <= chunk_rows(weight)
+    keep = grad and not fused(hidden) and not hidden.is_cuda and len(chunks(len(targets), weight)) == 1
     return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
 
 
@@ -84,12 +78,8 @@ def matmul(a, b):
     return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
 
 
-def chunk_rows(weight):
-    return max(1, CHUNK[weight.device.type] // len(weight))
-
-
 def chunks(rows, weight):
-    step = chunk_rows(weight)
+    step = max(1, CHUNK.get(weight.device.type, CHUNK["cpu"]) // len(weight))
     return [slice(i, i + step) for i in range(0, rows, step)]
 
 

@@ -69,14 +69,14 @@ class Decoder:
         weight = model.lm_head_weight
         device = weight.device
         self.rounded = self.generator = self.graph = None
-        if torch.is_autocast_enabled(device.type) and weight.is_cuda:  # each step would else read fp32 weights to round them
-            self.rounded = copy.deepcopy(model).requires_grad_(False)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        if dtype != weight.dtype and weight.is_cuda:  # each step would else read fp32 weights to round them
+            self.rounded, weight = copy.deepcopy(model).requires_grad_(False), weight.to(dtype)
             for linear in self.rounded.modules():
                 if isinstance(linear, torch.nn.Linear):
-                    linear.to(torch.get_autocast_dtype(device.type))
-            weight = weight.to(torch.get_autocast_dtype(device.type))
+                    linear.to(dtype)
         self.vocab, self.weight = len(weight), kernels.aligned(weight.detach())
-        self.cache = KVCache(model.config, batch, slots, device=device, dtype=cache_dtype(device, weight))
+        self.cache = KVCache(model.config, batch, slots, device=device, dtype=dtype)
         self.tokens = torch.full((batch, slots), pad, device=device)
         self.logprobs = torch.zeros(batch, slots, device=device)
         self.prompt_lengths, self.response_lengths = (torch.ones(batch, dtype=torch.int64, device=device) for _ in range(2))
@@ -168,11 +168,6 @@ def sample(logits, temperature, top_k, generator):
         u = 1 - torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
         token = torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1).clamp(max=probs.shape[1] - 1)  # NaN lands past the end
     return token, probs.gather(1, token[:, None]).squeeze(1).log()
-
-
-def cache_dtype(device, weight):
-    on = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else weight.dtype
 
 
 def response_mask(response_lengths, width):

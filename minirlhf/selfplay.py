@@ -35,7 +35,14 @@ def load_labeler(source, feedback, tokenizer, base):
     else:
         config = local_directory(sft.model_directory(source)) / "config.json"
         if config.is_file() and json.loads(config.read_text()).get("num_labels", 1) > 1:
-            return None, preference_labeler(sft.model_directory(source), base.wte.weight.device)
+            model = PreferenceModel.from_pretrained(config.parent).to(base.wte.weight.device).eval()
+
+            def prefer(tokens, prompt_lengths, response_lengths, K):
+                e = model.embed(tokens, prompt_lengths + response_lengths).float()
+                e = e.view(-1, K, e.shape[-1])
+                return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
+
+            return None, prefer
         rm = sft.load_reward_model(source, tokenizer, base)
 
         def scorer(tokens, prompt_lengths, response_lengths):
@@ -46,17 +53,6 @@ def load_labeler(source, feedback, tokenizer, base):
         return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
 
     return scorer, prefer
-
-
-def preference_labeler(directory, device):
-    model = PreferenceModel.from_pretrained(directory).to(device).eval()
-
-    def prefer(tokens, prompt_lengths, response_lengths, K):
-        e = model.embed(tokens, prompt_lengths + response_lengths).float()
-        e = e.view(-1, K, e.shape[-1])
-        return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
-
-    return prefer
 
 
 def win_rates(preferences):
