@@ -23,7 +23,9 @@ try:
 except ImportError:  # then the twins do everything
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
-CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits held at a time: 64 MB in fp32; 512 MB in bf16 on a GPU
+# Logits held at a time: 29 MB in fp32, which the allocator of the C library keeps for the next step where it would give back more
+# than 32, and fresh pages cost as much as a matrix product; 512 MB in bf16 on a GPU.
+CHUNK = {"cpu": 7 << 20, "cuda": 1 << 28}
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
 
@@ -93,19 +95,31 @@ def aligned(weight):
 def token_logprobs_op(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, dtype: torch.dtype, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs and log-sum-exp, (N,) each, and the logits where they are a single chunk that backward shall not make again."""
+    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot where that is a single chunk that backward shall not make again."""
     wide = torch.promote_types(dtype, torch.float32)
     logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
-    logits = hidden.new_empty(0)
+    error = hidden.new_empty(0)
     if fused(hidden):
         fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, logprobs, lse)
-        return logprobs, lse, logits
+        return logprobs, lse, error
     padded = aligned(weight.to(dtype))
     for rows in chunks(len(targets), weight):
         logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)].div_(temperature)
-        lse[rows] = logits.logsumexp(-1)
-        logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-    return logprobs, lse, logits if keep else hidden.new_empty(0)
+        largest, at_target = logits.amax(1), logits.gather(1, targets[rows, None]).squeeze(1)
+        error = softmax_(logits)
+        lse[rows] = largest - error.amax(1).log()  # the largest probability is 1 / sum exp(z - largest)
+        logprobs[rows] = at_target - lse[rows]
+    return logprobs, lse, minus_onehot_(error, targets) if keep else hidden.new_empty(0)
+
+
+def softmax_(logits):
+    """softmax over rows, in place on the CPU: one pass that stays in its cache."""
+    return torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+
+
+def minus_onehot_(p, targets):
+    """d(-log-prob) / d logits."""
+    return p.scatter_add_(1, targets[:, None], -torch.ones_like(p[:, :1]))
 
 
 @token_logprobs_op.register_fake
@@ -128,13 +142,17 @@ def token_logprobs_backward_op(
         for rows in chunks(len(targets), weight):
             if fused(hidden):
                 d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
-            else:
-                logits = kept if kept.numel() else head_logits(h[rows], w, dtype).div_(temperature)
-                d_logits = (logits - lse[rows, None]).exp_().mul_(-scale[rows, None])
-                d_logits[:, len(weight) :] = 0
-                d_logits = d_logits.scatter_add_(1, targets[rows, None], scale[rows, None]).to(dtype)
-            d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
-            d_weight += matmul(d_logits.t(), h[rows])
+                d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
+                d_weight += matmul(d_logits.t(), h[rows])
+                continue
+            error = kept
+            if not kept.numel():
+                logits = head_logits(h[rows], w, dtype).div_(temperature)
+                logits[:, len(weight) :] = float("-inf")
+                error = minus_onehot_(softmax_(logits), targets[rows]).to(dtype)
+            minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
+            d_hidden[rows] = (minus * (error @ w)).to(hidden.dtype)
+            d_weight += matmul(error.t(), (minus * h[rows]).to(dtype))
     return d_hidden, d_weight[: len(weight)].to(weight.dtype)
 
 
