@@ -41,18 +41,18 @@ from minirlhf import batches, data, dpo, runtime, selfplay, sft
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT
 from minirlhf.log import Run
-from minirlhf.reward import pair_accuracy
+from minirlhf.reward import pair_accuracy, share_positive
 from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import answers
 
 THUMBS = {"kto": dpo.kto_loss, "una": dpo.una_loss}
 LISTS = {"rrhf": dpo.rrhf_loss, "pro": dpo.pro_loss, "lipo": dpo.lipo_loss}
 LOSSES = dpo.KINDS | THUMBS | LISTS | {"nash_md": dpo.nash_md_loss}
-PER_TOKEN = ("simpo", "orpo", "rrhf", "pro")  # without a reference the reward of a response is its log-prob, for these a token
+PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 
 
 @dataclass
-class Knobs:
+class Knobs(runtime.Ranges):
     data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     reward: str = knob("", "reward or preference model that labels online samples and scores samples before and after: a run, a directory, "
@@ -62,23 +62,23 @@ class Knobs:
     loss: str = knob("sigmoid", "pairs: " + ", ".join(dpo.KINDS) + "; thumbs: kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
                      (*LOSSES, *dpo.ALIASES))  # fmt: skip
     loss_options: str = knob("", "options of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
-    beta: float = knob(0.1, "price of a nat of KL from the base model")
-    label_smoothing: float = knob(0.0, "probability that a label is swapped, for losses that have it")
+    beta: float = knob(0.1, "price of a nat of KL from the base model; orpo, slic, rrhf and pro have none", least=1e-6)
+    label_smoothing: float = knob(0.0, "probability that a label is swapped, for losses that have it", most=1)
     soft_labels: bool = knob(True, "under the sigmoid and the sppo loss: labels are shares of raters, where there are several")
-    group_size: int = knob(4, "rated responses to a ranked list; of a file, a record is a list")
+    group_size: int = knob(4, "rated responses to a ranked list; of a file, a record is a list", least=2)
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
-    samples: int = knob(2, "own samples to a prompt, online and for d2o")
-    mixture: float = knob(0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)")
-    rounds: int = knob(1, "equal parts of the run; at the start of each the reference becomes a copy of the policy")
-    epochs: int = knob(3, "passes over the responses")
-    steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or 100 online")
-    batch_size: int = knob(64, "responses a step; every pair of them that people compared counts")
+    samples: int = knob(2, "own samples to a prompt, online (nash_md takes one) and for d2o", least=2)
+    mixture: float = knob(0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)", most=1)
+    rounds: int = knob(1, "equal parts of the run; at the start of each the reference becomes a copy of the policy", least=1)
+    epochs: int = knob(3, "passes over the responses, stored ones", least=1)
+    steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
+    batch_size: int = knob(64, "responses a step; every pair of them that people compared counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch")
     lr: float = knob(5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
-    response_length: int = knob(24, "most tokens of a sample")
-    eval_samples: int = knob(512, "held-out prompts answered before and after")
+    response_length: int = knob(24, "most tokens of a sample", least=1)
+    eval_samples: int = knob(512, "held-out prompts answered before and after", least=1)
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
@@ -101,7 +101,7 @@ def main(knobs):
     scorer, prefer = selfplay.load_labeler(labeler, feedback, tokenizer, policy)
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
-    # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples; the fixed test pairs
+    # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
         prompts, plan = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong), range(knobs.steps or 100)
@@ -111,7 +111,6 @@ def main(knobs):
         ref_logps = batches.stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
         plan = plan_of(feedback.train, kind, knobs, rng)
     test_rows = encode(feedback.test, tokenizer, kind, knobs, policy)
-    test_pairs, _ = feedback.test.comparisons(20_000, seed=1)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
 
     run = Run("dpo", knobs, len(plan), device)
@@ -141,9 +140,9 @@ def main(knobs):
     # Evaluation
     after = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
     run.close()
-    accuracy = implicit_accuracy(policy, base, test_rows, test_pairs, kind, knobs, autocast)
+    accuracy = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
-    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary | {"eval/implicit_accuracy": accuracy})
+    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary, accuracy)
 
 
 def loss_of(knobs):
@@ -166,8 +165,7 @@ def loss_of(knobs):
         (kind in THUMBS | LISTS and knobs.online, f"--loss {kind} takes stored responses: leave out --online"),
         (free and knobs.rounds > 1, f"--rounds {knobs.rounds}: loss {kind} has no reference to move"),
         (knobs.label_smoothing and not pairwise, f"--label-smoothing {knobs.label_smoothing}: loss {kind} has none"),
-        (knobs.samples < 2 or knobs.group_size < 2 or knobs.rounds < 1, "--samples and --group-size must be at least 2, --rounds 1"),
-        (not 0 <= knobs.mixture <= 1, f"--mixture {knobs.mixture}: expected 0 to 1"),
+        (kind == "d2o" and "nll_weight" in options, "--loss d2o has no preferred response to take nll_weight"),
         (knobs.online and knobs.batch_size < 2, f"--batch-size {knobs.batch_size}: expected at least 2 responses"),
     ):
         if wrong:
@@ -178,6 +176,7 @@ def loss_of(knobs):
 def find_labeler(knobs):
     """(what scores samples, the summary of its training): --reward, or the reward model beside --out, which --online cannot do without."""
     beside = Path(knobs.out).parent / "rm"
+    sft.keep_apart(knobs.reward or beside, knobs.out)
     if knobs.reward:
         return knobs.reward, finished(knobs.reward) or {}
     if knobs.online:
@@ -200,7 +199,8 @@ def encode(items, tokenizer, kind, knobs, policy):
 def plan_of(items, kind, knobs, rng):
     """All batches of the run in the shape that the loss wants: indices of rows, and what people said of them."""
     if kind in THUMBS:
-        epochs = (batches.thumbs_epoch(items, knobs.batch_size, rng) for _ in range(knobs.epochs))
+        thumbs = batches.thumbs(items)
+        epochs = (batches.thumbs_epoch(*thumbs, knobs.batch_size, rng) for _ in range(knobs.epochs))
     elif kind in LISTS:
         epochs = (batches.lists_epoch(items, knobs.batch_size, knobs.group_size, rng) for _ in range(knobs.epochs))
     else:
@@ -210,8 +210,7 @@ def plan_of(items, kind, knobs, rng):
 
 def sample(policy, base, scorer, prompts, tokenizer, knobs, autocast):
     """Answers to held-out prompts; without a base there is no KL from it."""
-    torch.manual_seed(knobs.seed)  # the same random numbers before and after
-    sampled = answers(policy, base or policy, scorer, prompts, tokenizer, knobs.response_length, 1.0, autocast)
+    sampled = answers(policy, base or policy, scorer, prompts, tokenizer, knobs.response_length, 1.0, autocast, knobs.seed)
     return sampled if base else [answer._replace(kl=math.nan) for answer in sampled]
 
 
@@ -241,10 +240,10 @@ def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels
             given = [tensor(scores > 0), batches.all_logps(policy, other) - batches.all_logps(reference, other)]
         losses = LOSSES[kind](logps, ref_logps, *given, beta=knobs.beta, **options)
     with torch.no_grad():
-        rewards = knobs.beta * rewards_of(kind, logps, ref_logps, lengths)
+        rewards = knobs.beta * rewards_of(kind, options, logps, ref_logps, lengths)
         margins = rewards[chosen] - rewards[rejected]
         stats = {"rewards/chosen": rewards[chosen].mean(), "rewards/rejected": rewards[rejected].mean(),
-                 "rewards/margins": margins.mean(), "rewards/accuracies": (margins > 0).float().mean(),
+                 "rewards/margins": margins.mean(), "rewards/accuracies": share_positive(margins),
                  "logps/chosen": logps[chosen].mean(), "logps/rejected": logps[rejected].mean()}  # fmt: skip
     return losses.mean(), stats
 
@@ -261,6 +260,8 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
     soft = knobs.soft_labels and kind in ("sigmoid", "sppo")
     if not soft:  # a tie says nothing then
         chosen, rejected, label = chosen[label > 0.5], rejected[label > 0.5], np.ones(int((label > 0.5).sum()))
+    if not len(label):  # nothing but ties
+        return 0 * logps, chosen, rejected
     flipped = torch.as_tensor(1 - label, device=logps.device, dtype=torch.float32)
     smoothing = flipped + knobs.label_smoothing * (1 - 2 * flipped) if soft and kind == "sigmoid" else knobs.label_smoothing
     if kind == "sppo":
@@ -283,29 +284,31 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
     return losses, chosen, rejected
 
 
-def rewards_of(kind, logps, ref_logps, lengths):
+def rewards_of(kind, options, logps, ref_logps, lengths):
     """The implicit rewards, as multiples of beta: log-ratios, or without a reference log-probs, of the response or a token."""
-    if ref_logps is not None:
-        return logps - ref_logps
-    return logps / lengths if kind in PER_TOKEN else logps
+    rewards = logps if ref_logps is None else logps - ref_logps
+    return rewards / lengths if kind in PER_TOKEN or options.get("length_normalise") else rewards
 
 
 def step_0_check(kind, options, knobs, loss, stats):
     """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any pair is log 2."""
     expected, margin = None if options else dpo.loss_at_start(kind, knobs.beta), stats["rewards/margins"].item()
-    right = abs(margin) < 1e-4 and (expected is None or abs(loss - expected) < 1e-4 * max(1, expected))
+    right = not abs(margin) >= 1e-4 and (expected is None or abs(loss - expected) < 1e-4 * max(1, expected))
     return (f"step-0 check: loss {loss:.6f}" + (f" (expected {expected:.6f})" if expected else "") + f", reward margin {margin:.6f}: "
             + ("as they should be" if right else "NOT as they should be"))  # fmt: skip
 
 
-def implicit_accuracy(policy, base, rows, pairs, kind, knobs, autocast):
-    """How often the policy's implicit reward orders pairs (P, 2) as people do."""
+def implicit_accuracy(policy, base, items, rows, kind, options, knobs, autocast):
+    """How often the policy's implicit reward orders test pairs as people do; nothing where no two responses can be compared."""
+    if items.ratings is not None and any(items.prompts):
+        return {}
+    pairs, _ = items.comparisons(20_000, seed=1)
     with autocast:
         logps = batches.all_logps(policy, rows)
-    rewards = rewards_of(kind, logps, batches.stored_logps(base, rows, autocast, knobs.dtype), rows.lengths())
+    rewards = rewards_of(kind, options, logps, batches.stored_logps(base, rows, autocast, knobs.dtype), rows.lengths())
     accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
     print(f"\nthe policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs as people do")
-    return accuracy
+    return {"eval/implicit_accuracy": accuracy}
 
 
 if __name__ == "__main__":

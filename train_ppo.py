@@ -32,8 +32,9 @@ Left out: entropy bonus, value bootstrapping of cut responses, length filters, A
 """
 
 import copy
-import importlib.util
+import importlib
 import math
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ from minirlhf.sampling import answers, before_response, generate, response_logpr
 
 
 @dataclass
-class Knobs:
+class Knobs(runtime.Ranges):
     data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION or "
@@ -60,39 +61,39 @@ class Knobs:
     reward_level: str = knob("", "what a function rates: response (the default) or token; a reward model knows", ("", "response", "token"))
     out: str = knob("runs/ppo", "run directory")
     overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate on the left", sft.OVERLONG)
-    steps: int = knob(48, "iterations")
-    batch_size: int = knob(128, "episodes an iteration")
-    response_length: int = knob(24, "most tokens of a response")
+    steps: int = knob(48, "iterations", least=1)
+    batch_size: int = knob(128, "episodes an iteration", least=1)
+    response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else all --response-length tokens are sampled, and trained on")
-    temperature: float = knob(1.0, "of sampling and of every log-prob")
+    temperature: float = knob(1.0, "of sampling and of every log-prob", least=1e-6)
     top_k: int = knob(0, "sample from the k likeliest tokens only, which the log-probs do not know; 0: off")
     truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS: what follows is hidden from it")
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
-    missing_eos_score: float = knob(math.nan, "score of a response that never ended, instead of the reward model's; nan: off")
+    missing_eos_score: float = knob(math.nan, "score of a response that never ended, in place of its own; nan: off", least=-math.inf)
     kl_coef: float = knob(0.033, "price of a nat of KL from the base model, in standard deviations of its scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid: reward, or loss (k2 or k3)", ("reward", "loss"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
-    kl_horizon: int = knob(10000, "episodes over which kl_coef is steered")
+    kl_horizon: int = knob(10000, "episodes over which it is steered", least=1)
     whiten_rewards: bool = knob(False, "shaped rewards get variance 1 over the batch, their mean kept")
     advantage: str = knob("gae", "gae; or without a critic rloo, grpo, reinforce (baseline: the group's mean)", ppo.ADVANTAGES)
-    group_size: int = knob(4, "answers to each prompt for rloo, grpo and reinforce; gae takes one")
-    gamma: float = knob(1.0, "discount")
-    lam: float = knob(0.8, "GAE's lambda; 0.95 is usual, but a critic that starts as the reward model can be trusted more")
+    group_size: int = knob(4, "answers to each prompt for rloo, grpo and reinforce; gae takes one", least=2)
+    gamma: float = knob(1.0, "gae: discount", most=1)
+    lam: float = knob(0.8, "gae: lambda; 0.95 is usual, but a critic that starts as the reward model can be trusted more", most=1)
     whiten_advantages: bool = knob(True, "gae's advantages get mean 0 and variance 1 over the batch")
-    critic: str = knob("own", "own: a network that starts as the reward model; shared: a head, from 0, on the policy", ("own", "shared"))
+    critic: str = knob("own", "gae: own, which starts as the reward model, or shared, a head from 0 on the policy", ("own", "shared"))
     clip: float = knob(0.2, "the policy's ratio is clipped to 1 +- this")
-    value_clip: float = knob(0.2, "the critic is clipped to its old value +- this")
-    vf_coef: float = knob(0.1, "weight of the value loss")
-    ppo_epochs: int = knob(2, "passes over an iteration's episodes")
-    minibatches: int = knob(2, "optimizer steps a pass")
+    value_clip: float = knob(0.2, "gae: the critic is clipped to its old value +- this")
+    vf_coef: float = knob(0.1, "gae: weight of the value loss")
+    ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
+    minibatches: int = knob(2, "optimizer steps a pass", least=1)
     micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
     lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
-    warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest")
+    warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
-    eval_samples: int = knob(512, "held-out prompts answered before and after")
+    eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1)
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
@@ -140,9 +141,8 @@ def main(knobs):
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
 
     def sample():
-        torch.manual_seed(knobs.seed)  # the same random numbers before and after
         return answers(policy, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
-                       knobs.temperature, autocast)  # fmt: skip
+                       knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     run, told = Run("ppo", knobs, knobs.steps, device), set()
     before = sample()
@@ -176,12 +176,12 @@ def check(knobs):
     group = knobs.advantage != "gae"
     for wrong, message in (
         (knobs.kl_in == "loss" and knobs.kl_kind == "k1", "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3"),
-        (group and (knobs.group_size < 2 or knobs.batch_size % knobs.group_size),
-         f"--advantage {knobs.advantage}: --batch-size {knobs.batch_size} is not whole groups of --group-size {knobs.group_size} >= 2"),
+        (group and knobs.batch_size % knobs.group_size, f"--batch-size {knobs.batch_size} is not whole groups of {knobs.group_size}"),
         (group and knobs.whiten_rewards, f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own"),
         (knobs.truncate and math.isnan(knobs.missing_eos_score), "--truncate needs --missing-eos-score (-1 is usual)"),
-        (not 0 <= knobs.truncate_after < knobs.response_length, f"--truncate-after {knobs.truncate_after}: not a position of the response"),
-        (knobs.top_k < 0, f"--top-k {knobs.top_k}: expected 0 (off) or more"),
+        (knobs.truncate_after >= (knobs.response_length if knobs.truncate else 1), "--truncate-after: needs --truncate; 0 to R-1"),
+        (knobs.minibatches > knobs.batch_size, f"--minibatches {knobs.minibatches} of --batch-size {knobs.batch_size}: some are empty"),
+        (knobs.kl_target and 0.2 * knobs.batch_size >= knobs.kl_horizon, "--kl-horizon must exceed a fifth of --batch-size"),
     ):  # fmt: skip
         if wrong:
             raise UserError(message)
@@ -265,6 +265,7 @@ def step_0_check(stats):
 
 def reward_model(knobs):
     """(where the reward model lies or what function it is, the summary of its training when it is ours)."""
+    sft.keep_apart(knobs.reward or Path(knobs.out).parent / "rm", knobs.out)
     if knobs.reward:
         return knobs.reward, {}
     own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(Path(knobs.out).parent / "rm"), seed=knobs.seed,
@@ -309,41 +310,39 @@ def ask(function, source, level, tokens, prompt_lengths, response_lengths, token
     prompts, responses = zip(*((tokenizer.decode(row[:p]), row[p : p + r]) for row, p, r in rows), strict=True)
     apart = level == "token"
     texts = [[tokenizer.decode([i]) for i in ids] if apart else tokenizer.decode(ids) for ids in responses]
-    scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in function(list(prompts), texts)]
-    expected = [len(ids) if apart else 1 for ids in responses]
-    if [len(s) for s in scores] != expected or not all(s.isfinite().all() for s in scores):
+    expected, given = [len(ids) if apart else 1 for ids in responses], function(list(prompts), texts)
+    try:
+        scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in given]
+    except (TypeError, ValueError):
+        scores = []
+    if [s.shape for s in scores] != [(n,) for n in expected] or not all(s.isfinite().all() for s in scores):
         raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
     return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)
 
 
 def load_function(file, name):
     """A function of FILE.py, or of a module by its dotted name."""
+    sys.path.insert(0, "")  # the current directory
     try:
-        if file.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("reward_function", file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, "")  # the current directory
-            module = importlib.import_module(file)
+        names = runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
     except ModuleNotFoundError as e:
         raise UserError(f"--reward {file}:{name}: {e}") from None
-    if not callable(getattr(module, name, None)):
+    if not callable(names.get(name)):
         raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
-    return getattr(module, name)
+    return names[name]
 
 
 def make_critic(knobs, policy, reference, rm):
     """The value function: a copy of the reward model, or a head of zeros: on the policy, or on the base where a function scores."""
     if knobs.advantage != "gae":
         return None
-    if rm and knobs.critic == "own":
-        return copy.deepcopy(rm)
-    critic = RewardModel.from_base(reference)
+    own = rm and knobs.critic == "own"
+    critic = copy.deepcopy(rm) if own else RewardModel.from_base(reference).to(policy.wte.weight.device)
     if knobs.critic == "shared":
         critic.transformer = policy
-    torch.nn.init.zeros_(critic.score.weight)
-    return critic.to(policy.wte.weight.device)
+    if not own or rm.level == "token":  # a token's reward is not the sum of those to come
+        torch.nn.init.zeros_(critic.score.weight)
+    return critic
 
 
 if __name__ == "__main__":

@@ -143,9 +143,8 @@ def thumbs(items):
     return index, scores > 0 if len(np.unique(scores)) == 2 else (scores / scores.std()).astype(np.float32)
 
 
-def thumbs_epoch(items, batch_size, rng):
-    """Yields (rows (b,), scores (b,)): about batch_size items of `thumbs` at random."""
-    index, scores = thumbs(items)
+def thumbs_epoch(index, scores, batch_size, rng):
+    """Yields (rows (b,), scores (b,)): about batch_size items of what `thumbs` gives, at random."""
     if min(batch_size, len(index)) < 2:
         raise UserError(f"a batch of {min(batch_size, len(index))} has no response of another row: expected at least 2")
     for part in np.array_split(rng.permutation(len(index)), max(1, round(len(index) / batch_size))):
@@ -156,13 +155,13 @@ def lists_epoch(items, batch_size, group_size, rng):
     """Yields (rows (b,), lists (L, K), rewards (L, K), mask (L, K)): ranked lists of about batch_size items in all.
 
     lists index into rows, best first; the mask tells which of the K there are. Rated items come in random groups of about group_size,
-    their rewards the mean ratings; a given ranking has rewards K-1 .. 0.
+    their rewards the ranks of their mean ratings, equal for equal ones; a given ranking has rewards K-1 .. 0.
     """
     if items.ratings is not None:
         means = np.array([r.mean() for r in items.ratings])
         groups = np.array_split(rng.permutation(len(items)), max(1, len(items) // group_size))
         groups = [group[np.argsort(-means[group], kind="stable")] for group in groups]
-        rewards = [means[group] for group in groups]
+        rewards = [np.unique(means[group], return_inverse=True)[1] for group in groups]
     else:
         groups = items.groups
         rewards = [np.arange(len(group))[::-1] for group in groups]

@@ -40,7 +40,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
 class KVCache:

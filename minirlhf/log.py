@@ -48,18 +48,19 @@ class Run:
     def say(self, text=""):
         tqdm.write(text, file=sys.stdout)
 
-    def compare(self, before, after, earlier):
+    def compare(self, before, after, earlier, more=None):
         """Ends a run that tuned a policy: answers to the same prompts before and after, side by side, and their figures.
 
-        `earlier` are the summaries of the stages before, for the figures to stand beside. Returns the summary.
+        `earlier` are the summaries of the stages before, for the figures to stand beside, `more` this run's own. Returns the summary.
         """
         rows = [{"prompt": b.prompt, "before": b.response, "after": a.response, "score_before": b.score, "score_after": a.score}
                 for b, a in zip(before, after, strict=True)]  # fmt: skip
         self.samples(rows)
         old, new = answer_figures(before), answer_figures(after)
-        figures = {key: value for key, value in earlier.items() if key.startswith("eval/")}
+        figures = {key: value for key, value in earlier.items()
+                   if key.startswith("eval/") and not key.endswith(("_before", "_after", "implicit_accuracy"))}  # fmt: skip
         figures |= {f"{key}_before": value for key, value in old.items()} | {f"{key}_after": value for key, value in new.items()}
-        summary = self.finish(figures | {"data": self.knobs.data})
+        summary = self.finish(figures | (more or {}) | {"data": self.knobs.data})
         print("\nsix held-out prompts, answered by the base model and by the policy")
         for row in rows[:6]:
             print(f"\n  prompt  {row['prompt']!r}\n  before  {row['before']!r}  ({row['score_before']:+.2f})"

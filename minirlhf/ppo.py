@@ -94,6 +94,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
     Returns (scalar mean over the mask, stats), as in Ziegler et al. 2019.
     """
+    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     with torch.no_grad():

@@ -18,9 +18,20 @@ class UserError(ValueError):
     """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
 
 
-def knob(default, help, choices=None):
-    """A field of a script's dataclass of knobs, with the line that `--help` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def knob(default, help, choices=None, *, least=0, most=float("inf")):
+    """A field of a script's dataclass of knobs, with the line that `--help` shows for it; a number lies between least and most."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, most)})
+
+
+class Ranges:
+    """What a dataclass of knobs inherits: a number out of its knob's range is a UserError."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, (least, most) = getattr(self, field.name), field.metadata["range"]
+            if field.type in (int, float) and not least <= value <= most and not (math.isnan(value) and math.isnan(field.default)):
+                expected = f"at least {least:g}" if most == float("inf") else f"{least:g} to {most:g}"
+                raise UserError(f"--{field.name.replace('_', '-')} {value}: expected {expected}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -45,7 +45,8 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     training = model.training
     model.eval()
     options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
-    decoder = (captured if prompts.is_cuda else Decoder)(model, B, Q + max_new_tokens, **options)
+    capture = prompts.is_cuda and (generator is None or (kernels.fused(prompts) and not top_k))  # a graph takes no foreign generator
+    decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
     decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
     every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
     for t in range(1, max_new_tokens):
@@ -208,13 +209,18 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def answers(policy, reference, scorer, prompts, tokenizer, response_length, temperature, autocast):
-    """One sampled Answer to each prompt (a row of ids); scorer: (tokens, prompt_lengths, response_lengths) -> (B,), or None."""
-    result = []
+def answers(policy, reference, scorer, prompts, tokenizer, response_length, temperature, autocast, seed):
+    """One sampled Answer to each prompt (a row of ids); scorer: (tokens, prompt_lengths, response_lengths) -> (B,), or None.
+
+    The noise is the seed's, the same before and after training, and what is drawn here moves no other random number.
+    """
+    result, device = [], policy.wte.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     for start in range(0, len(prompts), 128):
-        batch = pad_rows(prompts[start : start + 128], tokenizer.pad, policy.wte.weight.device)
+        batch = pad_rows(prompts[start : start + 128], tokenizer.pad, device)
         with autocast:
-            sampled = generate(policy, *batch, response_length, eos=tokenizer.eos, pad=tokenizer.pad, temperature=temperature)
+            sampled = generate(policy, *batch, response_length, eos=tokenizer.eos, pad=tokenizer.pad, temperature=temperature,
+                               generator=generator)  # fmt: skip
             row = (sampled.tokens, sampled.prompt_lengths, sampled.response_lengths)
             logprobs, ref_logprobs = (response_logprobs(m, *row, response_length, temperature) for m in (policy, reference))
             scores = scorer(*row) if scorer else torch.full((len(sampled.tokens),), float("nan"))

@@ -93,7 +93,7 @@ def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
         pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
         bought += n * K * (K - 1) // 2
         kept_wins = wins.gather(1, kept)
-        labels = (1 + kept_wins[:, 0] - kept_wins[:, -1]) / 2  # of two samples just P(the better is preferred)
+        labels = preferences[torch.arange(n, device=device), kept[:, 0], kept[:, -1]]
         yield bought, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), kept_wins.flatten()
 
 

@@ -29,22 +29,22 @@ OVERLONG = ("", "error", "truncate")
 
 
 @dataclass
-class Knobs:
+class Knobs(runtime.Ranges):
     data: str = knob("reviews", "source of text: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "model to start from: a run, a model directory or a name on the hub; none: fresh weights")
     out: str = knob("runs/sft", "run directory")
-    vocab_size: int = knob(8192, "tokens to train when fresh, EOS included; the toy language has 257: the bytes alone")
-    n_ctx: int = knob(64, "context in tokens, when fresh")
-    n_layer: int = knob(4, "blocks, when fresh")
-    n_head: int = knob(4, "attention heads, when fresh")
-    n_embd: int = knob(128, "width, when fresh")
+    vocab_size: int = knob(8192, "tokens to train when fresh, EOS included; the toy language has 257: the bytes alone", least=1)
+    n_ctx: int = knob(64, "context in tokens, when fresh", least=1)
+    n_layer: int = knob(4, "blocks, when fresh", least=1)
+    n_head: int = knob(4, "attention heads, when fresh", least=1)
+    n_embd: int = knob(128, "width, when fresh", least=1)
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", OVERLONG)
-    epochs: int = knob(2, "passes over the responses")
+    epochs: int = knob(2, "passes over the responses", least=1)
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
-    batch_size: int = knob(32, "rows a step")
+    batch_size: int = knob(32, "rows a step", least=1)
     micro_batch: int = knob(0, "rows in memory at a time, their gradients added up; 0: all")
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
-    embedding_lr: float = knob(4.0, "learning rate of the token embeddings, as a multiple of --lr")
+    embedding_lr: float = knob(4.0, "learning rate of the token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     seed: int = knob(0, "seed of weights and order")
@@ -97,7 +97,7 @@ def main(knobs):
     run.close()
     length = min(24, model.config.n_ctx // 2)
     prompts = data.fit(data.prompts_of(test, tokenizer, rng)[:64], model.config.n_ctx - length, "truncate")
-    texts = answers(model, model, None, prompts, tokenizer, length, 1.0, autocast)
+    texts = answers(model, model, None, prompts, tokenizer, length, 1.0, autocast, knobs.seed)
     run.samples([{"prompt": a.prompt, "response": a.response} for a in texts])
     model.save_pretrained(run.out / "model", tokenizer)
     summary = run.finish(figures | {"data": knobs.data})
@@ -182,8 +182,15 @@ def stage_before(name, main, knobs):
     return Path(knobs.out) / "model", summary
 
 
+def keep_apart(source, out):
+    """Raises UserError where a run would write over what it starts from, or where `out` cannot be a folder."""
+    if Path(out).is_file() or Path(source).resolve().is_relative_to(Path(out).resolve()):
+        raise UserError(f"--out {out}: {'a file' if Path(out).is_file() else 'what this run starts from lies there'}; give another folder")
+
+
 def base_model(knobs):
     """The model directory of a script's base model: --init, or else the run `sft` beside --out."""
+    keep_apart(knobs.init or Path(knobs.out).parent / "sft", knobs.out)
     if knobs.init:
         return model_directory(knobs.init)
     own = Knobs(data=knobs.data, out=str(Path(knobs.out).parent / "sft"), overlong=knobs.overlong, seed=knobs.seed,

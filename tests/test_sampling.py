@@ -275,11 +275,11 @@ def test_answers(monkeypatch):
     kept = []
     monkeypatch.setattr(sampling, "generate", lambda *a, **k: kept.append(generate(*a, **k)) or kept[0])
     torch.manual_seed(0)
-    found = answers(policy, reference, lambda t, p, r: r * 2.0, prompts, tokenizer, R, 0.7, contextlib.nullcontext())
+    found = answers(policy, reference, lambda t, p, r: r * 2.0, prompts, tokenizer, R, 0.7, contextlib.nullcontext(), 0)
     kl = (logprobs_loop(policy, kept[0], 0.7) - logprobs_loop(reference, kept[0], 0.7)).sum(1)
     for answer, text, k, (_, response) in zip(found, ("ab", "b", "abba"), kl.tolist(), rows_of(kept[0]), strict=True):
         assert answer.prompt == text and answer.response == tokenizer.decode(response)
         assert answer.tokens == len(response) and answer.score == 2.0 * len(response)
         assert answer.kl == pytest.approx(k, abs=1e-3)
-    same = answers(policy, policy, None, prompts, tokenizer, R, 1.0, contextlib.nullcontext())
+    same = answers(policy, policy, None, prompts, tokenizer, R, 1.0, contextlib.nullcontext(), 0)
     assert all(a.kl == 0 and np.isnan(a.score) for a in same)

@@ -606,7 +606,7 @@ MISTAKES = [
     (dict(advantage="grpo", whiten_rewards=True), "--whiten-rewards"),
     (dict(truncate="a"), "--missing-eos-score"),
     (dict(truncate="ab", missing_eos_score=-1.0), "2 tokens"),
-    (dict(truncate="a", missing_eos_score=-1.0, truncate_after=R), f"--truncate-after {R}"),
+    (dict(truncate="a", missing_eos_score=-1.0, truncate_after=R), "--truncate-after"),
     (dict(top_k=-1), "--top-k -1"),
 ]
 

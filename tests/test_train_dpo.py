@@ -236,11 +236,11 @@ def test_thumbs_of_ratings_rankings_and_labels(capsys):
         batches.thumbs(items(2, ratings=[np.array([1.0])] * 2))
     with pytest.raises(UserError, match="all 3 ratings are alike"):
         batches.thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
-    drawn = list(batches.thumbs_epoch(items(10, groups=[[i, i + 5] for i in range(5)]), 4, np.random.default_rng(0)))
+    drawn = list(batches.thumbs_epoch(*batches.thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)))
     assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {len(rows) for rows, _ in drawn} <= {3, 4, 5}
     assert all((rows < 5).tolist() == scores.tolist() for rows, scores in drawn)
     with pytest.raises(UserError, match="at least 2"):
-        list(batches.thumbs_epoch(items(10, groups=[[0, 1]]), 1, np.random.default_rng(0)))
+        list(batches.thumbs_epoch(*batches.thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
 
 
 def test_lists_are_ranked_and_whole():
@@ -258,7 +258,9 @@ def test_lists_are_ranked_and_whole():
     drawn = list(batches.lists_epoch(rated, 100, 3, np.random.default_rng(0)))
     ((rows, lists, rewards, mask),) = drawn
     assert sorted(rows) == list(range(11)) and sorted(mask.sum(1)) == [3, 4, 4]
-    assert np.allclose(rewards[mask], means[rows[lists[mask]]])
+    for one, worth, real in zip(lists, rewards, mask, strict=True):  # ranks: how many smaller values its list has
+        m = means[rows[one[real]]].tolist()
+        assert worth[real].tolist() == [len({y for y in m if y < x}) for x in m]
     assert all((np.diff(r[real]) <= 0).all() for r, real in zip(rewards, mask, strict=True))
 
 
@@ -311,9 +313,11 @@ def test_losses_without_a_reference_load_none(toy, tmp_path, monkeypatch):
 
 def test_implicit_rewards_by_hand():
     logps, ref, lengths = torch.tensor([-6.0, -2.0]), torch.tensor([-5.0, -4.0]), torch.tensor([3, 2])
-    assert train_dpo.rewards_of("sigmoid", logps, ref, lengths).tolist() == [-1, 2]
-    assert train_dpo.rewards_of("cpo", logps, None, lengths).tolist() == [-6, -2]
-    assert train_dpo.rewards_of("simpo", logps, None, lengths).tolist() == [-2, -1]
+    assert train_dpo.rewards_of("sigmoid", {}, logps, ref, lengths).tolist() == [-1, 2]
+    assert train_dpo.rewards_of("cpo", {}, logps, None, lengths).tolist() == [-6, -2]
+    assert train_dpo.rewards_of("simpo", {}, logps, None, lengths).tolist() == [-2, -1]
+    for kind, options in (("sigmoid_norm", {}), ("ipo", {"length_normalise": True})):
+        assert torch.equal(train_dpo.rewards_of(kind, options, logps, ref, lengths), torch.tensor([-1 / 3, 1]))
 
 
 def test_reference_log_probs_are_computed_once(cache, monkeypatch):
@@ -359,7 +363,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_rounds_move_the_reference(online, toy, tmp_path):
-    losses = [[row["loss"] for row in run(toy, tmp_path, rounds=rounds, steps=4, online=online)[1]] for rounds in (1, 2, 4)]
+    losses = [[row["loss"] for row in run(toy, tmp_path, rounds=rounds, steps=4, online=online, seed=1)[1]] for rounds in (1, 2, 4)]
     at_log_2 = [[abs(loss - np.log(2)) < 1e-4 for loss in one] for one in losses]
     assert at_log_2 == [[True, False, False, False], [True, False, True, False], [True] * 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -410,7 +414,7 @@ def test_own_batches(kind, samples):
             order = {"sigmoid": [order[0], order[-1]], "nash_md": [0]}[kind]
             expected += [all_rows[i * K + a] for a in order]
             expected_wins += [rate[a] for a in order]
-            expected_labels.append((1 + rate[order[0]] - rate[order[-1]]) / 2)
+            expected_labels.append(sg(s[order[0]] - s[order[-1]]))  # P(the best is preferred to the worst)
         assert [row.tolist() for row in rows.tokens] == expected
         assert np.allclose(wins, expected_wins, atol=1e-6) and np.allclose(labels, expected_labels, atol=1e-6)
         k = len(rows.tokens) // 4
