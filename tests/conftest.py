@@ -4,10 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; no effect on tests marked gpu, see test_gpu.py
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: test_triton.py runs them on the CPU
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 

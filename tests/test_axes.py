@@ -1,7 +1,10 @@
 """Every row of dpo.AXES is a command line that makes the toy's true reward rise, and stands where its run shows it to stand."""
 
+import importlib
 import json
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +63,20 @@ def test_the_true_reward_rises(method, toy, tmp_path, monkeypatch):
     assert ("eval/kl_after" in summary) == (AXES[method]["RL1"] == "reference")
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert ("online/labels" in metrics) == (AXES[method]["O"] == "online")
+
+
+def test_the_readme_has_the_same_table_and_its_commands_are_understood():
+    readme = (Path(train_dpo.__file__).parent / "README.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in readme.splitlines() if line.startswith("| ")]
+    lines = [(names.replace(" and the other pairwise losses", ""), values) for names, *values in lines if len(values) == 8]
+    rows = {name: values for names, values in lines for name in names.split(", ")}
+    rows.pop("methods")
+    for name, values in rows.items():
+        assert list(AXES[name].values()) == values
+    others = set(AXES) - rows.keys()  # "the other pairwise losses", and tdpo under its two numbers
+    assert others - {"tdpo1", "tdpo2"} <= KINDS.keys() and all(AXES[name] == AXES["dpo"] for name in others - {"tdpo1", "tdpo2"})
+    commands = re.findall(r"`python (train_\w+)\.py([^`]*)`", readme)
+    assert len(commands) > 15
+    for script, flags in commands:
+        module = importlib.import_module(script)
+        runtime.parse(module.Knobs, "", shlex.split(flags))

@@ -12,8 +12,6 @@ from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.sampling import generate, response_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-if torch.cuda.is_available() and kernels.INTERPRETED:
-    pytest.skip("run with TRITON_INTERPRET=0: python -m pytest -m gpu", allow_module_level=True)
 
 
 def relative(a, b):
