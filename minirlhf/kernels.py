@@ -50,7 +50,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = grad and not fused(hidden) and not hidden.is_cuda and len(chunks(len(targets), weight)) == 1
+    keep = grad and not fused(hidden) and not hidden.is_cuda and len(chunks(len(targets), weight)) <= 4
     return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
 
 
@@ -94,22 +94,27 @@ def aligned(weight):
 @torch.library.custom_op("minirlhf::token_logprobs", mutates_args=())
 def token_logprobs_op(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, dtype: torch.dtype, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot where that is a single chunk that backward shall not make again."""
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot of each chunk where they are few: backward need not make them again."""
     wide = torch.promote_types(dtype, torch.float32)
     logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
-    error = hidden.new_empty(0)
     if fused(hidden):
         fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, logprobs, lse)
-        return logprobs, lse, error
-    padded = aligned(weight.to(dtype))
+        return logprobs, lse, []
+    padded, kept = aligned(weight.to(dtype)), []
     for rows in chunks(len(targets), weight):
-        logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)].div_(temperature)
+        logits = scaled(head_logits(hidden[rows], padded, dtype)[:, : len(weight)], temperature)
         largest, at_target = logits.amax(1), logits.gather(1, targets[rows, None]).squeeze(1)
         error = softmax_(logits)
         lse[rows] = largest - error.amax(1).log()  # the largest probability is 1 / sum exp(z - largest)
         logprobs[rows] = at_target - lse[rows]
-    return logprobs, lse, minus_onehot_(error, targets) if keep else hidden.new_empty(0)
+        if keep:
+            kept.append(minus_onehot_(error, targets[rows]))
+    return logprobs, lse, kept
+
+
+def scaled(logits, temperature):
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def softmax_(logits):
@@ -125,13 +130,13 @@ def minus_onehot_(p, targets):
 @token_logprobs_op.register_fake
 def _(hidden, weight, targets, temperature, dtype, keep):
     wide = torch.promote_types(dtype, torch.float32)
-    kept = hidden.new_empty((len(targets), len(weight)), dtype=wide) if keep else hidden.new_empty(0)
+    kept = [hidden.new_empty((len(targets[rows]), len(weight)), dtype=wide) for rows in chunks(len(targets), weight) if keep]
     return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
 
 
 @torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=())
 def token_logprobs_backward_op(
-    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, kept: torch.Tensor,
+    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, kept: list[torch.Tensor],
     temperature: float, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of hidden and weight: logits anew for a chunk of rows, d logp / d logits = onehot - softmax, two matrix products."""
@@ -139,15 +144,16 @@ def token_logprobs_backward_op(
     h, w, scale = hidden.to(dtype).contiguous(), aligned(weight.to(dtype)), grad / temperature
     d_weight = torch.zeros_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in chunks(len(targets), weight):
+        for i, rows in enumerate(chunks(len(targets), weight)):
             if fused(hidden):
                 d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
                 d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
                 d_weight += matmul(d_logits.t(), h[rows])
                 continue
-            error = kept
-            if not kept.numel():
-                logits = head_logits(h[rows], w, dtype).div_(temperature)
+            if kept:
+                error = kept[i]
+            else:
+                logits = scaled(head_logits(h[rows], w, dtype), temperature)
                 logits[:, len(weight) :] = float("-inf")
                 error = minus_onehot_(softmax_(logits), targets[rows]).to(dtype)
             minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
@@ -163,11 +169,11 @@ def _(grad, hidden, weight, targets, lse, kept, temperature, dtype):
 
 def save_for_backward(ctx, inputs, output):
     hidden, weight, targets, ctx.temperature, ctx.dtype, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[1], output[2])
+    ctx.save_for_backward(hidden, weight, targets, output[1], *output[2])
 
 
 def backward(ctx, grad, *_):
-    hidden, weight, targets, lse, kept = ctx.saved_tensors
+    hidden, weight, targets, lse, *kept = ctx.saved_tensors
     d = token_logprobs_backward_op(grad.contiguous(), hidden, weight, targets, lse, kept, ctx.temperature, ctx.dtype)
     return *d, None, None, None, None
 
