@@ -91,10 +91,11 @@ def aligned(weight):
     return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
 
 
-@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=())
-def token_logprobs_op(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, dtype: torch.dtype, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, ScalarType dtype"
+
+
+@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(), schema=f"({ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor[])")
+def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
     """Log-probs and log-sum-exp, (N,) each, and softmax - onehot of each chunk where they are few: backward need not make them again."""
     wide = torch.promote_types(dtype, torch.float32)
     logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
@@ -134,21 +135,19 @@ def _(hidden, weight, targets, temperature, dtype, keep):
     return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
 
 
-@torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=())
-def token_logprobs_backward_op(
-    grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, kept: list[torch.Tensor],
-    temperature: float, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+@torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=(),
+                         schema=f"({ARGUMENTS}, Tensor grad, Tensor lse, Tensor[] kept) -> (Tensor, Tensor)")  # fmt: skip
+def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad, lse, kept):
     """Gradients of hidden and weight: logits anew for a chunk of rows, d logp / d logits = onehot - softmax, two matrix products."""
     d_hidden = torch.empty_like(hidden)
     h, w, scale = hidden.to(dtype).contiguous(), aligned(weight.to(dtype)), grad / temperature
-    d_weight = torch.zeros_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
+    d_weight = 0  # fp32: the sum over chunks must not round
     with torch.autocast(hidden.device.type, enabled=False):
         for i, rows in enumerate(chunks(len(targets), weight)):
             if fused(hidden):
                 d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
                 d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
-                d_weight += matmul(d_logits.t(), h[rows])
+                d_weight = matmul(d_logits.t(), h[rows]).add_(d_weight)
                 continue
             if kept:
                 error = kept[i]
@@ -158,23 +157,28 @@ def token_logprobs_backward_op(
                 error = minus_onehot_(softmax_(logits), targets[rows]).to(dtype)
             minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
             d_hidden[rows] = (minus * (error @ w)).to(hidden.dtype)
-            d_weight += matmul(error.t(), (minus * h[rows]).to(dtype))
+            d_weight = matmul(error.t(), (minus * h[rows]).to(dtype)).add_(d_weight)
+    if not len(targets):
+        return d_hidden, torch.zeros_like(weight)
     return d_hidden, d_weight[: len(weight)].to(weight.dtype)
 
 
 @token_logprobs_backward_op.register_fake
-def _(grad, hidden, weight, targets, lse, kept, temperature, dtype):
+def _(hidden, weight, targets, temperature, dtype, grad, lse, kept):
     return torch.empty_like(hidden), torch.empty_like(weight)
 
 
 def save_for_backward(ctx, inputs, output):
     hidden, weight, targets, ctx.temperature, ctx.dtype, _ = inputs
     ctx.save_for_backward(hidden, weight, targets, output[1], *output[2])
+    ctx.set_materialize_grads(False)  # else zeros as large as what is kept
 
 
 def backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
     hidden, weight, targets, lse, *kept = ctx.saved_tensors
-    d = token_logprobs_backward_op(grad.contiguous(), hidden, weight, targets, lse, kept, ctx.temperature, ctx.dtype)
+    d = token_logprobs_backward_op(hidden, weight, targets, ctx.temperature, ctx.dtype, grad.contiguous(), lse, kept)
     return *d, None, None, None, None
 
 
