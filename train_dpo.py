@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import batches, data, dpo, runtime, selfplay, sft
+from minirlhf import batches, data, dpo, labelers, online, runtime, sft
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT
 from minirlhf.log import Run
@@ -98,14 +98,14 @@ def main(knobs):
     policy = GPT.from_pretrained(source).to(device)
     base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
-    scorer, prefer = selfplay.load_labeler(labeler, feedback, tokenizer, policy)
+    scorer, prefer = labelers.load_labeler(labeler, feedback, tokenizer, policy)
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
         prompts, plan = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong), range(knobs.steps or 100)
-        own = selfplay.own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
+        own = online.own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
     else:
         rows = encode(feedback.train, tokenizer, kind, knobs, policy)
         ref_logps = batches.stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
@@ -274,7 +274,7 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
     sides = [None if x is None else x[side] for x in (logps, ref_logps) for side in (chosen, rejected)]
     try:
         if kind == "d2o":  # in the place of the preferred: what the policy itself answers to the prompt of the rejected
-            own = selfplay.own_answers(policy, rows, knobs.samples, knobs.response_length)
+            own = online.own_answers(policy, rows, knobs.samples, knobs.response_length)
             for side, own_logps in ((0, own.by_parts(batches.total(policy), knobs.micro_batch)), (2, batches.all_logps(reference, own))):
                 sides[side] = own_logps.view(-1, knobs.samples).mean(1)[rejected]
         losses = dpo.pair_loss(kind, *sides, beta=knobs.beta, label_smoothing=smoothing, chosen_lengths=lengths[chosen],

@@ -104,28 +104,20 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
         return logprobs, lse, []
     padded, kept = aligned(weight.to(dtype)), []
     for rows in chunks(len(targets), weight):
-        logits = scaled(head_logits(hidden[rows], padded, dtype)[:, : len(weight)], temperature)
-        largest, at_target = logits.amax(1), logits.gather(1, targets[rows, None]).squeeze(1)
-        error = softmax_(logits)
-        lse[rows] = largest - error.amax(1).log()  # the largest probability is 1 / sum exp(z - largest)
-        logprobs[rows] = at_target - lse[rows]
-        if keep:
-            kept.append(minus_onehot_(error, targets[rows]))
+        logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)]
+        logprobs[rows], lse[rows], error = softmax_error(logits, targets[rows], temperature)
+        kept += [error] if keep else []
     return logprobs, lse, kept
 
 
-def scaled(logits, temperature):
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-def softmax_(logits):
-    """softmax over rows, in place on the CPU: one pass that stays in its cache."""
-    return torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
-
-
-def minus_onehot_(p, targets):
-    """d(-log-prob) / d logits."""
-    return p.scatter_add_(1, targets[:, None], -torch.ones_like(p[:, :1]))
+def softmax_error(logits, targets, temperature):
+    """Log-probs, log-sum-exp (n,) each, and d(-log-prob) / d logits = softmax - onehot (n, V), on the CPU in place of the logits."""
+    if temperature != 1:
+        logits /= temperature
+    largest, at_target = logits.amax(1), logits.gather(1, targets[:, None]).squeeze(1)
+    p = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
+    lse = largest - p.amax(1).log()  # the largest probability is 1 / sum exp(z - largest)
+    return at_target - lse, lse, p.scatter_add_(1, targets[:, None], -torch.ones_like(p[:, :1]))
 
 
 @token_logprobs_op.register_fake
@@ -152,9 +144,9 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
             if kept:
                 error = kept[i]
             else:
-                logits = scaled(head_logits(h[rows], w, dtype), temperature)
+                logits = head_logits(h[rows], w, dtype)
                 logits[:, len(weight) :] = float("-inf")
-                error = minus_onehot_(softmax_(logits), targets[rows]).to(dtype)
+                error = softmax_error(logits, targets[rows], temperature)[2].to(dtype)
             minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
             d_hidden[rows] = (minus * (error @ w)).to(hidden.dtype)
             d_weight = matmul(error.t(), (minus * h[rows]).to(dtype)).add_(d_weight)

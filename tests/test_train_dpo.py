@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import train_dpo
 import train_rm
-from minirlhf import batches, data, dpo, gpt, log, selfplay
+from minirlhf import batches, data, dpo, gpt, labelers, log, online
 from minirlhf.batches import Rows
 from minirlhf.data import Items
 from minirlhf.gpt import GPT, GPTConfig
@@ -141,8 +141,8 @@ def test_pairs_reach_their_losses(monkeypatch):
         loss, _ = loss_of("sppo", rows, pairs, labels, *wins, **both)
         expected = 0.5 * ((h[chosen] - (won - 0.5) / b) ** 2 + (h[rejected] - (lost - 0.5) / b) ** 2)
         assert loss.item() == pytest.approx(expected.mean(), rel=1e-4)
-    own, real = [], selfplay.own_answers
-    monkeypatch.setattr(selfplay, "own_answers", lambda *a: own.append(real(*a)) or own[0])
+    own, real = [], online.own_answers
+    monkeypatch.setattr(online, "own_answers", lambda *a: own.append(real(*a)) or own[0])
     loss, _ = loss_of("d2o", rows, pairs, labels, **both, samples=3, response_length=5)
     assert [row[:p].tolist() for row, p in zip(own[0].tokens, own[0].prompt_lengths, strict=True)] == [
         row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(3)]  # fmt: skip
@@ -376,7 +376,7 @@ def test_rounds_move_the_reference(online, toy, tmp_path):
 def test_win_rates():
     p = torch.rand(5, 4, 4, generator=torch.manual_seed(0), dtype=torch.float64)
     expected = [[np.mean([p[b, i, j] for j in range(4) if j != i]) for i in range(4)] for b in range(5)]
-    assert np.allclose(selfplay.win_rates(p), expected)
+    assert np.allclose(online.win_rates(p), expected)
 
 
 class Letters:
@@ -401,7 +401,7 @@ def test_own_batches(kind, samples):
     knobs = train_dpo.Knobs(batch_size=8, samples=samples, response_length=5)
     policy, reference = tiny(1, scale=2), tiny(2, scale=2)
     torch.manual_seed(0)
-    own = selfplay.own_batches(policy, reference, prefer, prompts, Letters, kind, knobs, np.random.default_rng(0))
+    own = online.own_batches(policy, reference, prefer, prompts, Letters, kind, knobs, np.random.default_rng(0))
     for count in (1, 2):
         bought, rows, ref_logps, pairs, labels, wins = next(own)
         K, all_rows, scores = shown.pop()
@@ -429,7 +429,7 @@ def test_mixture_samples(mu):
     policy, reference, n = tiny(3, scale=5), tiny(4, scale=5), 20_000
     prompts = torch.tensor([[0, 3, PAD], [0, 5, 2]]).repeat(n, 1)
     torch.manual_seed(0)
-    tokens, lengths = selfplay.sample_mixture(policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2, eos=0, pad=PAD)
+    tokens, lengths = online.sample_mixture(policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2, eos=0, pad=PAD)
 
     def mixture(row):
         p = np.exp((1 - mu) * log_softmax(policy, row)[-1] + mu * log_softmax(reference, row)[-1])
@@ -484,7 +484,7 @@ def test_a_preference_model_labels(toy, tmp_path):
 
     model = gpt.PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
     model.save_pretrained(tmp_path, Tokenizer.load(toy / "sft" / "model"))
-    scorer, prefer = selfplay.load_labeler(str(tmp_path), None, None, tiny())
+    scorer, prefer = labelers.load_labeler(str(tmp_path), None, None, tiny())
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 9], [0, 5, 9, 9], [0, 1, 2, 6]])
     lengths = torch.tensor([3, 2, 1, 3])
     p = prefer(tokens, torch.ones(4, dtype=int), lengths, 2)
@@ -544,14 +544,14 @@ def test_bad_values_of_options_and_labelers(toy, tmp_path):
     feedback = data.load_feedback("toy")
     feedback.true_reward = None
     with pytest.raises(UserError, match="no known true reward"):
-        selfplay.load_labeler("true", feedback, Letters, tiny())
+        labelers.load_labeler("true", feedback, Letters, tiny())
 
 
 def test_the_toys_own_reward_scores_samples(toy):
     from minirlhf.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(toy / "rm" / "model")
-    scorer, prefer = selfplay.load_labeler("true", data.load_feedback("toy"), tokenizer, tiny())
+    scorer, prefer = labelers.load_labeler("true", data.load_feedback("toy"), tokenizer, tiny())
     rows = [[tokenizer.eos, *tokenizer.encode("ab" + word), tokenizer.eos] for word in ("hh", "ha", "a")]
     tokens, lengths = data.pad_rows([np.array(row) for row in rows], tokenizer.pad)
     scores = scorer(tokens, torch.full((3,), 3), lengths - 3)
