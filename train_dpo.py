@@ -98,7 +98,7 @@ def main(knobs):
     policy = GPT.from_pretrained(source).to(device)
     base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
-    scorer, prefer = labelers.load_labeler(labeler, feedback, tokenizer, policy)
+    scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
@@ -185,6 +185,17 @@ def find_labeler(knobs):
         return sft.stage_before("reward model", train_rm.main, own)
     summary = finished(beside) or {}
     return (beside, summary) if summary.get("data") == knobs.data else (None, {})
+
+
+def load_labeler(knobs, source, *args):
+    """labelers.load_labeler; what merely lies beside --out, was not asked for and does not fit is left out."""
+    try:
+        return labelers.load_labeler(source, *args)
+    except UserError as e:
+        if knobs.reward or knobs.online:
+            raise
+        print(f"samples are not scored: {e}")
+        return None, None
 
 
 def encode(items, tokenizer, kind, knobs, policy):
@@ -300,7 +311,7 @@ def step_0_check(kind, options, knobs, loss, stats):
 
 def implicit_accuracy(policy, base, items, rows, kind, options, knobs, autocast):
     """How often the policy's implicit reward orders test pairs as people do; nothing where no two responses can be compared."""
-    if items.ratings is not None and any(items.prompts):
+    if items.ratings is not None and (any(items.prompts) or len({rating.mean() for rating in items.ratings}) < 2):
         return {}
     pairs, _ = items.comparisons(20_000, seed=1)
     with autocast:

@@ -458,6 +458,27 @@ def test_online_counts_its_labels_and_answers_to_its_flags(toy, tmp_path):
     assert differ(*nash)
 
 
+def test_a_reward_model_that_was_not_asked_for_need_not_fit(toy, tmp_path, capsys):
+    gpt.RewardModel(GPTConfig(300, 32, 1, 2, 16)).save_pretrained(tmp_path / "rm" / "model")
+    (tmp_path / "rm" / "summary.json").write_text('{"data": "toy"}')
+    summary, _, _ = run(toy, tmp_path / "dpo", reward="")
+    assert "samples are not scored" in capsys.readouterr().out and "eval/score_after" not in summary
+    with pytest.raises(UserError, match="vocabulary 300"):
+        run(toy, tmp_path / "dpo", reward=str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("prompt", ["", "p%d"])
+def test_labels_without_pairs(prompt, toy, tmp_path):
+    """Where all held-out labels are alike, or prompts differ, there is no accuracy, and the run ends well."""
+    texts = ["abcdefgh"[i % 8] * 3 + str(i) for i in range(60)]
+    rows = [{"prompt": prompt % i if prompt else "", "response": text, "label": i % 20 != 3} for i, text in enumerate(texts)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prompt or len({r.mean() for r in data.load_feedback(str(path)).test.ratings}) == 1
+    summary, _, _ = run(toy, tmp_path / "dpo", data=str(path), loss="kto")
+    assert "eval/implicit_accuracy" not in summary
+
+
 def test_online_makes_its_reward_model(toy, tmp_path, monkeypatch):
     made = []
 
