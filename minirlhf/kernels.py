@@ -23,8 +23,8 @@ try:
 except ImportError:  # then the twins do everything
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
-# Logits held at a time: 29 MB in fp32, which the allocator of the C library keeps for the next step where it would give back more
-# than 32, and fresh pages cost as much as a matrix product; 512 MB in bf16 on a GPU.
+# Logits held at a time: 29 MB in fp32, as the C library keeps an array of up to 32 for the next step, and fresh pages cost as much as a
+# matrix product (four such parts stay for backward); 512 MB in bf16 on a GPU.
 CHUNK = {"cpu": 7 << 20, "cuda": 1 << 28}
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
@@ -50,7 +50,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = grad and not fused(hidden) and not hidden.is_cuda and len(chunks(len(targets), weight)) <= 4
+    keep = 4 if grad and not fused(hidden) and not hidden.is_cuda else 0
     return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
 
 
@@ -94,9 +94,9 @@ def aligned(weight):
 ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, ScalarType dtype"
 
 
-@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(), schema=f"({ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor[])")
+@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(), schema=f"({ARGUMENTS}, int keep) -> (Tensor, Tensor, Tensor[])")
 def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
-    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot of each chunk where they are few: backward need not make them again."""
+    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot of the first `keep` chunks, which backward need not make again."""
     wide = torch.promote_types(dtype, torch.float32)
     logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
     if fused(hidden):
@@ -106,7 +106,7 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
     for rows in chunks(len(targets), weight):
         logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)]
         logprobs[rows], lse[rows], error = softmax_error(logits, targets[rows], temperature)
-        kept += [error] if keep else []
+        kept += [error] if len(kept) < keep else []
     return logprobs, lse, kept
 
 
@@ -123,7 +123,7 @@ def softmax_error(logits, targets, temperature):
 @token_logprobs_op.register_fake
 def _(hidden, weight, targets, temperature, dtype, keep):
     wide = torch.promote_types(dtype, torch.float32)
-    kept = [hidden.new_empty((len(targets[rows]), len(weight)), dtype=wide) for rows in chunks(len(targets), weight) if keep]
+    kept = [hidden.new_empty((len(targets[rows]), len(weight)), dtype=wide) for rows in chunks(len(targets), weight)[:keep]]
     return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
 
 
@@ -133,15 +133,15 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
     """Gradients of hidden and weight: logits anew for a chunk of rows, d logp / d logits = onehot - softmax, two matrix products."""
     d_hidden = torch.empty_like(hidden)
     h, w, scale = hidden.to(dtype).contiguous(), aligned(weight.to(dtype)), grad / temperature
-    d_weight = 0  # fp32: the sum over chunks must not round
+    d_weight = torch.empty_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
     with torch.autocast(hidden.device.type, enabled=False):
         for i, rows in enumerate(chunks(len(targets), weight)):
             if fused(hidden):
                 d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
                 d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
-                d_weight = matmul(d_logits.t(), h[rows]).add_(d_weight)
+                add_product(d_weight, d_logits.t(), h[rows], first=i == 0)
                 continue
-            if kept:
+            if i < len(kept):
                 error = kept[i]
             else:
                 logits = head_logits(h[rows], w, dtype)
@@ -149,10 +149,17 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
                 error = softmax_error(logits, targets[rows], temperature)[2].to(dtype)
             minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
             d_hidden[rows] = (minus * (error @ w)).to(hidden.dtype)
-            d_weight = matmul(error.t(), (minus * h[rows]).to(dtype)).add_(d_weight)
-    if not len(targets):
-        return d_hidden, torch.zeros_like(weight)
-    return d_hidden, d_weight[: len(weight)].to(weight.dtype)
+            add_product(d_weight, error.t(), (minus * h[rows]).to(dtype), first=i == 0)
+    return d_hidden, (d_weight[: len(weight)] if len(targets) else torch.zeros_like(weight)).to(weight.dtype)
+
+
+def add_product(total, a, b, first):
+    """total += a @ b, or = where it is the first; with sums of total's type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    else:
+        product = matmul(a, b)
+        total.copy_(product) if first else total.add_(product)
 
 
 @token_logprobs_backward_op.register_fake
