@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: test_triton.py runs them on the CPU
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """The tests are the CPU's on every machine, with Triton's kernels interpreted; `-m gpu` runs those of the GPU instead."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 @pytest.fixture(scope="session")
