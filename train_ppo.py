@@ -37,6 +37,7 @@ import math
 import runpy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import data, ppo, runtime, sft
+from minirlhf import data, labelers, ppo, runtime, sft
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, RewardModel
 from minirlhf.log import Run
@@ -280,9 +281,8 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         raise UserError(f"--truncate {knobs.truncate!r}: {len(stop)} tokens of this tokenizer; expected a text of one")
     rm, level, (file, _, name) = None, knobs.reward_level or "response", str(source).rpartition(":")
     if source == "true" or file.endswith(".py") or (name.isidentifier() and file.replace(".", "").isidentifier()):
-        function = feedback.true_reward if source == "true" else load_function(file, name)
-        if function is None:
-            raise UserError(f"--reward true: {knobs.data} has no known true reward (toy has)")
+        function = labelers.true_reward(feedback) if source == "true" else load_function(file, name)
+        ask = partial(labelers.ask, function, source, level, tokenizer)
     else:
         rm = sft.load_reward_model(source, tokenizer, reference)
         if knobs.reward_level not in ("", level := rm.level):
@@ -294,30 +294,14 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         ended = hit.any(1)
         seen = torch.where(ended, hit.int().argmax(1) + 1, r)  # up to the first one
         if level == "response":
-            scores = rm(tokens, p + seen).float() if rm else ask(function, source, level, tokens, p, seen, tokenizer)[:, 0]
+            scores = rm(tokens, p + seen).float() if rm else ask(tokens, p, seen)[:, 0]
             return ppo.on_last_token(scores, response_mask(r, R)), ended
-        values = before_response(rm.values(tokens).float(), p + 1, R) if rm else ask(function, source, level, tokens, p, seen, tokenizer)
+        values = before_response(rm.values(tokens).float(), p + 1, R) if rm else ask(tokens, p, seen)
         values = torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0)
         shift = rm.shift if rm else 0.0  # of the whole response
         return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended
 
     return scorer, rm
-
-
-def ask(function, source, level, tokens, prompt_lengths, response_lengths, tokenizer):
-    """What a Python function says of the text of token rows: (B, 1), or (B, longest response) at the token level."""
-    rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
-    prompts, responses = zip(*((tokenizer.decode(row[:p]), row[p : p + r]) for row, p, r in rows), strict=True)
-    apart = level == "token"
-    texts = [[tokenizer.decode([i]) for i in ids] if apart else tokenizer.decode(ids) for ids in responses]
-    expected, given = [len(ids) if apart else 1 for ids in responses], function(list(prompts), texts)
-    try:
-        scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in given]
-    except (TypeError, ValueError):
-        scores = []
-    if [s.shape for s in scores] != [(n,) for n in expected] or not all(s.isfinite().all() for s in scores):
-        raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
-    return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)
 
 
 def load_function(file, name):

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from minirlhf import data, runtime, sft
+from minirlhf.batches import Rows
 from minirlhf.gpt import GPT, PreferenceModel, RewardModel
 from minirlhf.log import Run
 from minirlhf.reward import best_of_k_loss, bradley_terry_loss, normalization, plackett_luce_loss, rating_loss, share_positive
@@ -132,8 +132,6 @@ def check(knobs, items):
         raise UserError(f"--loss ratings: {knobs.data} has no ratings on one scale (those of responses that share a prompt are compared)")
     if knobs.loss != "pairs" and (knobs.margin or knobs.center or items.margins is not None or not knobs.soft_labels):
         raise UserError(f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs")
-    if knobs.group_size < 2:
-        raise UserError(f"--group-size {knobs.group_size}: expected at least 2")
     if knobs.model == "pairwise" and (knobs.loss != "pairs" or knobs.center or knobs.level != "response"):
         raise UserError("--model pairwise has no scores: expected --loss pairs, --level response and no --center")
 
@@ -157,19 +155,11 @@ def forward(model, rows, prompt_lengths, pad, device, micro_batch=0):
     kept, and backward computes the part again (Chen et al. 2016).
     """
 
-    def read(tokens, lengths, prompt_lengths):
-        if isinstance(model, PreferenceModel):
-            return model.embed(tokens, lengths)
-        return model(tokens, lengths, prompt_lengths)
+    def read(tokens, prompt_lengths, response_lengths):
+        lengths = prompt_lengths + response_lengths
+        return (model.embed(tokens, lengths) if isinstance(model, PreferenceModel) else model(tokens, lengths, prompt_lengths)).float()
 
-    parts, undo = data.parts_by_length([len(row) for row in rows], -(-len(rows) // micro_batch) if micro_batch else 4)
-    results = []
-    for part in parts:
-        inputs = data.pad_rows([rows[i] for i in part], pad, device)
-        inputs += (torch.tensor([prompt_lengths[i] for i in part], device=device),)
-        # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
-        results.append((checkpoint(read, *inputs, use_reentrant=False) if micro_batch else read(*inputs)).float())
-    return torch.cat(results)[undo]
+    return Rows(rows, np.array(prompt_lengths), pad, device).by_parts(read, micro_batch)
 
 
 def differences(model, read, pairs):

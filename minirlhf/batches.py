@@ -40,7 +40,7 @@ class Rows(NamedTuple):
         return torch.tensor([len(row) for row in self.tokens], device=self.device) - torch.as_tensor(self.prompt_lengths).to(self.device)
 
     def by_parts(self, f, micro_batch=0):
-        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b,) of all rows, in parts of like length: (N,).
+        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows, in parts of like length: (N, ...).
 
         With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward.
         """
@@ -50,6 +50,7 @@ class Rows(NamedTuple):
             tokens, lengths = data.pad_rows([self.tokens[i] for i in part], self.pad, self.device)
             prompt_lengths = torch.as_tensor(self.prompt_lengths[part], device=self.device)
             row = (tokens, prompt_lengths, lengths - prompt_lengths)
+            # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
             values.append(checkpoint(f, *row, use_reentrant=False) if micro_batch else f(*row))
         return torch.cat(values)[undo]
 

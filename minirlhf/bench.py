@@ -14,7 +14,6 @@ Left out: several GPUs, other models.
 import importlib.util
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,14 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf import batches, kernels, runtime
+from minirlhf import batches, kernels, runtime, trl_driver
 from minirlhf.dpo import pair_loss
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.ppo import on_last_token
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.runtime import knob
 from minirlhf.sampling import generate
-from minirlhf.tokenizer import Tokenizer
 
 PEERS = {"hf": "transformers", "trl": "trl", "liger": "liger_kernel"}  # and what each imports as
 
@@ -257,7 +255,7 @@ def row_reward(bench):
         bradley_terry_loss(*scores.chunk(2)).backward()
         runtime.optimizer_step(optimizer, 1.0)
 
-    bench.against_trl("reward-model step", shape, "pairs/s", shape[0], ours, trl_step, rm, rows, shape)
+    bench.against_trl("reward-model step", shape, "pairs/s", shape[0], ours, trl_driver.pair_steps, rm, rows, shape)
 
 
 def row_dpo(bench):
@@ -274,7 +272,7 @@ def row_dpo(bench):
         pair_loss("sigmoid", *logps.chunk(2), *ref.chunk(2)).mean().backward()
         runtime.optimizer_step(optimizer, 1.0)
 
-    bench.against_trl("DPO step", shape, "pairs/s", shape[0], ours, trl_step, policy, rows, shape)
+    bench.against_trl("DPO step", shape, "pairs/s", shape[0], ours, trl_driver.pair_steps, policy, rows, shape)
 
 
 def row_ppo(bench):
@@ -296,82 +294,7 @@ def row_ppo(bench):
             episodes, _ = train_ppo.rollout(policy, reference, scorer, critic, prompts, SimpleNamespace(eos=0, pad=0), knobs, 0.05)
         train_ppo.update(policy, critic, optimizer, episodes, knobs, 0.05, bench.autocast, 0)
 
-    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_ppo, policy, rm, B, Q, R)
-
-
-def trl_setting(bench, folder, batch, steps):
-    """(tokenizer, arguments that all of TRL's configurations share, at their quickest)."""
-    from transformers import PreTrainedTokenizerFast
-
-    Tokenizer.train([], 257).save(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>", pad_token="ÿ")
-    return tokenizer, dict(output_dir=f"{folder}/out", per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4,
-                           gradient_checkpointing=False, bf16=bench.cuda, use_cpu=not bench.cuda, report_to=[], save_strategy="no",
-                           disable_tqdm=True)  # fmt: skip
-
-
-def trl_clock(bench):
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        times = []
-
-        def on_step_end(self, args, state, control, **_):
-            if bench.cuda:
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter() if bench.cuda else time.process_time())
-
-    return Clock()
-
-
-def read(folder, model):
-    """One of our models as transformers reads it."""
-    model.save_pretrained(folder, Tokenizer.train([], 257))
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kind = AutoModelForSequenceClassification if isinstance(model, RewardModel) else AutoModelForCausalLM
-    return kind.from_pretrained(folder)
-
-
-def trl_step(bench, model, rows, shape):
-    """Seconds between the ends of TRL's training steps on pairs of the same lengths."""
-    import trl
-    from datasets import Dataset
-
-    (P, Q, _), clock = shape, trl_clock(bench)
-    text = ["a" * (int(n) - 1) for n in rows.lengths()]  # the tokenizer knows bytes, and adds EOS
-    data = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = trl_setting(bench, folder, P, 14 if bench.cuda else 7)
-        shared = {"train_dataset": Dataset.from_list(data * 2), "processing_class": tokenizer, "callbacks": [clock]}
-        if isinstance(model, RewardModel):
-            trainer = trl.RewardTrainer(model=read(folder, model), args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
-        else:
-            args = trl.DPOConfig(**common, logging_strategy="no")
-            trainer = trl.DPOTrainer(model=read(folder, model), ref_model=read(folder, model), args=args, **shared)
-        trainer.train()
-    return np.diff(clock.times)[2:]
-
-
-def trl_ppo(bench, policy, rm, B, Q, R):
-    """Seconds between the ends of TRL's PPO iterations; it exists in trl 1.12 at the latest."""
-    try:
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError:
-        print("this trl has no PPO (1.12 was the last): left out")
-        return None
-    from datasets import Dataset
-
-    clock = trl_clock(bench)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = trl_setting(bench, folder, B, -1)
-        tokenizer.padding_side = "left"
-        args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=4 * B, response_length=R, temperature=1.0,
-                         local_rollout_forward_batch_size=B, num_sample_generations=0, stop_token=None)  # fmt: skip
-        models = [read(folder, model) for model in (policy, policy, rm, rm)]
-        dataset = Dataset.from_list([{"input_ids": row} for row in torch.randint(1, 250, (4 * B, Q)).tolist()])
-        PPOTrainer(args, tokenizer, *models[:3], train_dataset=dataset, value_model=models[3], callbacks=[clock]).train()
-    return np.diff(clock.times)[1:]
+    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_driver.ppo_iterations, policy, rm, B, Q, R)
 
 
 ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_rollout, row_adamw, row_reward, row_dpo, row_ppo)}

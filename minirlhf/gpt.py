@@ -153,7 +153,7 @@ class GPT(nn.Module):
 
         Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape.
         """
-        config, weights = read_directory(directory_or_hub_name, dropout)
+        config, weights, _ = read_directory(directory_or_hub_name, dropout)
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
         head = weights.pop("lm_head.weight", None)
         if head is not None and "wte.weight" in weights and not torch.equal(head, weights["wte.weight"]):
@@ -239,9 +239,8 @@ class RewardModel(HeadedGPT):
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
         """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in GPT.from_pretrained."""
-        config, weights = read_directory(directory, dropout)
+        config, weights, raw = read_directory(directory, dropout)
         expect_kind("reward model", directory, weights)
-        raw = json.loads((local_directory(directory) / "config.json").read_text(encoding="utf-8"))
         level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
         return load_strictly(cls(config, level=level, shift=shift), weights, directory)
 
@@ -274,7 +273,7 @@ class PreferenceModel(HeadedGPT):
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
         """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
-        config, weights = read_directory(directory, dropout)
+        config, weights, _ = read_directory(directory, dropout)
         return load_strictly(cls(config, expect_kind("preference model", directory, weights)), weights, directory)
 
 
@@ -307,7 +306,7 @@ FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_ep
 
 
 def read_directory(source, dropout):
-    """GPTConfig, and weights in our orientation, of a directory or of a model on the hub."""
+    """GPTConfig, weights in our orientation, and config.json as it is, of a directory or of a model on the hub."""
     directory = local_directory(source)
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
@@ -330,7 +329,7 @@ def read_directory(source, dropout):
         for name, w in weights.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
     }
-    return GPTConfig(*sizes, dropout=dropout), weights
+    return GPTConfig(*sizes, dropout=dropout), weights, raw
 
 
 def local_directory(name):

@@ -4,6 +4,7 @@ Left out, so far: people, judge models, rules.
 """
 
 import json
+from functools import partial
 
 import torch
 
@@ -21,13 +22,10 @@ def load_labeler(source, feedback, tokenizer, base):
     if source is None:
         return None, None
     if source == "true":
-        if feedback.true_reward is None:
-            raise UserError(f"--reward true: {feedback.name} has no known true reward (toy has)")
+        rate = partial(ask, true_reward(feedback), source, "response", tokenizer)
 
         def scorer(tokens, prompt_lengths, response_lengths):
-            rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
-            texts = [(tokenizer.decode(row[:p]), tokenizer.decode(row[p : p + r])) for row, p, r in rows]
-            return torch.tensor(feedback.true_reward(*zip(*texts, strict=True)), device=tokens.device)
+            return rate(tokens, prompt_lengths, response_lengths)[:, 0]
 
     else:
         config = local_directory(sft.model_directory(source)) / "config.json"
@@ -50,3 +48,26 @@ def load_labeler(source, feedback, tokenizer, base):
         return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
 
     return scorer, prefer
+
+
+def true_reward(feedback):
+    """The function behind `--reward true`. Raises UserError where the data have none."""
+    if feedback.true_reward is None:
+        raise UserError(f"--reward true: {feedback.name} has no known true reward (toy has)")
+    return feedback.true_reward
+
+
+def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_lengths):
+    """What a Python function says of the text of token rows: (B, 1), or (B, longest response) at the token level."""
+    rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
+    prompts, responses = zip(*((tokenizer.decode(row[:p]), row[p : p + r]) for row, p, r in rows), strict=True)
+    apart = level == "token"
+    texts = [[tokenizer.decode([i]) for i in ids] if apart else tokenizer.decode(ids) for ids in responses]
+    expected, given = [len(ids) if apart else 1 for ids in responses], function(list(prompts), texts)
+    try:
+        scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in given]
+    except (TypeError, ValueError):
+        scores = []
+    if [s.shape for s in scores] != [(n,) for n in expected] or not all(s.isfinite().all() for s in scores):
+        raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
+    return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_rm
-from minirlhf import data, sft
+from minirlhf import batches, data, sft
 from minirlhf.data import Items
 from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
 from minirlhf.records import parse_record
@@ -275,7 +275,7 @@ def test_group_size_and_micro_batch(toy, rated, tmp_path):
         return read(tokens, *lengths)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_rm, "checkpoint", checkpoint)
+        patch.setattr(batches, "checkpoint", checkpoint)
         weights("micro", micro_batch=50)
     assert max(seen) <= 50 and sum(seen) == 360
 

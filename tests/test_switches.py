@@ -192,7 +192,8 @@ def hand(toy, tmp_path, texts, **changes):
     rows = [np.array([256, 70, 71, *(i for c in text for i in letters[c])]) for text in texts]
     tokens, lengths = data.pad_rows(rows, stage.tokenizer.pad)
     scored, ended = stage.scorer(tokens, torch.full_like(lengths, 3), lengths - 3)
-    function = stage.scorer.__closure__[stage.scorer.__code__.co_freevars.index("function")].cell_contents
+    ask = stage.scorer.__closure__[stage.scorer.__code__.co_freevars.index("ask")].cell_contents
+    function = ask.args[0]
     return function.__globals__["calls"][-1], scored, ended.tolist()
 
 
