@@ -97,7 +97,7 @@ class Knobs(runtime.Ranges):
     eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1)
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
 
 
 class Episodes(NamedTuple):

@@ -63,7 +63,7 @@ class Knobs(runtime.Ranges):
     response_length: int = knob(24, "most tokens of a base sample for the normalisation", least=1)
     seed: int = knob(0, "seed of head, order, dropout and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
 
 
 def main(knobs):

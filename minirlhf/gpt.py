@@ -44,12 +44,23 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: two tensors (L, B, H, S, C/H)."""
+    """Keys and values of every layer, allocated once: (L, 2, B, H, S, C/H)."""
 
     def __init__(self, config, batch, length, *, device=None, dtype=None):
-        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+
+def attention(q, k, v, dropout=0.0):
+    """Causal attention, softmax(q k^T / sqrt(D)) v: (B, H, T, D) of q, k, v (B, H, T, D)."""
+    B, H, T, D = q.shape
+    if q.is_cuda or T > 256:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # Written out, short rows take half the time on a CPU: torch's flash kernel multiplies in small pieces, one head at a time.
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (B H, T, T)
+    return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -61,15 +72,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, layer=0, positions=None, mask=None):
         B, T, C = x.shape
-        q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)
-        )  # (B, H, T, C/H)
+        qkv = self.c_attn(x)  # (B, T, 3C)
         if positions is not None:  # one new token a row
-            y = decode_attention(q, k, v, cache.k[layer], cache.v[layer], positions, mask)
+            y = decode_attention(qkv, cache.kv[layer], positions, mask)
         else:
+            q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, C/H)
             if cache is not None:  # the prompt's keys and values stay for later
-                cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+                cache.kv[layer, 0, :, :, :T], cache.kv[layer, 1, :, :, :T] = k, v
+            y = attention(q, k, v, self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -90,7 +100,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, *attention_args):
         x = x + self.drop(self.attn(self.ln_1(x), *attention_args))
@@ -105,7 +115,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
@@ -134,7 +144,7 @@ class GPT(nn.Module):
             where = torch.arange(T, device=idx.device)
         else:
             where = positions[:, None]  # (B, 1)
-            mask = (torch.arange(cache.k.shape[3], device=idx.device) <= where)[:, None, None]  # (B, 1, 1, S)
+            mask = (torch.arange(cache.kv.shape[4], device=idx.device) <= where)[:, None, None]  # (B, 1, 1, S)
         x = self.drop(self.wte(idx) + self.wpe(where))
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer, positions, mask)

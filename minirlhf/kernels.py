@@ -9,6 +9,8 @@ MINIRLHF_KERNELS=torch|triton|auto chooses; auto takes Triton on a GPU. Left out
 PyTorch's own are good; top-k in the sampler.
 """
 
+import contextlib
+import functools
 import os
 from types import SimpleNamespace
 
@@ -24,18 +26,21 @@ except ImportError:  # then the twins do everything
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 # Logits held at a time: 29 MB in fp32, as the C library keeps an array of up to 32 for the next step, and fresh pages cost as much as a
-# matrix product (four such parts stay for backward); 512 MB in bf16 on a GPU.
+# matrix product (KEEP such parts stay for backward); 512 MB in bf16 on a GPU.
 CHUNK = {"cpu": 7 << 20, "cuda": 1 << 28}
+KEEP = 4
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
 
 
 def fused(x):
     """Whether tensor x goes to the Triton kernels. Raises RuntimeError when they are demanded and Triton is not there."""
+    if triton and not (x.is_cuda or INTERPRETED):
+        return False
     choice = os.environ.get("MINIRLHF_KERNELS", "auto")
     if choice == "triton" and triton is None:
         raise RuntimeError("MINIRLHF_KERNELS=triton, but triton is not installed")
-    return triton is not None and choice != "torch" and (x.is_cuda or (choice == "triton" and INTERPRETED))
+    return triton is not None and choice != "torch" and (x.is_cuda or choice == "triton")
 
 
 # Token log-probs
@@ -50,7 +55,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = 4 if grad and not fused(hidden) and not hidden.is_cuda else 0
+    keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
     return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
 
 
@@ -65,10 +70,10 @@ def operand_dtype(hidden, weight):
     return both if hidden.is_cuda or fused(hidden) else torch.promote_types(both, torch.float32)
 
 
-def head_logits(hidden, weight, dtype=None):
+def head_logits(hidden, weight):
     """hidden @ weight.T: (N, V), fp32 at least."""
-    dtype = dtype or operand_dtype(hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
+    dtype = operand_dtype(hidden, weight)
+    with products(hidden):
         return matmul(hidden.to(dtype), weight.to(dtype).t())
 
 
@@ -80,9 +85,54 @@ def matmul(a, b):
     return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
 
 
-def chunks(rows, weight):
-    step = max(1, CHUNK.get(weight.device.type, CHUNK["cpu"]) // len(weight))
-    return [slice(i, i + step) for i in range(0, rows, step)]
+@contextlib.contextmanager
+def products(x):
+    """Matrix products in the types of their operands, whatever the autocast; on a CPU by the quicker library for x's rows."""
+    kind = x.device.type
+    with quick_library(x), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def quick_library(x):
+    """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
+    before = torch.get_float32_matmul_precision()
+    if x.device.type == "cpu":
+        torch.set_float32_matmul_precision(cpu_precision(len(x)))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def cpu_precision(rows=1024):
+    """torch's name for the quicker library of exact fp32 products of that many rows: oneDNN's "medium", or MKL's "highest".
+
+    With few rows a product is a reading of the weights, for which MKL has less to set up.
+    """
+    return "medium" if rows >= 16 and onednn_is_exact() else "highest"
+
+
+@functools.cache
+def onednn_is_exact():
+    """Whether this CPU's products at precision "medium" are those of fp32.
+
+    That precision means oneDNN in place of MKL, and the right to round to bf16, of which oneDNN makes use only where a CPU has units for
+    it (AMX). Elsewhere it computes in fp32, and on an AMD EPYC in less than half of MKL's time.
+    """
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    error = a @ b - (a.double() @ b.double())
+    torch.set_float32_matmul_precision(before)
+    return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
+
+
+def chunks(total, other, device):
+    """Slices of about equal length into `total` rows or columns, so that a slice times `other` is no more than the chunk."""
+    parts = -(-total * other // CHUNK.get(device.type, CHUNK["cpu"]))
+    step = max(1, -(-total // max(1, parts)))
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
 def aligned(weight):
@@ -96,70 +146,55 @@ ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, Sc
 
 @torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(), schema=f"({ARGUMENTS}, int keep) -> (Tensor, Tensor, Tensor[])")
 def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
-    """Log-probs and log-sum-exp, (N,) each, and softmax - onehot of the first `keep` chunks, which backward need not make again."""
+    """Log-probs and log-sum-exp, (N,) each, and softmax of the first `keep` parts of the vocabulary, which backward need not make again."""
     wide = torch.promote_types(dtype, torch.float32)
     logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
     if fused(hidden):
         fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, logprobs, lse)
         return logprobs, lse, []
-    padded, kept = aligned(weight.to(dtype)), []
-    for rows in chunks(len(targets), weight):
-        logits = head_logits(hidden[rows], padded, dtype)[:, : len(weight)]
-        logprobs[rows], lse[rows], error = softmax_error(logits, targets[rows], temperature)
-        kept += [error] if len(kept) < keep else []
-    return logprobs, lse, kept
-
-
-def softmax_error(logits, targets, temperature):
-    """Log-probs, log-sum-exp (n,) each, and d(-log-prob) / d logits = softmax - onehot (n, V), on the CPU in place of the logits."""
-    if temperature != 1:
-        logits /= temperature
-    largest, at_target = logits.amax(1), logits.gather(1, targets[:, None]).squeeze(1)
-    p = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
-    lse = largest - p.amax(1).log()  # the largest probability is 1 / sum exp(z - largest)
-    return at_target - lse, lse, p.scatter_add_(1, targets[:, None], -torch.ones_like(p[:, :1]))
+    h, w = (hidden if temperature == 1 else hidden / temperature).to(dtype), weight.to(dtype)
+    sums, kept = [], []
+    with products(h):
+        for cols in chunks(len(w), len(h), w.device):
+            z = matmul(h, w[cols].t())  # (N, v)
+            largest = z.amax(1)
+            p = torch.softmax(z, 1, out=None if z.is_cuda else z)
+            sums.append(largest - p.amax(1).log())  # the largest probability is 1 / sum exp(z - largest)
+            kept += [p] if len(kept) < keep else []
+        at_target = (h.to(wide) * w[targets].to(wide)).sum(1)
+    lse = torch.stack(sums).logsumexp(0)
+    if len(sums) > 1:
+        kept = [p.mul_((part - lse).exp_()[:, None]) for p, part in zip(kept, sums, strict=False)]
+    return at_target - lse, lse, kept
 
 
 @token_logprobs_op.register_fake
 def _(hidden, weight, targets, temperature, dtype, keep):
     wide = torch.promote_types(dtype, torch.float32)
-    kept = [hidden.new_empty((len(targets[rows]), len(weight)), dtype=wide) for rows in chunks(len(targets), weight)[:keep]]
+    parts = chunks(len(weight), len(hidden), weight.device)[:keep]
+    kept = [hidden.new_empty((len(hidden), cols.stop - cols.start), dtype=wide) for cols in parts]
     return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
 
 
 @torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=(),
                          schema=f"({ARGUMENTS}, Tensor grad, Tensor lse, Tensor[] kept) -> (Tensor, Tensor)")  # fmt: skip
 def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad, lse, kept):
-    """Gradients of hidden and weight: logits anew for a chunk of rows, d logp / d logits = onehot - softmax, two matrix products."""
-    d_hidden = torch.empty_like(hidden)
-    h, w, scale = hidden.to(dtype).contiguous(), aligned(weight.to(dtype)), grad / temperature
-    d_weight = torch.empty_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
-    with torch.autocast(hidden.device.type, enabled=False):
-        for i, rows in enumerate(chunks(len(targets), weight)):
-            if fused(hidden):
-                d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
-                d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
-                add_product(d_weight, d_logits.t(), h[rows], first=i == 0)
-                continue
-            if i < len(kept):
-                error = kept[i]
-            else:
-                logits = head_logits(h[rows], w, dtype)
-                logits[:, len(weight) :] = float("-inf")
-                error = softmax_error(logits, targets[rows], temperature)[2].to(dtype)
-            minus = -scale[rows, None]  # on the C columns of the products rather than on the V of the logits
-            d_hidden[rows] = (minus * (error @ w)).to(hidden.dtype)
-            add_product(d_weight, error.t(), (minus * h[rows]).to(dtype), first=i == 0)
-    return d_hidden, (d_weight[: len(weight)] if len(targets) else torch.zeros_like(weight)).to(weight.dtype)
-
-
-def add_product(total, a, b, first):
-    """total += a @ b, or = where it is the first; with sums of total's type."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    else:
-        product = matmul(a, b)
-        total.copy_(product) if first else total.add_(product)
+    """Gradients of hidden and weight, by d logp / d logits = onehot - softmax: logits anew for a part, and two matrix products."""
+    scale = grad / temperature
+    if fused(hidden):
+        return fused_backward(hidden, weight, targets, temperature, dtype, scale, lse)
+    h, w = (hidden if temperature == 1 else hidden / temperature).to(dtype), weight.to(dtype)
+    d_hidden, d_weight = torch.zeros_like(hidden, dtype=lse.dtype), torch.empty_like(weight, dtype=lse.dtype)
+    scaled = (scale[:, None] * hidden).to(dtype)  # what is to be done to a row of logits is done to its C columns
+    with products(h):
+        for i, cols in enumerate(chunks(len(w), len(h), w.device)):
+            p = kept[i] if i < len(kept) else matmul(h, w[cols].t()).sub_(lse[:, None]).exp_()
+            p = p.to(dtype)
+            d_hidden += matmul(p, w[cols])
+            d_weight[cols] = matmul(p.t(), scaled)
+    d_hidden = scale[:, None] * (w[targets] - d_hidden)
+    d_weight = d_weight.neg_().index_add_(0, targets, scaled.to(lse.dtype))
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
 
 
 @token_logprobs_backward_op.register_fake
@@ -269,6 +304,21 @@ def fused_d_logits(hidden, weight, lse, targets, scale, temperature, V):
     return out
 
 
+def fused_backward(hidden, weight, targets, temperature, dtype, scale, lse):
+    """Gradients of hidden and weight: d_logits for a chunk of rows at a time, and two matrix products."""
+    d_hidden, h, w = torch.empty_like(hidden), hidden.to(dtype).contiguous(), aligned(weight.to(dtype))
+    d_weight = torch.zeros_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
+    with products(h):
+        for rows in chunks(len(h), len(w), w.device):
+            d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
+            d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
+            if dtype == lse.dtype:
+                d_weight.addmm_(d_logits.t(), h[rows])
+            else:
+                d_weight += matmul(d_logits.t(), h[rows])
+    return d_hidden, d_weight[: len(weight)].to(weight.dtype)
+
+
 @jit
 def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V, W, inverse_temperature, C: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
@@ -350,20 +400,20 @@ def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, siz
 #                         block    block
 
 
-def decode_attention(q, k, v, k_cache, v_cache, positions, mask):
-    """Attention of one new token a row over the slots up to its own: (B, H, 1, D).
+def decode_attention(qkv, cache, positions, mask):
+    """Stores the new token's key and value in its row's slot of the cache, and attends to all slots up to its own: (B, H, 1, D).
 
-    q, k, v (B, H, 1, D); caches (B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots
-    up to it, which only the twin needs.
+    qkv (B, 1, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
+    it, which only the twin needs.
     """
-    B, H, _, D = q.shape
+    _, B, H, S, D = cache.shape
+    q, k, v = qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
     if not fused(q):
-        slot = positions.view(-1, 1, 1, 1).expand_as(k)
-        k, v = k_cache.scatter_(2, slot, k), v_cache.scatter_(2, slot, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        cache.scatter_(3, positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D), qkv[1:])
+        return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
-    decode_attention_kernel[(B * H,)](q, k, v, k_cache, v_cache, positions, out, q.stride(0), q.stride(1), H, k_cache.shape[2],
-                                      D=D, BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
+    decode_attention_kernel[(B * H,)](q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S, D=D,
+                                      BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
     return out
 
 

@@ -13,6 +13,8 @@ import sys
 import numpy as np
 import torch
 
+from minirlhf import kernels
+
 
 class UserError(ValueError):
     """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
@@ -39,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "tf32", "bfloat16")
 
 
 def parse(knobs, doc, argv=None):
@@ -82,7 +84,12 @@ def pick_device(name):
 
 
 def precision(device, dtype):
-    """An autocast context: bfloat16 matrix products with fp32 weights, or nothing for float32."""
+    """How matrix products are made from now on, and an autocast context for bfloat16 ones of fp32 weights.
+
+    float32 is exact on every device; tf32 lets a GPU round to 10 bits and is float32 elsewhere.
+    """
+    cuda = "high" if dtype == "tf32" else "highest"
+    torch.set_float32_matmul_precision(kernels.cpu_precision() if device.type == "cpu" else cuda)
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 

@@ -46,16 +46,16 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     model.eval()
     options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
     capture = prompts.is_cuda and (generator is None or (kernels.fused(prompts) and not top_k))  # a graph takes no foreign generator
-    decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
-    decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
     every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
-    for t in range(1, max_new_tokens):
-        if t % every == 0 and decoder.finished.all():
-            break
-        decoder.advance(model)
+    decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
+    with kernels.quick_library(prompts), torch.inference_mode(not prompts.is_cuda):  # on a CPU a tenth less to do for each operation
+        decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
+        for t in range(1, max_new_tokens):
+            if t % every == 0 and decoder.ended(t).any(1).all():
+                break
+            decoder.advance(model)
     model.train(training)
-    return Rollout(decoder.tokens[:, : Q + max_new_tokens].to(prompts.dtype, copy=True), prompt_lengths, decoder.response_lengths.clone(),
-                   decoder.logprobs[:, :max_new_tokens].clone())  # fmt: skip
+    return decoder.rollout(prompts, max_new_tokens)
 
 
 class Decoder:
@@ -79,11 +79,9 @@ class Decoder:
         self.vocab, self.weight = len(weight), kernels.aligned(weight.detach())
         self.cache = KVCache(model.config, batch, slots, device=device, dtype=dtype)
         self.tokens = torch.full((batch, slots), pad, device=device)
-        self.logprobs = torch.zeros(batch, slots, device=device)
-        self.prompt_lengths, self.response_lengths = (torch.ones(batch, dtype=torch.int64, device=device) for _ in range(2))
-        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.step, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # tokens so far; of the noise
+        self.logprobs = torch.zeros(batch, slots, device=device)  # of the token in that slot
+        self.token, self.slot = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))  # each row's newest
+        self.step, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # of the noise
 
     def start(self, model, prompts, prompt_lengths, generator):
         """Takes over the weights and the prompts (B, Q), and samples the first token of each response."""
@@ -98,18 +96,17 @@ class Decoder:
         inside = torch.arange(Q, device=prompts.device) < prompt_lengths[:, None]
         self.tokens.fill_(self.pad)
         self.tokens[:, :Q] = torch.where(inside, prompts, self.pad)
-        self.prompt_lengths.copy_(prompt_lengths)
-        for x in (self.logprobs, self.response_lengths, self.finished, self.step):
-            x.zero_()
+        self.prompt_lengths = prompt_lengths
+        self.slot.copy_(prompt_lengths - 1)
+        self.step.zero_()
         hidden = (self.rounded or model).hidden(self.tokens[:, :Q], self.cache)  # (B, Q, C)
-        self.pick(hidden[torch.arange(B, device=prompts.device), prompt_lengths - 1])
+        self.pick(hidden[torch.arange(B, device=prompts.device), self.slot])
 
     def advance(self, model):
-        """One more token a row."""
+        """One more token a row, also of those that have ended: what follows EOS is thrown away at the end."""
         if self.graph:
             return self.graph.replay()
-        hidden = (self.rounded or model).hidden(self.token[:, None], self.cache, self.prompt_lengths + self.step - 1)
-        self.pick(hidden[:, 0])
+        self.pick((self.rounded or model).hidden(self.token[:, None], self.cache, self.slot)[:, 0])
 
     def pick(self, hidden):
         """Samples from what follows hidden (B, C), and books it."""
@@ -118,13 +115,25 @@ class Decoder:
             token, logprob = kernels.sample_logits(logits, self.temperature, self.seed, self.step)
         else:
             token, logprob = sample(logits, self.temperature, self.top_k, self.generator)
-        token = torch.where(self.finished, self.pad, token)
-        self.token.copy_(token)
-        self.tokens.scatter_(1, (self.prompt_lengths + self.step)[:, None], token[:, None])
-        self.logprobs.scatter_(1, self.step.expand(len(token), 1), torch.where(self.finished, 0, logprob)[:, None])
-        self.response_lengths += ~self.finished
-        self.finished |= token == self.eos
         self.step += 1
+        self.slot += 1
+        self.token.copy_(token)
+        self.tokens.scatter_(1, self.slot[:, None], token[:, None])
+        self.logprobs.scatter_(1, self.slot[:, None], logprob[:, None])
+
+    def ended(self, width):
+        """Where EOS is among the first `width` response tokens: (B, width)."""
+        return before_response(self.tokens, self.prompt_lengths + 1, width) == self.eos
+
+    def rollout(self, prompts, width):
+        """A Rollout of the first `width` response tokens."""
+        slots = torch.arange(self.tokens.shape[1], device=prompts.device)
+        ended = self.ended(width)
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, width)
+        tokens = self.tokens.masked_fill(slots >= (self.prompt_lengths + lengths)[:, None], self.pad)
+        logprobs = before_response(self.logprobs, self.prompt_lengths + 1, width)
+        return Rollout(tokens[:, : prompts.shape[1] + width].to(prompts.dtype), self.prompt_lengths, lengths,
+                       torch.where(response_mask(lengths, width), logprobs, 0))  # fmt: skip
 
 
 GRAPHS = weakref.WeakKeyDictionary()  # model -> {what the graph depends on: Decoder}
@@ -140,7 +149,6 @@ def captured(model, batch, slots, **options):
         while len(decoders) > 3:
             del decoders[next(iter(decoders))]
         decoder = Decoder(model, batch, slots, **options)
-        decoder.step += 1
         stream = torch.cuda.Stream()  # warm-up: kernels are compiled and workspaces allocated before the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -157,18 +165,29 @@ def captured(model, batch, slots, **options):
 
 def sample(logits, temperature, top_k, generator):
     """The next token (B,) by logits (B, V), and its log-prob (B,) in the distribution it was drawn from."""
-    logits = logits / (temperature or 1.0)
+    if temperature not in (0, 1):
+        logits = logits / temperature
     if top_k:
         floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
-        logits.masked_fill_(logits < floor, float("-inf"))
+        logits = logits.masked_fill(logits < floor, float("-inf"))
     probs = logits.softmax(1)
-    if temperature == 0:
-        token = probs.argmax(1)
-    else:  # inverse transform: the first token at which the cumulated probability reaches a uniform number in (0, 1]
-        cumulated = probs.cumsum(1, dtype=torch.float64)  # in fp32 the sum over a large vocabulary would lose rare tokens
-        u = 1 - torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
-        token = torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1).clamp(max=probs.shape[1] - 1)  # NaN lands past the end
+    token = draw(probs, generator) if temperature else probs.argmax(1)
     return token, probs.gather(1, token[:, None]).squeeze(1).log()
+
+
+def draw(probs, generator, block=64):
+    """A token of each row of probs (B, V): first which block of tokens, then which token of it, as to cumulate all V takes longer."""
+    B, V = probs.shape
+    blocks = (torch.nn.functional.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
+    u = 1 - torch.rand(2, B, 1, dtype=torch.float64, device=probs.device, generator=generator)  # in (0, 1]
+    chosen = inverse_transform(blocks.sum(2), u[0]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
+    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[1])).clamp(max=V - 1)
+
+
+def inverse_transform(weights, u):
+    """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1) of their sum."""
+    cumulated = weights.cumsum(1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
 
 
 def response_mask(response_lengths, width):

@@ -49,7 +49,7 @@ class Knobs(runtime.Ranges):
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     seed: int = knob(0, "seed of weights and order")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, or bfloat16 autocast", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
 
 
 def main(knobs):

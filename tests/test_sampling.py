@@ -132,7 +132,7 @@ def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     cache = KVCache(model.config, 3, 12)
     model.hidden(tokens, cache)
     past = (torch.arange(12) >= lengths[:, None])[None, :, None, :, None]
-    for x in (cache.k, cache.v):
+    for x in (cache.kv[:, 0], cache.kv[:, 1]):
         x.masked_fill_(past, 1e4)
     positions, rows = lengths.clone(), [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     for step in range(3):

@@ -80,7 +80,7 @@ def test_torch_compile_takes_the_operator_whole():
 def test_decode_attention_is_its_twin(monkeypatch, dtype, tolerance, D):
     B, H, S = 4, 2, 150
     torch.manual_seed(0)
-    q, k, v = (x.view(B, 1, H, D).transpose(1, 2) for x in torch.randn(B, 1, 3 * H * D).to(dtype).split(H * D, 2))
+    qkv = torch.randn(B, 1, 3 * H * D).to(dtype)
     positions = torch.tensor([0, 63, 64, 149])
     mask = (torch.arange(S) <= positions[:, None])[:, None, None]
     cache = torch.randn(2, B, H, S, D).to(dtype)
@@ -89,7 +89,7 @@ def test_decode_attention_is_its_twin(monkeypatch, dtype, tolerance, D):
     for choice in ("triton", "torch"):
         monkeypatch.setenv("MINIRLHF_KERNELS", choice)
         own = cache.clone()
-        results.append((kernels.decode_attention(q, k, v, *own, positions, mask), own))
+        results.append((kernels.decode_attention(qkv, own, positions, mask), own))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=tolerance)
     assert torch.equal(results[0][1], results[1][1])
 
