@@ -39,7 +39,7 @@ import torch
 import train_rm
 from minirlhf import batches, data, dpo, labelers, online, runtime, sft
 from minirlhf.checkpoint import finished
-from minirlhf.gpt import GPT
+from minirlhf.gpt import GPT, compile_trunks
 from minirlhf.log import Run
 from minirlhf.reward import pair_accuracy, share_positive
 from minirlhf.runtime import UserError, knob
@@ -82,6 +82,7 @@ class Knobs(runtime.Ranges):
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
 
 
 def main(knobs):
@@ -99,6 +100,8 @@ def main(knobs):
     base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
+    if knobs.compile:
+        compile_trunks(*filter(None, [policy, reference]))
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples

@@ -47,7 +47,7 @@ import torch
 import train_rm
 from minirlhf import data, labelers, ppo, runtime, sft
 from minirlhf.checkpoint import finished
-from minirlhf.gpt import GPT, RewardModel
+from minirlhf.gpt import GPT, RewardModel, compile_trunks
 from minirlhf.log import Run
 from minirlhf.runtime import UserError, knob
 from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
@@ -98,6 +98,7 @@ class Knobs(runtime.Ranges):
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
 
 
 class Episodes(NamedTuple):
@@ -131,6 +132,8 @@ def main(knobs):
     scorer, rm = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
     critic = make_critic(knobs, policy, reference, rm)
     trained = torch.nn.ModuleList(filter(None, [policy, critic]))
+    if knobs.compile:
+        compile_trunks(*filter(None, [policy, reference, rm, critic]))
     optimizer = runtime.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
@@ -203,13 +206,14 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
         scores = torch.where(ended[:, None], scores, missing)
 
     # 3 log-probs, made anew by the function that the update uses, so that its first ratio is 1
-    logprobs = response_logprobs(policy, *row, width, knobs.temperature)  # (B, R)
+    logprobs, entropy = response_logprobs(policy, *row, width, knobs.temperature, entropy=True)  # (B, R)
     ref_logprobs = response_logprobs(reference, *row, width, knobs.temperature)
 
     # 5 values: of the state before each token, so at the position of the token before it
     values = None
     if critic:
-        values = torch.where(mask, before_response(critic.values(sampled.tokens).float(), sampled.prompt_lengths, width), 0)
+        values = critic.values(sampled.tokens, row[1] + row[2]).float()  # (B, Q+R)
+        values = torch.where(mask, before_response(values, sampled.prompt_lengths, width), 0)
 
     rewards, advantages, returns = ppo.experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef)
     episodes = Episodes(*row, logprobs, ref_logprobs, advantages, values, returns)
@@ -217,7 +221,8 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
     stats = {
         "objective/score": scores.mean(), "objective/score_std": scores.std(correction=0),
         "objective/kl": (logprobs - ref_logprobs).sum(1).mean(), "objective/kl_coef": torch.tensor(kl_coef),
-        "objective/entropy": -logprobs.sum(1).mean(), "objective/reward": rewards.sum(1).mean(),
+        "objective/entropy": -logprobs.sum(1).mean(), "ppo/policy/entropy": ppo.masked_mean(entropy, mask),
+        "objective/reward": rewards.sum(1).mean(),
         "objective/response_length": sampled.response_lengths.float().mean(), "objective/ended": ended.float().mean(),
         "objective/mismatch": (logprobs - sampled.logprobs).abs().sum() / mask.sum(),
     }  # fmt: skip
@@ -244,7 +249,7 @@ def update(policy, critic, optimizer, episodes, knobs, kl_coef, autocast, step):
                 mask = response_mask(mb.response_lengths, R)
                 with autocast:
                     logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
-                    values = before_response(critic.values(mb.tokens).float(), mb.prompt_lengths, R) if critic else None
+                    values = before_response(critic.values(mb.tokens, row[1] + row[2]).float(), mb.prompt_lengths, R) if critic else None
                 loss, stats = ppo.losses(logprobs, values, mb, mask, knobs, kl_coef)
                 share = mask.sum() / n_tokens  # a mean is over the tokens of the whole minibatch
                 (loss * share).backward()
@@ -296,7 +301,7 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         if level == "response":
             scores = rm(tokens, p + seen).float() if rm else ask(tokens, p, seen)[:, 0]
             return ppo.on_last_token(scores, response_mask(r, R)), ended
-        values = before_response(rm.values(tokens).float(), p + 1, R) if rm else ask(tokens, p, seen)
+        values = before_response(rm.values(tokens, p + r).float(), p + 1, R) if rm else ask(tokens, p, seen)
         values = torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0)
         shift = rm.shift if rm else 0.0  # of the whole response
         return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
         With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward.
         """
-        parts, undo = data.parts_by_length([len(row) for row in self.tokens], -(-len(self.tokens) // micro_batch) if micro_batch else 4)
+        parts, undo = data.parts_by_length([len(row) for row in self.tokens], -(-len(self.tokens) // micro_batch) if micro_batch else 1)
         values = []
         for part in parts:
             tokens, lengths = data.pad_rows([self.tokens[i] for i in part], self.pad, self.device)
@@ -107,11 +107,11 @@ def prefix_kl(policy, reference, tokens, prompt_lengths, response_lengths):
 
     Distributions over the vocabulary exist for 1,024 prefixes at a time, and are made again in backward.
     """
-    width, end = int(response_lengths.max()), tokens.shape[1] - 1
+    width, end, lengths = int(response_lengths.max()), tokens.shape[1] - 1, prompt_lengths + response_lengths - 1
     mask = response_mask(response_lengths, width)  # (b, R)
     with torch.no_grad():
-        ref_hidden = before_response(reference.hidden(tokens[:, :end]), prompt_lengths, width)[mask]  # (N, C)
-    hidden = before_response(policy.hidden(tokens[:, :end]), prompt_lengths, width)[mask]
+        ref_hidden = before_response(reference.hidden(tokens[:, :end], lengths=lengths), prompt_lengths, width)[mask]  # (N, C)
+    hidden = before_response(policy.hidden(tokens[:, :end], lengths=lengths), prompt_lengths, width)[mask]
 
     def kl(hidden, ref_hidden):
         with torch.autocast(hidden.device.type, enabled=False):

@@ -7,26 +7,20 @@ attention mask in training, positions are `arange`, and a row gives the same num
 Both models live in directories of the Hugging Face layout (config.json, model.safetensors, tokenizer.json): transformers'
 GPT2LMHeadModel and GPT2ForSequenceClassification load them and give the same numbers.
 
-Left out: other architectures (rotary positions, grouped heads), sharded checkpoints, pickled weights.
+Left out: other architectures (rotary positions, grouped heads).
 """
 
-import json
+import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from minirlhf.checkpoint import atomic_write
-from minirlhf.kernels import decode_attention
+from minirlhf.decode_kernels import decode_attention
 from minirlhf.runtime import UserError
-
-# Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+from minirlhf.weights import expect_kind, export, load_strictly, read_directory, save_directory
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,27 @@ def attention(q, k, v, dropout=0.0):
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (B H, T, T)
-    return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
+    return torch.bmm(drop_out(weights, dropout), v).view(B, H, T, D)
+
+
+def heads(qkv, n_head):
+    """q, k, v, (B, H, T, C/H) each, of their projections (B, T, 3C)."""
+    B, T, C3 = qkv.shape
+    return (x.view(B, T, n_head, -1).transpose(1, 2) for x in qkv.split(C3 // 3, dim=2))
+
+
+def drop_out(x, p):
+    """x with a share p of its numbers set to 0 and the others scaled to keep the mean; on a CPU p is rounded to a multiple of 1/256."""
+    if not p or x.is_cuda or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = round(256 * p)  # of the values of a random byte: torch's own draws a float for each number, which takes ten times as long
+    noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)[: x.numel()]
+    return x * (noise.view(x.shape) >= dropped).to(x.dtype).mul_(256 / (256 - dropped))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return drop_out(x, self.p if self.training else 0.0)
 
 
 class Attention(nn.Module):
@@ -70,17 +84,52 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=0, positions=None, mask=None):
+    def forward(self, x, cache=None, layer=0, positions=None, mask=None, layout=None):
+        qkv = self.c_attn(x)  # (B, T, 3C), or (N, 3C) with a layout
+        dropout = self.dropout if self.training else 0.0
+        if layout is not None:
+            return self.c_proj(layout.attention(qkv, self.n_head, dropout))
         B, T, C = x.shape
-        qkv = self.c_attn(x)  # (B, T, 3C)
         if positions is not None:  # one new token a row
             y = decode_attention(qkv, cache.kv[layer], positions, mask)
         else:
-            q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, C/H)
+            q, k, v = heads(qkv, self.n_head)
             if cache is not None:  # the prompt's keys and values stay for later
                 cache.kv[layer, 0, :, :, :T], cache.kv[layer, 1, :, :, :T] = k, v
-            y = attention(q, k, v, self.dropout if self.training else 0.0)
+            y = attention(q, k, v, dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Layout:
+    """Where the real tokens of right-padded rows (B, T) of these lengths are, so that the layers compute nothing else.
+
+    Layers see the N real tokens as (N, C). Attention puts them back into rows, in groups of rows of like length.
+    """
+
+    def __init__(self, lengths, T):
+        order, device = lengths.argsort(), lengths.device
+        self.shape, where, self.groups = (len(lengths), T), [], []
+        for rows in order.tensor_split(min(4, -(-len(order) // 8))):
+            longest = int(lengths[rows[-1]])
+            inside = torch.arange(longest, device=device) < lengths[rows, None]  # (b, t)
+            row, column = inside.nonzero().unbind(1)
+            where.append(rows[row] * T + column)
+            self.groups.append((*inside.shape, row * longest + column))
+        self.where = torch.cat(where)  # (N,) places in the flattened rows
+
+    def attention(self, qkv, n_head, dropout):
+        """(N, C) of qkv (N, 3C)."""
+        out = []
+        for part, (b, t, inside) in zip(qkv.split([len(inside) for *_, inside in self.groups]), self.groups, strict=True):
+            rows = part.new_zeros(b * t, part.shape[1]).index_copy(0, inside, part).view(b, t, -1)
+            y = attention(*heads(rows, n_head), dropout)  # (b, H, t, C/H)
+            out.append(y.transpose(1, 2).reshape(b * t, -1)[inside])
+        return torch.cat(out)
+
+    def padded(self, x):
+        """(B, T, C) of x (N, C), 0 where there is no token."""
+        B, T = self.shape
+        return x.new_zeros(B * T, x.shape[1]).index_copy(0, self.where, x).view(B, T, -1)
 
 
 class MLP(nn.Module):
@@ -100,7 +149,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, *attention_args):
         x = x + self.drop(self.attn(self.ln_1(x), *attention_args))
@@ -110,12 +159,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT-2 language model. `model(idx)` with token ids (B, T) gives logits (B, T, V)."""
 
+    compiled = False  # by `compile_trunks`
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
-        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
@@ -129,9 +180,10 @@ class GPT(nn.Module):
         """The output head, tied to the token embedding: (V, C)."""
         return self.wte.weight
 
-    def hidden(self, idx, cache=None, positions=None):
+    def hidden(self, idx, cache=None, positions=None, lengths=None):
         """Final hidden states (B, T, C) of token ids (B, T).
 
+        With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the result is 0, if it is a sixth or more.
         With a `cache`, either a prompt (`positions` None: its keys and values are stored at 0..T-1) or one token a row
         (T = 1, `positions` (B,): the slot of that token, which sees every slot up to its own).
         Raises ValueError when T exceeds the context.
@@ -139,7 +191,21 @@ class GPT(nn.Module):
         B, T = idx.shape
         if self.config.n_ctx < T:
             raise ValueError(f"a row of {T} tokens exceeds the context of {self.config.n_ctx}")
-        mask = None
+        if self.compiled and cache is None:  # one row, or one token, would be compiled for itself
+            padded = F.pad(idx, (0, min(-T % 8, self.config.n_ctx - T), 0, int(B == 1)))
+            return compiled_trunk()(self, padded)[:B, :T]
+        if lengths is not None and lengths.sum() < 0.85 * B * T:
+            return self.trunk(idx, layout=Layout(lengths, T))
+        return self.trunk(idx, cache, positions)
+
+    def trunk(self, idx, cache=None, positions=None, layout=None):
+        """`hidden` without its checks: what --compile compiles."""
+        T, mask = idx.shape[1], None
+        if layout is not None:
+            x = self.drop(self.wte(idx.flatten()[layout.where]) + self.wpe(layout.where % T))  # (N, C)
+            for block in self.h:
+                x = block(x, None, 0, None, None, layout)
+            return layout.padded(self.ln_f(x))
         if positions is None:
             where = torch.arange(T, device=idx.device)
         else:
@@ -163,12 +229,28 @@ class GPT(nn.Module):
 
         Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape.
         """
-        config, weights, _ = read_directory(directory_or_hub_name, dropout)
+        sizes, weights, _ = read_directory(directory_or_hub_name)
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
         head = weights.pop("lm_head.weight", None)
         if head is not None and "wte.weight" in weights and not torch.equal(head, weights["wte.weight"]):
             raise UserError(f"{directory_or_hub_name}: lm_head.weight differs from the token embedding, but here they are tied")
-        return load_strictly(cls(config), weights, directory_or_hub_name)
+        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout)), weights, directory_or_hub_name)
+
+
+@functools.cache
+def compiled_trunk():
+    return torch.compile(GPT.trunk, dynamic=True)  # for all shapes and models at once, so that nothing is compiled again in a run
+
+
+def compile_trunks(*models):
+    """Compiles the layers of all GPTs in the models (their heads are kernels of their own), or prints why that cannot be."""
+    for gpt in (part for model in models for part in model.modules() if isinstance(part, GPT)):
+        gpt.compiled = True
+        try:
+            gpt.hidden(torch.zeros(2, 8, dtype=torch.int64, device=gpt.wte.weight.device))
+        except Exception as e:  # no compiler, no Triton, a Python that is too new
+            gpt.compiled = False
+            return print(f"--compile: not possible here, going on without: {str(e).strip().splitlines()[0]}", flush=True)
 
 
 class HeadedGPT(nn.Module):
@@ -211,16 +293,16 @@ class RewardModel(HeadedGPT):
         super().__init__(config, 1, 1 / math.sqrt(config.n_embd + 1))
         self.level, self.shift = level, shift
 
-    def values(self, idx):
-        """The head at every position: (B, T) of token ids (B, T)."""
-        return self.score(self.transformer.hidden(idx)).squeeze(-1)
+    def values(self, idx, lengths=None):
+        """The head at every position: (B, T) of token ids (B, T); with the `lengths` (B,) of the rows, 0 in the padding."""
+        return self.score(self.transformer.hidden(idx, lengths=lengths)).squeeze(-1)
 
     def forward(self, idx, lengths, prompt_lengths=None):
         """The score (B,) of each row of `lengths` real tokens, of which the first `prompt_lengths` (B,) are no response.
 
         Raises ValueError when a token-level model is not told where the responses begin.
         """
-        values = self.values(idx)
+        values = self.values(idx, lengths)
         if self.level == "response":
             return values.gather(1, lengths[:, None] - 1).squeeze(1)
         if prompt_lengths is None:
@@ -249,10 +331,10 @@ class RewardModel(HeadedGPT):
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
         """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in GPT.from_pretrained."""
-        config, weights, raw = read_directory(directory, dropout)
+        sizes, weights, raw = read_directory(directory)
         expect_kind("reward model", directory, weights)
         level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
-        return load_strictly(cls(config, level=level, shift=shift), weights, directory)
+        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), level=level, shift=shift), weights, directory)
 
 
 class PreferenceModel(HeadedGPT):
@@ -270,7 +352,7 @@ class PreferenceModel(HeadedGPT):
 
     def embed(self, idx, lengths):
         """The embedding (B, dim) of each row: the head at its last real token."""
-        hidden = self.transformer.hidden(idx)
+        hidden = self.transformer.hidden(idx, lengths=lengths)
         return self.score(hidden[torch.arange(len(idx), device=idx.device), lengths - 1])
 
     def logit(self, a, b):
@@ -283,96 +365,6 @@ class PreferenceModel(HeadedGPT):
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
         """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
-        config, weights, _ = read_directory(directory, dropout)
-        return load_strictly(cls(config, expect_kind("preference model", directory, weights)), weights, directory)
-
-
-def export(state, prefix):
-    """A state dict in Hugging Face's names and orientation."""
-    return {prefix + name: (w.t() if name.endswith(CONV1D) else w).contiguous() for name, w in state.items()}
-
-
-def save_directory(directory, config, weights, extra, tokenizer):
-    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.n_ctx, "n_ctx": config.n_ctx,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-    }  # fmt: skip
-    if tokenizer is not None:
-        settings |= {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
-        tokenizer.save(directory)
-    with atomic_write(directory / "config.json") as tmp:
-        tmp.write_text(json.dumps(settings | extra, indent=2) + "\n")
-    with atomic_write(directory / "model.safetensors") as tmp:
-        save_file(weights, tmp, metadata={"format": "pt"})
-
-
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}  # fmt: skip
-
-
-def read_directory(source, dropout):
-    """GPTConfig, weights in our orientation, and config.json as it is, of a directory or of a model on the hub."""
-    directory = local_directory(source)
-    for name in ("config.json", "model.safetensors"):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory}: not a model directory, {name} is missing")
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(directory / "model.safetensors")
-    except (ValueError, SafetensorError) as e:
-        raise UserError(f"{directory}: broken config.json or model.safetensors: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{directory}/config.json: expected an object")
-    sizes = [raw.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-    if not all(type(n) is int and n > 0 for n in sizes):
-        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, n_embd; found {sizes}")
-    for key, expected in [*FIXED.items(), ("n_inner", 4 * raw["n_embd"])]:
-        if raw.get(key, expected) not in (expected, *([None] if key == "n_inner" else [])):
-            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}, but this GPT-2 has {expected!r}")
-    weights = {
-        name: w.t().contiguous() if name.endswith(CONV1D) else w
-        for name, w in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
-    }
-    return GPTConfig(*sizes, dropout=dropout), weights, raw
-
-
-def local_directory(name):
-    """A Path: the directory of that name, or else the model of that name fetched from the hub. Raises FileNotFoundError."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')") from None
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
-    except Exception as e:
-        raise FileNotFoundError(f"{name}: no such directory, and the hub gave no such model: {e}") from None
-
-
-def expect_kind(expected, source, weights):
-    """The number of outputs of the head. Raises UserError when another kind of model lies there."""
-    outputs = weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
-    found = ("language model", "reward model", "preference model")[min(outputs, 2)]
-    if found != expected:
-        raise UserError(f"{source}: a {found} lies here, expected a {expected}")
-    return outputs
-
-
-def load_strictly(model, weights, source):
-    expected = model.state_dict()
-    wrong = [f"{n} is missing" for n in expected.keys() - weights.keys()]
-    wrong += [f"{n} is unexpected" for n in weights.keys() - expected.keys()]
-    wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
-              for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
-    wrong += [f"{n} has numbers that are not finite" for n, w in weights.items() if not w.isfinite().all()]
-    if wrong:
-        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
-    model.load_state_dict(weights)
-    return model
+        sizes, weights, _ = read_directory(directory)
+        dim = expect_kind("preference model", directory, weights)
+        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), dim), weights, directory)

@@ -1,21 +1,21 @@
-"""Fused Triton kernels, each beside its plain PyTorch twin: token log-probs, the sampler, the attention of a decoding step.
+"""Token log-probs by fused Triton kernels, each beside its plain PyTorch twin. Those of a decoding step are in decode_kernels.py.
 
-One idea carries the first: the log-prob of one token needs the logits of the whole vocabulary, for each position, and (N, V) floats
+One idea carries this file: the log-prob of one token needs the logits of the whole vocabulary, for each position, and (N, V) floats
 are most of the memory of a training step. Here they never exist: forward walks over tiles of the vocabulary with a running maximum and
-sum (online softmax, Milakov and Gimelshein 2018), backward makes them again for a chunk of rows at a time.
+sum (online softmax, Milakov and Gimelshein 2018), backward makes them again, a part at a time.
 Log-probs are fp32, of logits accumulated in fp32, whatever the autocast: rounded logits are the largest source of a ratio that is not 1.
 
 MINIRLHF_KERNELS=torch|triton|auto chooses; auto takes Triton on a GPU. Left out: attention in training, LayerNorm, GELU and Adam, where
-PyTorch's own are good; top-k in the sampler.
+PyTorch's own are good; a gradient of the entropy.
 """
 
-import contextlib
-import functools
 import os
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+from minirlhf.runtime import products
 
 try:
     import triton
@@ -52,11 +52,21 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     hidden (N, C), weight (V, C), targets (N,) int. Differentiable in hidden and weight. There is no ignore index: the caller
     gathers the rows it wants, so padding never arrives. Raises ValueError for a temperature that is not positive.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: expected a positive number")
+    return token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature, entropy=False)[0]
+
+
+def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entropy=True):
+    """token_logprobs, and from the same pass the entropy (N,) of the whole distribution, in nats, which has no gradient."""
+    check_temperature(temperature)
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
-    return token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep)[0]
+    outputs = token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep, entropy)
+    return outputs[0], outputs[2]
+
+
+def check_temperature(temperature):
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected a positive number")
 
 
 def operand_dtype(hidden, weight):
@@ -85,49 +95,6 @@ def matmul(a, b):
     return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
 
 
-@contextlib.contextmanager
-def products(x):
-    """Matrix products in the types of their operands, whatever the autocast; on a CPU by the quicker library for x's rows."""
-    kind = x.device.type
-    with quick_library(x), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def quick_library(x):
-    """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
-    before = torch.get_float32_matmul_precision()
-    if x.device.type == "cpu":
-        torch.set_float32_matmul_precision(cpu_precision(len(x)))
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def cpu_precision(rows=1024):
-    """torch's name for the quicker library of exact fp32 products of that many rows: oneDNN's "medium", or MKL's "highest".
-
-    With few rows a product is a reading of the weights, for which MKL has less to set up.
-    """
-    return "medium" if rows >= 16 and onednn_is_exact() else "highest"
-
-
-@functools.cache
-def onednn_is_exact():
-    """Whether this CPU's products at precision "medium" are those of fp32.
-
-    That precision means oneDNN in place of MKL, and the right to round to bf16, of which oneDNN makes use only where a CPU has units for
-    it (AMX). Elsewhere it computes in fp32, and on an AMD EPYC in less than half of MKL's time.
-    """
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    error = a @ b - (a.double() @ b.double())
-    torch.set_float32_matmul_precision(before)
-    return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
-
-
 def chunks(total, other, device):
     """Slices of about equal length into `total` rows or columns, so that a slice times `other` is no more than the chunk."""
     parts = -(-total * other // CHUNK.get(device.type, CHUNK["cpu"]))
@@ -144,36 +111,39 @@ def aligned(weight):
 ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, ScalarType dtype"
 
 
-@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(), schema=f"({ARGUMENTS}, int keep) -> (Tensor, Tensor, Tensor[])")
-def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep):
-    """Log-probs and log-sum-exp, (N,) each, and softmax of the first `keep` parts of the vocabulary, which backward need not make again."""
+@torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(),
+                         schema=f"({ARGUMENTS}, int keep, bool entropy) -> (Tensor, Tensor, Tensor, Tensor[])")  # fmt: skip
+def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy):
+    """Log-probs, log-sum-exp and, where asked for, entropy, (N,) each; and softmax of the first `keep` parts of the vocabulary, which
+    backward need not make again."""
     wide = torch.promote_types(dtype, torch.float32)
-    logprobs, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
     if fused(hidden):
-        fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, logprobs, lse)
-        return logprobs, lse, []
+        return *fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, entropy), []
     h, w = (hidden if temperature == 1 else hidden / temperature).to(dtype), weight.to(dtype)
-    sums, kept = [], []
+    sums, entropies, kept = [], [], []
     with products(h):
         for cols in chunks(len(w), len(h), w.device):
             z = matmul(h, w[cols].t())  # (N, v)
             largest = z.amax(1)
             p = torch.softmax(z, 1, out=None if z.is_cuda else z)
             sums.append(largest - p.amax(1).log())  # the largest probability is 1 / sum exp(z - largest)
+            entropies += [torch.special.entr(p).sum(1)] if entropy else []
             kept += [p] if len(kept) < keep else []
         at_target = (h.to(wide) * w[targets].to(wide)).sum(1)
     lse = torch.stack(sums).logsumexp(0)
-    if len(sums) > 1:
-        kept = [p.mul_((part - lse).exp_()[:, None]) for p, part in zip(kept, sums, strict=False)]
-    return at_target - lse, lse, kept
+    shares = [(part - lse).exp() for part in sums]  # of each part in the whole probability
+    kept = [p.mul_(share[:, None]) if len(sums) > 1 else p for p, share in zip(kept, shares, strict=False)]
+    # sum of -p log p over a part, where p = share * p within the part
+    whole = [share * inside + torch.special.entr(share) for share, inside in zip(shares, entropies, strict=False)]
+    return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
 
 
 @token_logprobs_op.register_fake
-def _(hidden, weight, targets, temperature, dtype, keep):
+def _(hidden, weight, targets, temperature, dtype, keep, entropy):
     wide = torch.promote_types(dtype, torch.float32)
     parts = chunks(len(weight), len(hidden), weight.device)[:keep]
     kept = [hidden.new_empty((len(hidden), cols.stop - cols.start), dtype=wide) for cols in parts]
-    return *(hidden.new_empty(len(targets), dtype=wide) for _ in range(2)), kept
+    return *(hidden.new_empty(n, dtype=wide) for n in (len(targets), len(targets), len(targets) if entropy else 0)), kept
 
 
 @torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=(),
@@ -203,17 +173,17 @@ def _(hidden, weight, targets, temperature, dtype, grad, lse, kept):
 
 
 def save_for_backward(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature, ctx.dtype, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[1], *output[2])
+    hidden, weight, targets, ctx.temperature, ctx.dtype, *_ = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[1], *output[3])
     ctx.set_materialize_grads(False)  # else zeros as large as what is kept
 
 
 def backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     hidden, weight, targets, lse, *kept = ctx.saved_tensors
     d = token_logprobs_backward_op(hidden, weight, targets, ctx.temperature, ctx.dtype, grad.contiguous(), lse, kept)
-    return *d, None, None, None, None
+    return *d, None, None, None, None, None
 
 
 token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)
@@ -226,23 +196,24 @@ token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)
 #     |   [ >tile>tile> ] [ >tile>tile> ]        and z at the target where it lies in the tile
 #     v
 # Reads hidden (N, C) once a tile (from the cache) and weight (V, C) once per BM rows; writes three floats a row and split.
-# The splits' (m, s, z) are put together by a few small PyTorch operations.
+# With the entropy there is a fourth: t, the sum of exp(z - m) z. The splits are put together by a few small PyTorch operations.
 
 
-def fused_forward(hidden, weight, targets, temperature, logprobs, lse):
+def fused_forward(hidden, weight, targets, temperature, entropy):
+    """Log-probs, log-sum-exp and entropy (or an empty tensor) of hidden (N, C) and weight (V, C)."""
     (N, C), V = hidden.shape, len(weight)
     if N == 0:
-        return
+        return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
     BM, BN, BK, warps, stages = tile_sizes(hidden, N)
     row_tiles, col_tiles = triton.cdiv(N, BM), triton.cdiv(V, BN)
     splits = min(col_tiles, max(1, 264 // row_tiles))  # two programs for each of an H100's 132 multiprocessors
     tiles = triton.cdiv(col_tiles, splits)
     splits = triton.cdiv(col_tiles, tiles)  # so none is empty
-    m, s, z = torch.empty(3, splits, N, device=hidden.device)
-    split_logsumexp[(row_tiles, splits)](hidden, weight, targets, m, s, z, N, V, 1 / temperature, C=C, TILES=tiles, BM=BM, BN=BN, BK=BK,
-                                         num_warps=warps, num_stages=stages)  # fmt: skip
-    torch.logsumexp(m + s.log(), 0, out=lse)
-    torch.sub(z.sum(0), lse, out=logprobs)
+    m, s, z, t = torch.empty(4, splits, N, device=hidden.device)
+    split_logsumexp[(row_tiles, splits)](hidden, weight, targets, m, s, z, t, N, V, 1 / temperature, C=C, TILES=tiles, BM=BM, BN=BN, BK=BK,
+                                         ENTROPY=entropy, num_warps=warps, num_stages=stages)  # fmt: skip
+    lse = torch.logsumexp(m + s.log(), 0)
+    return z.sum(0) - lse, lse, lse - (t * (m - lse).exp()).sum(0) if entropy else lse.new_empty(0)
 
 
 def tile_sizes(hidden, rows):
@@ -267,26 +238,32 @@ def tile_product(h_ptr, w_ptr, rows, cols, N, V, C: tl.constexpr, BM: tl.constex
 
 
 @jit
-def split_logsumexp(h_ptr, w_ptr, target_ptr, m_ptr, s_ptr, z_ptr, N, V, scale, C: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def split_logsumexp(h_ptr, w_ptr, target_ptr, m_ptr, s_ptr, z_ptr, t_ptr, N, V, scale, C: tl.constexpr, TILES: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     m = tl.full([BM], float("-inf"), tl.float32)
     s = tl.zeros([BM], tl.float32)
+    t = tl.zeros([BM], tl.float32)
     at_target = tl.zeros([BM], tl.float32)
     for tile in range(TILES):
         cols = (split * TILES + tile).to(tl.int64) * BN + tl.arange(0, BN)
         acc = tile_product(h_ptr, w_ptr, rows, cols, N, V, C, BM, BN, BK)
         z = tl.where((cols < V)[None], acc * scale, float("-inf"))
         larger = tl.maximum(m, tl.max(z, 1))
-        s = s * tl.exp(m - larger) + tl.sum(tl.exp(z - larger[:, None]), 1)
+        e = tl.exp(z - larger[:, None])
+        s = s * tl.exp(m - larger) + tl.sum(e, 1)
+        if ENTROPY:
+            t = t * tl.exp(m - larger) + tl.sum(tl.where((cols < V)[None], e * z, 0.0), 1)
         at_target += tl.sum(tl.where(cols[None] == target[:, None], z, 0.0), 1)
         m = larger
     out = split.to(tl.int64) * N + rows
     tl.store(m_ptr + out, m, mask=rows < N)
     tl.store(s_ptr + out, s, mask=rows < N)
     tl.store(z_ptr + out, at_target, mask=rows < N)
+    if ENTROPY:
+        tl.store(t_ptr + out, t, mask=rows < N)
 
 
 # Backward makes the same tiles again, one program each, and turns them into d_logits before they leave the registers:
@@ -333,117 +310,95 @@ def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V,
     tl.store(out_ptr + rows[:, None] * W + cols[None], d.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < W)[None])
 
 
-# The sampler: Gumbel-max (the index of the largest z + g is a sample of softmax z, for g = -log(-log u)). A program owns a split of a row
-# and reads it once: temperature, noise, maximum and log-sum-exp together; a second kernel puts a row's splits together.
-# Reads 4 V bytes a row, writes five numbers a split.
+# Given logits, for code that has them: a program owns a row and reads it once in blocks, with the same running maximum and sum; backward
+# reads it again and writes the gradient. Together 2 reads and 1 write of (N, V), where log_softmax, gather and their backward take 8.
 
 
-def sample_logits(logits, temperature, seed, step):
-    """Tokens (B,) sampled from fp32 logits (B, V) at a temperature, and their log-probs (B,); temperature 0 takes the largest.
+def logprob_from_logits(logits, targets, *, temperature=1.0):
+    """log softmax(logits / temperature) at `targets`: (N,) fp32 (float64 for float64), of logits (N, V) and targets (N,) int.
 
-    The noise is a function of seed (1,) int64, the row, and step (1,) int64: tensors on the device, so that a captured graph can be
-    replayed with others.
+    Differentiable in logits. Raises ValueError for a temperature that is not positive.
     """
-    B, V = logits.shape
-    block = min(2048, max(16, triton.next_power_of_2(V)))
-    splits = triton.cdiv(V, block)
-    parts = torch.empty(4, B, splits, device=logits.device)
-    candidates = torch.empty(B, splits, dtype=torch.int64, device=logits.device)
-    tokens, logprobs = torch.empty(B, dtype=torch.int64, device=logits.device), torch.empty(B, device=logits.device)
-    sample_kernel[(B, splits)](logits, seed, step, parts, candidates, V, logits.stride(0), 1 / (temperature or 1), B * splits,
-                               NOISE=temperature > 0, BLOCK=block)  # fmt: skip
-    sample_combine[(B,)](parts, candidates, tokens, logprobs, splits, B * splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
-    return tokens, logprobs
+    check_temperature(temperature)
+    if fused(logits):
+        return logprob_from_logits_op(logits.contiguous(), targets, float(temperature))[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+@torch.library.custom_op("minirlhf::logprob_from_logits", mutates_args=(),
+                         schema="(Tensor z, Tensor targets, float temperature) -> (Tensor, Tensor)")  # fmt: skip
+def logprob_from_logits_op(logits, targets, temperature):
+    """Log-probs and log-sum-exp (N,)."""
+    logprobs, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    if len(logits):
+        row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, logits.shape[1], 1 / temperature, BLOCK=row_block(logits))
+    return logprobs, lse
+
+
+@torch.library.custom_op("minirlhf::logprob_from_logits_backward", mutates_args=(),
+                         schema="(Tensor z, Tensor targets, float temperature, Tensor grad, Tensor lse) -> Tensor")  # fmt: skip
+def logprob_from_logits_backward_op(logits, targets, temperature, grad, lse):
+    d_logits = torch.empty_like(logits)
+    if len(logits):
+        row_gradient[(len(logits),)](logits, targets, grad / temperature, lse, d_logits, logits.shape[1], 1 / temperature,
+                                     BLOCK=row_block(logits))  # fmt: skip
+    return d_logits
+
+
+@logprob_from_logits_op.register_fake
+def _(logits, targets, temperature):
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+
+
+@logprob_from_logits_backward_op.register_fake
+def _(logits, targets, temperature, grad, lse):
+    return torch.empty_like(logits)
+
+
+def save_logits(ctx, inputs, output):
+    logits, targets, ctx.temperature = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def logits_backward(ctx, grad, _):
+    logits, targets, lse = ctx.saved_tensors
+    return logprob_from_logits_backward_op(logits, targets, ctx.temperature, grad.contiguous(), lse), None, None
+
+
+logprob_from_logits_op.register_autograd(logits_backward, setup_context=save_logits)
+
+
+def row_block(logits):
+    return min(4096, triton.next_power_of_2(logits.shape[1]))
 
 
 @jit
-def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride, scale, size, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+def row_logsumexp(z_ptr, target_ptr, logprob_ptr, lse_ptr, V, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + row * stride + cols, mask=cols < V, other=float("-inf")) * scale
-    m = tl.max(z, 0)
-    noisy = z
-    if NOISE:
-        key = tl.load(seed_ptr) + (row << 32) + tl.load(step_ptr)
-        four = tl.rand4x(key, tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4))  # what one call of Philox gives
-        u = tl.reshape(tl.join(tl.join(four[0], four[1]), tl.join(four[2], four[3])), [BLOCK])
-        noisy = tl.where(cols < V, z - tl.log(-tl.log(u)), float("-inf"))
-    best = tl.argmax(noisy, 0)
-    out = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(parts_ptr + out, tl.max(noisy, 0))
-    tl.store(parts_ptr + size + out, tl.sum(tl.where(tl.arange(0, BLOCK) == best, z, 0.0), 0))
-    tl.store(parts_ptr + 2 * size + out, m)
-    tl.store(parts_ptr + 3 * size + out, tl.sum(tl.exp(z - m), 0))
-    tl.store(candidate_ptr + out, tl.program_id(1) * BLOCK + best)
-
-
-@jit
-def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, size, SPLITS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SPLITS)
-    ptr = parts_ptr + row * splits + at
-    noisy = tl.load(ptr, mask=at < splits, other=float("-inf"))
-    z = tl.load(ptr + size, mask=at < splits, other=0.0)
-    m = tl.load(ptr + 2 * size, mask=at < splits, other=float("-inf"))
-    s = tl.load(ptr + 3 * size, mask=at < splits, other=0.0)
-    best = tl.argmax(noisy, 0)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)  # a running maximum and sum in each lane
+    s = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * scale
+        larger = tl.maximum(m, z)
+        s = tl.where(larger == float("-inf"), 0.0, s * tl.exp(m - larger) + tl.exp(z - larger))
+        m = larger
     largest = tl.max(m, 0)
     lse = largest + tl.log(tl.sum(s * tl.exp(m - largest), 0))
-    tl.store(token_ptr + row, tl.load(candidate_ptr + row * splits + best))
-    tl.store(logprob_ptr + row, tl.sum(tl.where(at == best, z, 0.0), 0) - lse)
-
-
-# The attention of one decoding step: a program owns a head of a row, puts its key and value into the cache and reads the
-# slots before them, with a running maximum and sum as above. It reads what is filled, 2 p D numbers, not the whole cache.
-#
-#     cache of a head   [ k k k k k k . . . . ]      p = 6: slots 0..5 are read, slot 6 is written, its k and v are at hand
-#                         block    block
-
-
-def decode_attention(qkv, cache, positions, mask):
-    """Stores the new token's key and value in its row's slot of the cache, and attends to all slots up to its own: (B, H, 1, D).
-
-    qkv (B, 1, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
-    it, which only the twin needs.
-    """
-    _, B, H, S, D = cache.shape
-    q, k, v = qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
-    if not fused(q):
-        cache.scatter_(3, positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D), qkv[1:])
-        return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
-    out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
-    decode_attention_kernel[(B * H,)](q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S, D=D,
-                                      BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
-    return out
+    at_target = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32) * scale
+    tl.store(lse_ptr + row, lse)
+    tl.store(logprob_ptr + row, at_target - lse)
 
 
 @jit
-def decode_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache, v_cache, position_ptr, out_ptr, stride_row, stride_head, H, S,
-                            D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    new = (program // H) * stride_row + (program % H) * stride_head + d
-    q = tl.load(q_ptr + new, mask=d < D, other=0.0).to(tl.float32) / D**0.5
-    k = tl.load(k_ptr + new, mask=d < D, other=0.0)
-    v = tl.load(v_ptr + new, mask=d < D, other=0.0)
-    p = tl.load(position_ptr + program // H)
-    cache = program * S * D
-    tl.store(k_cache + cache + p * D + d, k, mask=d < D)
-    tl.store(v_cache + cache + p * D + d, v, mask=d < D)
-    m = tl.sum(q * k.to(tl.float32), 0)
-    s = m * 0.0 + 1.0
-    acc = v.to(tl.float32)
-    for start in range(0, p, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        inside = (slots < p)[:, None] & (d < D)[None]
-        at = cache + slots[:, None] * D + d[None]
-        keys = tl.load(k_cache + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(v_cache + at, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(slots < p, tl.sum(keys * q[None], 1), float("-inf"))
-        larger = tl.maximum(m, tl.max(z, 0))
-        weight = tl.exp(z - larger)
-        shrink = tl.exp(m - larger)
-        s = s * shrink + tl.sum(weight, 0)
-        acc = acc * shrink + tl.sum(weight[:, None] * values, 0)
-        m = larger
-    tl.store(out_ptr + program * D + d, (acc / s).to(out_ptr.dtype.element_ty), mask=d < D)
+def row_gradient(z_ptr, target_ptr, grad_ptr, lse_ptr, out_ptr, V, scale, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    grad = tl.load(grad_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32) * scale
+        d = grad * (tl.where(cols == target, 1.0, 0.0) - tl.exp(z - lse))
+        tl.store(out_ptr + row * V + cols, d.to(out_ptr.dtype.element_ty), mask=cols < V)

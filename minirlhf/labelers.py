@@ -9,8 +9,9 @@ from functools import partial
 import torch
 
 from minirlhf import sft
-from minirlhf.gpt import PreferenceModel, local_directory
+from minirlhf.gpt import PreferenceModel
 from minirlhf.runtime import UserError
+from minirlhf.weights import local_directory
 
 
 def load_labeler(source, feedback, tokenizer, base):

@@ -53,18 +53,30 @@ def shaped_rewards(scores, kl, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), both (B, R).
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A + V; V is 0 after the last response token.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum over s >= t of (gamma lam)^(s-t) delta_s, return = A + V; V is 0 after the last response
+    token. All sums are one product with a triangular matrix, in float64 because a GPU may round one of fp32; gae_by_loop is the recursion.
     """
-    mask = mask.bool()
-    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
-    advantages = torch.zeros_like(values)
-    advantage = next_value = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # 0 outside the mask
-        advantage = delta + gamma * lam * advantage
-        advantages[:, t] = advantage
-        next_value = values[:, t]
+    deltas, values = td_errors(rewards, values, mask, gamma)
+    t = torch.arange(values.shape[1], device=values.device)
+    decay = ((gamma * lam) ** (t[:, None] - t).clamp(min=0).double()).tril()  # (R, R): of delta_s in A_t
+    advantages = (deltas.double() @ decay).to(values.dtype)
     return advantages, advantages + values
+
+
+def gae_by_loop(rewards, values, mask, gamma=1.0, lam=0.95):
+    """`gae` a token at a time from the end: A_t = delta_t + gamma lam A_{t+1}. As long as there are tokens, so slow on a GPU."""
+    deltas, values = td_errors(rewards, values, mask, gamma)
+    advantages, advantage = torch.zeros_like(values), 0
+    for t in reversed(range(values.shape[1])):
+        advantages[:, t] = advantage = deltas[:, t] + gamma * lam * advantage
+    return advantages, advantages + values
+
+
+def td_errors(rewards, values, mask, gamma):
+    """delta_t = r_t + gamma V_{t+1} - V_t and V_t, both (B, R), 0 outside the mask."""
+    rewards, values = (torch.where(mask.bool(), x, 0) for x in (rewards, values))
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    return rewards + gamma * following - values, values
 
 
 def whiten(x, mask, shift_mean=True):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf import kernels
+from minirlhf import decode_kernels, kernels, runtime
 from minirlhf.data import pad_rows
 from minirlhf.gpt import KVCache
 
@@ -48,7 +48,7 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     capture = prompts.is_cuda and (generator is None or (kernels.fused(prompts) and not top_k))  # a graph takes no foreign generator
     every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
     decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
-    with kernels.quick_library(prompts), torch.inference_mode(not prompts.is_cuda):  # on a CPU a tenth less to do for each operation
+    with runtime.quick_library(prompts), torch.inference_mode(not prompts.is_cuda):  # on a CPU a tenth less to do for each operation
         decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
         for t in range(1, max_new_tokens):
             if t % every == 0 and decoder.ended(t).any(1).all():
@@ -112,9 +112,9 @@ class Decoder:
         """Samples from what follows hidden (B, C), and books it."""
         logits = kernels.head_logits(hidden, self.weight)[:, : self.vocab]
         if kernels.fused(logits) and not self.top_k:
-            token, logprob = kernels.sample_logits(logits, self.temperature, self.seed, self.step)
+            token, logprob = decode_kernels.sample_logits(logits, self.temperature, self.seed, self.step)
         else:
-            token, logprob = sample(logits, self.temperature, self.top_k, self.generator)
+            token, logprob = decode_kernels.sample(logits, self.temperature, self.top_k, self.generator)
         self.step += 1
         self.slot += 1
         self.token.copy_(token)
@@ -163,33 +163,6 @@ def captured(model, batch, slots, **options):
     return decoders[key]
 
 
-def sample(logits, temperature, top_k, generator):
-    """The next token (B,) by logits (B, V), and its log-prob (B,) in the distribution it was drawn from."""
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    if top_k:
-        floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    probs = logits.softmax(1)
-    token = draw(probs, generator) if temperature else probs.argmax(1)
-    return token, probs.gather(1, token[:, None]).squeeze(1).log()
-
-
-def draw(probs, generator, block=64):
-    """A token of each row of probs (B, V): first which block of tokens, then which token of it, as to cumulate all V takes longer."""
-    B, V = probs.shape
-    blocks = (torch.nn.functional.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
-    u = 1 - torch.rand(2, B, 1, dtype=torch.float64, device=probs.device, generator=generator)  # in (0, 1]
-    chosen = inverse_transform(blocks.sum(2), u[0]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
-    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[1])).clamp(max=V - 1)
-
-
-def inverse_transform(weights, u):
-    """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1) of their sum."""
-    cumulated = weights.cumsum(1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
-
-
 def response_mask(response_lengths, width):
     """True on real response tokens: (B, R) of lengths (B,)."""
     return torch.arange(width, device=response_lengths.device) < response_lengths[:, None]
@@ -204,19 +177,20 @@ def before_response(x, prompt_lengths, width):
     return x[torch.arange(len(x), device=x.device)[:, None], positions.clamp(max=x.shape[1] - 1)]
 
 
-def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0):
-    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask.
+def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0, entropy=False):
+    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask; with `entropy`, also that of each distribution.
 
     tokens (B, T): left-aligned rows of prompt and response; R = `width`. The one function for rollout, reference and update; only
     response positions go through the head.
     """
     mask = response_mask(response_lengths, width)
     end = int((prompt_lengths + response_lengths).max())
-    hidden = before_response(model.hidden(tokens[:, : end - 1]), prompt_lengths, width)  # (B, R, C)
+    before_last = model.hidden(tokens[:, : end - 1], lengths=prompt_lengths + response_lengths - 1)  # (B, T, C)
+    hidden = before_response(before_last, prompt_lengths, width)  # (B, R, C)
     targets = before_response(tokens[:, 1:end], prompt_lengths, width)  # (B, R)
-    logprobs = torch.zeros(mask.shape, device=tokens.device)
-    return logprobs.masked_scatter(mask, kernels.token_logprobs(hidden[mask], model.lm_head_weight, targets[mask],
-                                                                temperature=temperature))  # fmt: skip
+    found = kernels.token_logprobs_and_entropy(hidden[mask], model.lm_head_weight, targets[mask], temperature=temperature, entropy=entropy)
+    logprobs, *entropies = (torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, x) for x in found[: 1 + entropy])
+    return (logprobs, *entropies) if entropy else logprobs
 
 
 class Answer(NamedTuple):

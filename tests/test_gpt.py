@@ -324,7 +324,7 @@ def test_credit_moved_between_tokens_changes_only_the_token_level(monkeypatch):
     for level in ("response", "token"):
         for v in (values, moved):
             model = RewardModel(CONFIG, level=level)
-            monkeypatch.setattr(model, "values", lambda idx, v=v: v)
+            monkeypatch.setattr(model, "values", lambda idx, lengths, v=v: v)
             scores.append(model(tokens, lengths, prompt_lengths).item())
     assert scores == [4, 4, 10, 9]  # one unit went to the prompt; a unit from one response token to another stays in the sum
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minirlhf import kernels, sampling
+from minirlhf import decode_kernels, kernels, sampling
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.sampling import generate, response_logprobs
 
@@ -71,7 +71,7 @@ def test_sampler_draws_from_the_softmax():
     torch.manual_seed(0)
     logits = (2 * torch.randn(1, V, device="cuda")).repeat(n, 1)
     one = torch.ones(1, dtype=torch.int64, device="cuda")
-    tokens, logprobs = kernels.sample_logits(logits, T, one * 7, one)
+    tokens, logprobs = decode_kernels.sample_logits(logits, T, one * 7, one)
     expected = (logits[0].double() / T).softmax(0)
     torch.testing.assert_close(logprobs.double(), expected[tokens].log(), rtol=0, atol=1e-5)
     common = n * expected > 5

@@ -40,12 +40,12 @@ CHANGES = {
                     loss_options="divergence=js", rounds=2, steps=2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
 NOT_IN_WEIGHTS = {
-    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device"},
-    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device"},
-    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device"}
+    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device", "compile"},
+    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device", "compile"},
+    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device", "compile"}
     | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},  # tests/test_switches.py
     train_dpo: {"data", "init", "reward", "out", "overlong", "group_size", "online", "samples", "mixture", "micro_batch",
-                "response_length", "eval_samples", "device"},
+                "response_length", "eval_samples", "device", "compile"},
 }  # fmt: skip
 
 

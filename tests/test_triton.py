@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minirlhf import kernels
+from minirlhf import decode_kernels, kernels
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install triton")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="needs TRITON_INTERPRET=1; on a GPU see test_gpu.py")
@@ -89,7 +89,7 @@ def test_decode_attention_is_its_twin(monkeypatch, dtype, tolerance, D):
     for choice in ("triton", "torch"):
         monkeypatch.setenv("MINIRLHF_KERNELS", choice)
         own = cache.clone()
-        results.append((kernels.decode_attention(qkv, own, positions, mask), own))
+        results.append((decode_kernels.decode_attention(qkv, own, positions, mask), own))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=tolerance)
     assert torch.equal(results[0][1], results[1][1])
 
@@ -99,13 +99,13 @@ def test_sampler_draws_from_the_softmax():
     torch.manual_seed(0)
     logits = (2 * torch.randn(1, V)).repeat(n, 1)
     one = torch.ones(1, dtype=torch.int64)
-    tokens, logprobs = kernels.sample_logits(logits, T, one * 5, one)
+    tokens, logprobs = decode_kernels.sample_logits(logits, T, one * 5, one)
     expected = (logits[0].double() / T).softmax(0)
     torch.testing.assert_close(logprobs, expected[tokens].log().float(), rtol=0, atol=1e-5)
     chi2 = ((torch.bincount(tokens, minlength=V) - n * expected) ** 2 / (n * expected)).sum()
     assert chi2 < 26  # 5 degrees of freedom: 1 in 10,000
-    again, _ = kernels.sample_logits(logits[:30], T, one * 5, one)
-    other, _ = kernels.sample_logits(logits[:30], T, one * 5, one * 2)
+    again, _ = decode_kernels.sample_logits(logits[:30], T, one * 5, one)
+    other, _ = decode_kernels.sample_logits(logits[:30], T, one * 5, one * 2)
     assert torch.equal(tokens[:30], again) and not torch.equal(again, other)
 
 
@@ -113,12 +113,12 @@ def test_sampler_over_several_splits_and_greedy():
     torch.manual_seed(0)
     logits = torch.randn(3, 5000)[:, :4999]  # two tiles and a strided row
     one = torch.ones(1, dtype=torch.int64)
-    tokens, logprobs = kernels.sample_logits(logits, 0, one, one)
+    tokens, logprobs = decode_kernels.sample_logits(logits, 0, one, one)
     assert torch.equal(tokens, logits.argmax(1))
     torch.testing.assert_close(logprobs, logits.double().log_softmax(1)[torch.arange(3), tokens].float())
     peaked = logits.clone()
     peaked[:, 4500] = 100.0
-    assert (kernels.sample_logits(peaked, 1.0, one, one)[0] == 4500).all()
+    assert (decode_kernels.sample_logits(peaked, 1.0, one, one)[0] == 4500).all()
 
 
 def test_generation_is_a_loop_that_recomputes_everything():

@@ -1,0 +1,154 @@
+"""The kernels of a decoding step, each beside its plain PyTorch twin: the sampler, and the attention of one new token.
+
+Left out: top-k in the fused sampler.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minirlhf.kernels import fused, jit, tl, triton
+
+# The sampler: Gumbel-max (the index of the largest z + g is a sample of softmax z, for g = -log(-log u)). A program owns a split of a row
+# and reads it once: temperature, noise, maximum and log-sum-exp together; a second kernel puts a row's splits together.
+# Reads 4 V bytes a row, writes five numbers a split.
+
+
+def sample_logits(logits, temperature, seed, step):
+    """Tokens (B,) sampled from fp32 logits (B, V) at a temperature, and their log-probs (B,); temperature 0 takes the largest.
+
+    The noise is a function of seed (1,) int64, the row, and step (1,) int64: tensors on the device, so that a captured graph can be
+    replayed with others.
+    """
+    B, V = logits.shape
+    block = min(2048, max(16, triton.next_power_of_2(V)))
+    splits = triton.cdiv(V, block)
+    parts = torch.empty(4, B, splits, device=logits.device)
+    candidates = torch.empty(B, splits, dtype=torch.int64, device=logits.device)
+    tokens, logprobs = torch.empty(B, dtype=torch.int64, device=logits.device), torch.empty(B, device=logits.device)
+    sample_kernel[(B, splits)](logits, seed, step, parts, candidates, V, logits.stride(0), 1 / (temperature or 1), B * splits,
+                               NOISE=temperature > 0, BLOCK=block)  # fmt: skip
+    sample_combine[(B,)](parts, candidates, tokens, logprobs, splits, B * splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    return tokens, logprobs
+
+
+@jit
+def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride, scale, size, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + row * stride + cols, mask=cols < V, other=float("-inf")) * scale
+    m = tl.max(z, 0)
+    noisy = z
+    if NOISE:
+        key = tl.load(seed_ptr) + (row << 32) + tl.load(step_ptr)
+        four = tl.rand4x(key, tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4))  # what one call of Philox gives
+        u = tl.reshape(tl.join(tl.join(four[0], four[1]), tl.join(four[2], four[3])), [BLOCK])
+        noisy = tl.where(cols < V, z - tl.log(-tl.log(u)), float("-inf"))
+    best = tl.argmax(noisy, 0)
+    out = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(parts_ptr + out, tl.max(noisy, 0))
+    tl.store(parts_ptr + size + out, tl.sum(tl.where(tl.arange(0, BLOCK) == best, z, 0.0), 0))
+    tl.store(parts_ptr + 2 * size + out, m)
+    tl.store(parts_ptr + 3 * size + out, tl.sum(tl.exp(z - m), 0))
+    tl.store(candidate_ptr + out, tl.program_id(1) * BLOCK + best)
+
+
+@jit
+def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, size, SPLITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SPLITS)
+    ptr = parts_ptr + row * splits + at
+    noisy = tl.load(ptr, mask=at < splits, other=float("-inf"))
+    z = tl.load(ptr + size, mask=at < splits, other=0.0)
+    m = tl.load(ptr + 2 * size, mask=at < splits, other=float("-inf"))
+    s = tl.load(ptr + 3 * size, mask=at < splits, other=0.0)
+    best = tl.argmax(noisy, 0)
+    largest = tl.max(m, 0)
+    lse = largest + tl.log(tl.sum(s * tl.exp(m - largest), 0))
+    tl.store(token_ptr + row, tl.load(candidate_ptr + row * splits + best))
+    tl.store(logprob_ptr + row, tl.sum(tl.where(at == best, z, 0.0), 0) - lse)
+
+
+# Its twin draws by inverse transform, from torch's own generator.
+
+
+def sample(logits, temperature, top_k, generator):
+    """The next token (B,) by logits (B, V), and its log-prob (B,) in the distribution it was drawn from."""
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    if top_k:
+        floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    probs = logits.softmax(1)
+    token = draw(probs, generator) if temperature else probs.argmax(1)
+    return token, probs.gather(1, token[:, None]).squeeze(1).log()
+
+
+def draw(probs, generator, block=64):
+    """A token of each row of probs (B, V): first which block of tokens, then which token of it, as to cumulate all V takes longer."""
+    B, V = probs.shape
+    blocks = (F.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
+    u = 1 - torch.rand(2, B, 1, dtype=torch.float64, device=probs.device, generator=generator)  # in (0, 1]
+    chosen = inverse_transform(blocks.sum(2), u[0]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
+    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[1])).clamp(max=V - 1)
+
+
+def inverse_transform(weights, u):
+    """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1) of their sum."""
+    cumulated = weights.cumsum(1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
+
+
+# The attention of one decoding step: a program owns a head of a row, puts its key and value into the cache and reads the
+# slots before them, with a running maximum and sum as above. It reads what is filled, 2 p D numbers, not the whole cache.
+#
+#     cache of a head   [ k k k k k k . . . . ]      p = 6: slots 0..5 are read, slot 6 is written, its k and v are at hand
+#                         block    block
+
+
+def decode_attention(qkv, cache, positions, mask):
+    """Stores the new token's key and value in its row's slot of the cache, and attends to all slots up to its own: (B, H, 1, D).
+
+    qkv (B, 1, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
+    it, which only the twin needs.
+    """
+    _, B, H, S, D = cache.shape
+    q, k, v = qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
+    if not fused(q):
+        cache.scatter_(3, positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D), qkv[1:])
+        return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+    out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
+    decode_attention_kernel[(B * H,)](q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S, D=D,
+                                      BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
+    return out
+
+
+@jit
+def decode_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache, v_cache, position_ptr, out_ptr, stride_row, stride_head, H, S,
+                            D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    new = (program // H) * stride_row + (program % H) * stride_head + d
+    q = tl.load(q_ptr + new, mask=d < D, other=0.0).to(tl.float32) / D**0.5
+    k = tl.load(k_ptr + new, mask=d < D, other=0.0)
+    v = tl.load(v_ptr + new, mask=d < D, other=0.0)
+    p = tl.load(position_ptr + program // H)
+    cache = program * S * D
+    tl.store(k_cache + cache + p * D + d, k, mask=d < D)
+    tl.store(v_cache + cache + p * D + d, v, mask=d < D)
+    m = tl.sum(q * k.to(tl.float32), 0)
+    s = m * 0.0 + 1.0
+    acc = v.to(tl.float32)
+    for start in range(0, p, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        inside = (slots < p)[:, None] & (d < D)[None]
+        at = cache + slots[:, None] * D + d[None]
+        keys = tl.load(k_cache + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(v_cache + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(slots < p, tl.sum(keys * q[None], 1), float("-inf"))
+        larger = tl.maximum(m, tl.max(z, 0))
+        weight = tl.exp(z - larger)
+        shrink = tl.exp(m - larger)
+        s = s * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * values, 0)
+        m = larger
+    tl.store(out_ptr + program * D + d, (acc / s).to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,107 @@
+"""A model's weights on disk, in the Hugging Face layout: config.json, model.safetensors, tokenizer.json.
+
+Left out: sharded checkpoints, pickled weights.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minirlhf.checkpoint import atomic_write
+from minirlhf.runtime import UserError
+
+# Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def export(state, prefix):
+    """A state dict in Hugging Face's names and orientation."""
+    return {prefix + name: (w.t() if name.endswith(CONV1D) else w).contiguous() for name, w in state.items()}
+
+
+def save_directory(directory, config, weights, extra, tokenizer):
+    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.n_ctx, "n_ctx": config.n_ctx,
+        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
+    if tokenizer is not None:
+        settings |= {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
+        tokenizer.save(directory)
+    with atomic_write(directory / "config.json") as tmp:
+        tmp.write_text(json.dumps(settings | extra, indent=2) + "\n")
+    with atomic_write(directory / "model.safetensors") as tmp:
+        save_file(weights, tmp, metadata={"format": "pt"})
+
+
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}  # fmt: skip
+
+
+def read_directory(source):
+    """The sizes of GPTConfig, weights in our orientation, and config.json as it is, of a directory or of a model on the hub."""
+    directory = local_directory(source)
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory}: not a model directory, {name} is missing")
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(directory / "model.safetensors")
+    except (ValueError, SafetensorError) as e:
+        raise UserError(f"{directory}: broken config.json or model.safetensors: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{directory}/config.json: expected an object")
+    sizes = [raw.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    if not all(type(n) is int and n > 0 for n in sizes):
+        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, n_embd; found {sizes}")
+    for key, expected in [*FIXED.items(), ("n_inner", 4 * raw["n_embd"])]:
+        if raw.get(key, expected) not in (expected, *([None] if key == "n_inner" else [])):
+            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}, but this GPT-2 has {expected!r}")
+    weights = {
+        name: w.t().contiguous() if name.endswith(CONV1D) else w
+        for name, w in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
+    }
+    return sizes, weights, raw
+
+
+def local_directory(name):
+    """A Path: the directory of that name, or else the model of that name fetched from the hub. Raises FileNotFoundError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')") from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+    except Exception as e:
+        raise FileNotFoundError(f"{name}: no such directory, and the hub gave no such model: {e}") from None
+
+
+def expect_kind(expected, source, weights):
+    """The number of outputs of the head. Raises UserError when another kind of model lies there."""
+    outputs = weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
+    found = ("language model", "reward model", "preference model")[min(outputs, 2)]
+    if found != expected:
+        raise UserError(f"{source}: a {found} lies here, expected a {expected}")
+    return outputs
+
+
+def load_strictly(model, weights, source):
+    expected = model.state_dict()
+    wrong = [f"{n} is missing" for n in expected.keys() - weights.keys()]
+    wrong += [f"{n} is unexpected" for n in weights.keys() - expected.keys()]
+    wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
+              for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
+    wrong += [f"{n} has numbers that are not finite" for n, w in weights.items() if not w.isfinite().all()]
+    if wrong:
+        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
+    model.load_state_dict(weights)
+    return model
