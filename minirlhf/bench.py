@@ -5,8 +5,9 @@
     python -m minirlhf.bench --rows rollout,dpo --out minirlhf/bench.jsonl
 
 Ours and the peer run in turn in one process, on the same weights' shapes and the same token counts: on a GPU the median of times between
-CUDA events, on the CPU the least CPU time of a process with one thread. A peer that is not installed is left out. Roofs come
-from this machine's own matrix product and copy, measured first.
+CUDA events, on the CPU the least CPU time of a process with one thread. Peers run at torch's own settings; TRL in fp32 and in bf16, of
+which the quicker counts. A peer that is not installed is left out. Roofs come from this machine's own matrix product and copy,
+measured first.
 
 Left out: several GPUs, other models.
 """
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from minirlhf import batches, kernels, runtime, trl_driver
 from minirlhf.dpo import pair_loss
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
-from minirlhf.ppo import on_last_token
+from minirlhf.ppo import gae, gae_by_loop, on_last_token
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.runtime import knob
 from minirlhf.sampling import generate
@@ -36,7 +38,8 @@ PEERS = {"hf": "transformers", "trl": "trl", "liger": "liger_kernel"}  # and wha
 @dataclass
 class Knobs:
     device: str = knob("auto", "auto, cpu or cuda")
-    rows: str = knob("", "some of lm,logprobs,rollout,adamw,reward,dpo,ppo (default: all)")
+    dtype: str = knob("", "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)", ("", *runtime.DTYPES))
+    rows: str = knob("", "some of lm,logprobs,rollout,gae,adamw,reward,dpo,ppo (default: all)")
     peers: str = knob("", "some of hf,trl,liger, to run where they are installed (default: all)")
     out: str = knob("", "JSONL file to append the rows to")
 
@@ -49,7 +52,7 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.peers = [peer for peer in names(knobs.peers, PEERS, "--peers") if importlib.util.find_spec(PEERS[peer])]
         self.config = GPTConfig(50304, 1024, 12, 12, 768) if self.cuda else GPTConfig(8192, 64, 4, 4, 128)
-        self.dtype = "bfloat16" if self.cuda else "float32"
+        self.dtype = knobs.dtype or ("bfloat16" if self.cuda else "float32")
         self.autocast = runtime.precision(self.device, self.dtype)
         self.out, self.n = knobs.out, 30 if self.cuda else 7
         n = 8192 if self.cuda else 1024
@@ -95,7 +98,7 @@ class Bench:
 
     def row(self, name, shape, unit, amount, ours, peers, *, roof=None, n=None, memory=False):
         """Times ours beside {peer: function}; `amount` of `unit` is what a call does, `roof` the seconds it needs at the ceilings."""
-        (seconds, spread), *others = self.seconds(ours, *peers.values(), n=n)
+        (seconds, spread), *others = self.seconds(ours, *map(self.with_torchs_settings, peers.values()), n=n)
         result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds}
         for peer, (theirs, _) in zip(peers, others, strict=True):
             result |= {peer: amount / theirs, f"ratio/{peer}": theirs / seconds}
@@ -105,14 +108,26 @@ class Bench:
             result |= {"peak MiB": self.peak(ours)} | {f"peak MiB/{peer}": self.peak(f) for peer, f in peers.items()}
         self.report(result | {"n": n or self.n})
 
+    def with_torchs_settings(self, f):
+        def run():
+            ours = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            result = f()
+            torch.set_float32_matmul_precision(ours)
+            return result
+
+        return run
+
     def against_trl(self, name, shape, unit, amount, ours, trl, *args):
-        """A row whose peer has a loop and a clock of its own: trl(bench, *args) -> the seconds of its steps, or None."""
+        """A row whose peer has a loop and a clock of its own: trl(bench, bf16, *args) -> the seconds of its steps, or None."""
         seconds, spread = self.seconds(ours, n=10)[0]
         result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds}
-        times = trl(self, *args) if "trl" in self.peers else None
-        if times is not None:
-            theirs = float(np.median(times) if self.cuda else np.min(times))
-            result |= {"trl": amount / theirs, "ratio/trl": theirs / seconds}
+        for bf16 in ([True] if self.cuda else [False, True]) if "trl" in self.peers else []:
+            times = self.with_torchs_settings(partial(trl, self, bf16, *args))()
+            if times is not None:
+                theirs = float(np.median(times) if self.cuda else np.min(times))
+                if amount / theirs > result.get("trl", 0):
+                    result |= {"trl": amount / theirs, "ratio/trl": theirs / seconds, "trl dtype": "bfloat16" if bf16 else "float32"}
         self.report(result | {"n": 10})
 
     def report(self, result):
@@ -222,7 +237,16 @@ def row_rollout(bench):
         peers = {"hf": hf} if other else {}
         if other and bench.cuda and B < 512:
             peers["hf static"] = lambda: hf(cache_implementation="static")
-        bench.row(f"rollout, batch {B}", [B, Q, R], "tokens/s", B * R, ours, peers, roof=R * (weights + cache) / bench.bandwidth, n=5)
+        bench.row(f"rollout, batch {B}", [B, Q, R], "tokens/s", B * R, ours, peers, roof=R * (weights + cache) / bench.bandwidth,
+                  n=5 if B > 1 else 20)  # fmt: skip
+
+
+def row_gae(bench):
+    B = R = 512
+    rewards, values = torch.randn(2, B, R, device=bench.device)
+    mask = torch.rand(B, 1, device=bench.device) * R > torch.arange(R, device=bench.device)
+    peers = {"loop": lambda: gae_by_loop(rewards, values, mask)}
+    bench.row("GAE", [B, R], "rows/s", B, lambda: gae(rewards, values, mask), peers)
 
 
 def row_adamw(bench):
@@ -297,7 +321,7 @@ def row_ppo(bench):
     bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_driver.ppo_iterations, policy, rm, B, Q, R)
 
 
-ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_rollout, row_adamw, row_reward, row_dpo, row_ppo)}
+ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_rollout, row_gae, row_adamw, row_reward, row_dpo, row_ppo)}
 
 
 def names(given, known, flag):

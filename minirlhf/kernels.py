@@ -61,7 +61,7 @@ def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entr
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
     outputs = token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep, entropy)
-    return outputs[0], outputs[2]
+    return outputs[0], outputs[2].detach()
 
 
 def check_temperature(temperature):

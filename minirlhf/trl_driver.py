@@ -13,14 +13,14 @@ from minirlhf.gpt import RewardModel
 from minirlhf.tokenizer import Tokenizer
 
 
-def setting(bench, folder, batch, steps):
+def setting(bench, bf16, folder, batch, steps):
     """(tokenizer, arguments that all of TRL's configurations share, at their quickest)."""
     from transformers import PreTrainedTokenizerFast
 
     Tokenizer.train([], 257).save(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>", pad_token="ÿ")
     return tokenizer, dict(output_dir=f"{folder}/out", per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4,
-                           gradient_checkpointing=False, bf16=bench.cuda, use_cpu=not bench.cuda, report_to=[], save_strategy="no",
+                           gradient_checkpointing=False, bf16=bf16, use_cpu=not bench.cuda, report_to=[], save_strategy="no",
                            disable_tqdm=True)  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def read(folder, model):
     return kind.from_pretrained(folder)
 
 
-def pair_steps(bench, model, rows, shape):
+def pair_steps(bench, bf16, model, rows, shape):
     """Seconds between the ends of TRL's training steps on pairs of the same lengths."""
     import trl
     from datasets import Dataset
@@ -56,7 +56,7 @@ def pair_steps(bench, model, rows, shape):
     text = ["a" * (int(n) - 1) for n in rows.lengths()]  # the tokenizer knows bytes, and adds EOS
     data = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = setting(bench, folder, P, 14 if bench.cuda else 7)
+        tokenizer, common = setting(bench, bf16, folder, P, 14 if bench.cuda else 7)
         shared = {"train_dataset": Dataset.from_list(data * 2), "processing_class": tokenizer, "callbacks": [clock]}
         if isinstance(model, RewardModel):
             trainer = trl.RewardTrainer(model=read(folder, model), args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
@@ -67,7 +67,7 @@ def pair_steps(bench, model, rows, shape):
     return np.diff(clock.times)[2:]
 
 
-def ppo_iterations(bench, policy, rm, B, Q, R):
+def ppo_iterations(bench, bf16, policy, rm, B, Q, R):
     """Seconds between the ends of TRL's PPO iterations; it exists in trl 1.12 at the latest."""
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -78,7 +78,7 @@ def ppo_iterations(bench, policy, rm, B, Q, R):
 
     clock = make_clock(bench)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = setting(bench, folder, B, -1)
+        tokenizer, common = setting(bench, bf16, folder, B, -1)
         tokenizer.padding_side = "left"
         args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=4 * B, response_length=R, temperature=1.0,
                          local_rollout_forward_batch_size=B, num_sample_generations=0, stop_token=None)  # fmt: skip

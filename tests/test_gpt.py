@@ -3,6 +3,7 @@
 The directories are written to tmp_path from small random configurations; no test needs a network.
 """
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from minirlhf import gpt
 from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
 from minirlhf.tokenizer import Tokenizer
 
@@ -433,3 +435,91 @@ def test_dropout_is_off_by_default_and_in_eval(tmp_path):
     dropped = GPT.from_pretrained(tmp_path, dropout=0.3)
     close(dropped.eval()(tokens), model(tokens), 0)
     assert not torch.allclose(dropped.train()(tokens), dropped(tokens), atol=1e-2)
+
+
+def layered(dropout=0.0):
+    return roughen(GPT(GPTConfig(61, 80, 2, 2, 32, dropout=dropout)))
+
+
+@pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [5], [70, 2], [1] * 9 + [40]])
+def test_padding_is_neither_computed_nor_changes_anything(lengths):
+    """Rows by their lengths against each row alone: hidden states and gradients."""
+    model, lengths = layered(), torch.tensor(lengths)
+    T = int(lengths.max()) + 4
+    tokens = torch.randint(0, 61, (len(lengths), T))
+    computed = []
+    handle = model.h[1].mlp.register_forward_hook(lambda module, args, out: computed.append(args[0].shape[:-1].numel()))
+    out = model.hidden(tokens, lengths=lengths)
+    handle.remove()
+    assert out.shape == (len(lengths), T, 32) and sum(computed) <= lengths.sum() / 0.85
+    upstream = torch.randn(len(lengths), T, 32)
+    total = 0
+    for i, n in enumerate(lengths.tolist()):
+        alone = model.hidden(tokens[i : i + 1, :n])[0]
+        close(out[i, :n], alone)
+        assert (out[i, n:] == 0).all() or len(lengths) * T * 0.85 <= lengths.sum()
+        total = total + (alone * upstream[i, :n]).sum()
+    ours = (torch.where((torch.arange(T) < lengths[:, None])[..., None], out, 0) * upstream).sum()
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(total, parameters), strict=True):
+        close(a, b, 1e-4 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("T", [1, 7, 256, 300])
+def test_attention_is_torchs(T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
+    ours, theirs = gpt.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    close(ours, theirs)
+    upstream = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, theirs)), strict=True):
+        close(a, b, 1e-5)
+
+
+def test_dropout_keeps_the_mean_and_its_share():
+    torch.manual_seed(0)
+    x = torch.ones(300, 1001, requires_grad=True)
+    for p in (0.1, 0.35, 0.9):
+        out = gpt.drop_out(x, p)
+        assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.005)
+        assert out.mean().item() == pytest.approx(1, abs=0.02) and len(out.unique()) == 2
+        close(torch.autograd.grad(out.sum(), x)[0], out.detach(), 0)
+    assert gpt.drop_out(x, 0) is x or torch.equal(gpt.drop_out(x, 0), x)
+    assert not torch.equal(gpt.drop_out(x, 0.5), gpt.drop_out(x, 0.5))
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """--compile without a compiler: graphs are made, and run by PyTorch. Gives the number of graphs so far."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(gpt, "compiled_trunk", functools.cache(lambda: torch.compile(GPT.trunk, dynamic=True, backend="aot_eager")))
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_compiled_trunk_is_the_eager_one_for_every_shape(tracing):
+    model, before = layered(), tracing()
+    expected = {}
+    for B, T in ((4, 13), (1, 80), (3, 1), (1, 1), (7, 64), (2, 79)):
+        tokens = torch.randint(0, 61, (B, T))
+        out = model.hidden(tokens)
+        expected[tokens] = out.detach(), torch.autograd.grad(out.square().sum(), model.wpe.weight)[0]
+    gpt.compile_trunks(model)
+    for tokens, (out, gradient) in expected.items():
+        got = model.hidden(tokens, lengths=torch.ones(len(tokens), dtype=torch.long))
+        close(got, out)
+        close(torch.autograd.grad(got.square().sum(), model.wpe.weight)[0], gradient, 1e-4)
+    assert tracing() == before + 1
+
+
+def test_compile_says_why_not(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(gpt, "compiled_trunk", broken)
+    model = layered()
+    gpt.compile_trunks(model)
+    assert capsys.readouterr().out == "--compile: not possible here, going on without: no compiler here\n"
+    assert not model.compiled and model.hidden(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 32)

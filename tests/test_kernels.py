@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf import kernels
+from minirlhf import kernels, runtime
 from minirlhf.kernels import token_logprobs
 
 N, C = 5, 8
-CHUNKS = {"a row each": lambda v: 1, "2, 2 and 1 rows": lambda v: 2 * v + 1, "one": lambda v: 1 << 23}
+CHUNKS = {"a token each": lambda v: 1, "three parts": lambda v: -(-v * N // 3), "one": lambda v: 1 << 23}
 
 
 @pytest.fixture(params=CHUNKS)
@@ -115,6 +115,68 @@ def test_equal_logits(chunked, vocab):
     got = token_logprobs(hidden, weight, targets)
     check(got, torch.full((N,), -math.log(vocab)))
     check(torch.autograd.grad(got.sum(), hidden)[0], weight[targets] - weight.mean(0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocab, scale", [(17, 1.0), (1000, 1.0), (1000, 30.0), (17, 1000.0)])
+def test_entropy(chunked, vocab, scale, temperature):
+    chunked(vocab)
+    hidden, weight, targets = inputs(vocab, scale=scale)
+    logprobs, entropy = kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature)
+    p = (hidden.detach().double() @ weight.detach().double().t() / temperature).softmax(1).numpy()
+    expected = [-sum(x * math.log(x) for x in row if x > 0) for row in p]
+    check(entropy, torch.tensor(expected), 1e-5 * max(1, scale / 10))
+    check(logprobs, plain(hidden, weight, targets, temperature))
+    assert entropy.shape == (N,) and not entropy.requires_grad and logprobs.requires_grad
+    for a, b in zip(torch.autograd.grad(logprobs.sum(), (hidden, weight)),
+                    torch.autograd.grad(token_logprobs(hidden, weight, targets, temperature=temperature).sum(), (hidden, weight)),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprob_from_logits(dtype, temperature):
+    torch.manual_seed(0)
+    logits, targets = (5 * torch.randn(6, 40)).to(dtype).requires_grad_(), torch.tensor([0, 39, 3, 3, 17, 8])
+    got = kernels.logprob_from_logits(logits, targets, temperature=temperature)
+    z = logits.detach().double().numpy() / temperature
+    expected = [row[t] - row.max() - math.log(sum(math.exp(x - row.max()) for x in row)) for row, t in zip(z, targets, strict=True)]
+    check(got, torch.tensor(expected), 1e-6)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda z: kernels.logprob_from_logits(z, targets, temperature=temperature), logits)
+    with pytest.raises(ValueError, match="temperature"):
+        kernels.logprob_from_logits(logits, targets, temperature=0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_both_libraries_of_a_cpu_are_exact(monkeypatch, exact):
+    """oneDNN where it computes in fp32, and MKL where it would round: the same to rounding, and the caller's setting stays."""
+    really = runtime.onednn_is_exact()
+    monkeypatch.setattr(runtime, "onednn_is_exact", lambda: exact and really)
+    before = torch.get_float32_matmul_precision()
+    hidden, weight, targets = inputs(1000, n=40)
+    got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
+    check(got, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, expected)), strict=True):
+        check(a, b)
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError, match="shape"):
+        token_logprobs(hidden[:, 1:], weight, targets)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_library_that_rounds_is_not_taken(monkeypatch):
+    exact = runtime.onednn_is_exact.__wrapped__
+    rounding = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rounding(a.bfloat16().to(a.dtype) if a.dtype == torch.float32 else a, b))
+    assert not exact()
+    monkeypatch.undo()
+    runtime.precision(torch.device("cpu"), "float32")
+    assert torch.get_float32_matmul_precision() == ("medium" if runtime.onednn_is_exact() else "highest")
+    assert torch.get_float32_matmul_precision() == "highest" or runtime.cpu_precision(rows=2) == "highest"
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_autocast_rounds_nothing(chunked):

@@ -71,6 +71,17 @@ def value_loop(values, old_values, returns, mask, clip):
 both_losses = pytest.mark.parametrize("loss, loop", [(ppo.policy_loss, policy_loop), (ppo.value_loss, value_loop)])
 
 
+def test_gae_is_its_recursion_on_long_rows():
+    torch.manual_seed(0)
+    rewards, values = torch.randn(2, 5, 512, dtype=torch.float64)
+    mask = torch.arange(512) < torch.tensor([[1], [512], [100], [511], [256]])
+    for gamma, lam in ((1.0, 1.0), (1.0, 0.95), (0.99, 0.0), (0.0, 0.9)):
+        slow = ppo.gae_by_loop(rewards, values, mask, gamma, lam)
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-5)):
+            for fast, expected in zip(ppo.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam), slow, strict=True):
+                close(fast, expected, atol=tolerance)
+
+
 def test_the_example_by_hand():
     """Two responses of 2 and 3 tokens, gamma 1, lambda 0.5, KL coefficient 0.1; the 7 and the 9s are padding."""
     mask = make_mask([2, 3])

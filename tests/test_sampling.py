@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import sampling
+from minirlhf import decode_kernels, sampling
 from minirlhf.gpt import GPT, GPTConfig, KVCache
 from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
 from minirlhf.tokenizer import Tokenizer
@@ -283,3 +283,20 @@ def test_answers(monkeypatch):
         assert answer.kl == pytest.approx(k, abs=1e-3)
     same = answers(policy, policy, None, prompts, tokenizer, R, 1.0, contextlib.nullcontext(), 0)
     assert all(a.kl == 0 and np.isnan(a.score) for a in same)
+
+
+@pytest.mark.parametrize("vocab", [3, 64, 200])
+def test_draws_are_the_distributions(vocab):
+    """Chi-square over 40,000 rows of one distribution; tokens of probability 0 never come."""
+    n, p = 40_000, torch.rand(vocab, generator=rng(1)) ** 3
+    p[vocab // 2] = 0
+    tokens = decode_kernels.draw((p / p.sum()).expand(n, -1), rng(2))
+    counts, expected = torch.bincount(tokens, minlength=vocab), n * (p / p.sum()).double()
+    assert counts[vocab // 2] == 0
+    often = expected > 5
+    chi2, df = ((counts - expected) ** 2 / expected)[often].sum().item(), often.sum().item() - 1
+    assert chi2 < df + 5 * (2 * df) ** 0.5
+
+
+def test_draws_from_numbers_that_are_none():
+    assert (decode_kernels.draw(torch.full((2, 100), float("nan")), rng()) < 100).all()

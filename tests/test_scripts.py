@@ -1,6 +1,7 @@
 """The scripts' knobs and errors: every flag changes something, and every mistake is one line that says what and where."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import checkpoint, data, runtime, sft
+from minirlhf import checkpoint, data, gpt, runtime, sft
+from minirlhf.log import Run
 
 ROOT = Path(__file__).parent.parent
 TOY = {"data": "toy"}
@@ -75,6 +77,23 @@ def test_every_flag_is_accounted_for_and_runs_repeat(script, toy, baselines, tmp
     names = {field.name for field in dataclasses.fields(script.Knobs)}
     assert names == CHANGES[script].keys() | NOT_IN_WEIGHTS[script]
     assert same(weights(script, toy, tmp_path), baselines[script])
+
+
+@pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
+def test_compile_changes_only_the_rounding(script, toy, baselines, tmp_path, monkeypatch):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs = []
+    monkeypatch.setattr(gpt, "compiled_trunk", functools.cache(lambda: torch.compile(gpt.GPT.trunk, dynamic=True, backend="aot_eager")))
+    log, counters = Run.log, torch._dynamo.utils.counters
+    monkeypatch.setattr(Run, "log", lambda *args, **more: graphs.append(counters["stats"]["unique_graphs"]) or log(*args, **more))
+    changed = weights(script, toy, tmp_path, compile=True)
+    torch._dynamo.reset()
+    assert graphs[0] > 0 and graphs[-1] == graphs[1], "compiled again after the second step"
+    distance = sum((changed[k] - w).square().sum() for k, w in baselines[script].items()) ** 0.5
+    moved = sum(w.square().sum() for w in changed.values()) ** 0.5
+    assert distance < 0.02 * moved
 
 
 def test_kl_horizon_and_eval_samples(toy, tmp_path):

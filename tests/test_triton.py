@@ -69,10 +69,41 @@ def test_chunks_do_not_change_the_gradient(monkeypatch):
         assert relative(a, b) < 1e-6
 
 
-def test_torch_compile_takes_the_operator_whole():
+@pytest.mark.parametrize("N, C, V, T", [(5, 64, 17, 1.0), (20, 40, 1000, 0.7)])
+def test_entropy(N, C, V, T):
+    hidden, weight, targets = head(N, C, V, 5.0)
+    logprobs, entropy = kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=T)
+    p = (hidden.double() @ weight.double().t() / T).softmax(1)
+    torch.testing.assert_close(entropy.double(), -(p * p.log()).sum(1), rtol=0, atol=5e-5)
+    assert torch.equal(logprobs, kernels.token_logprobs(hidden, weight, targets, temperature=T))
+
+
+@pytest.mark.parametrize("V", [17, 1000, 5003])
+@pytest.mark.parametrize("dtype, std, temperature, grad_tolerance",
+                         [(torch.float32, 3, 1.0, 1e-5), (torch.float32, 30, 0.7, 1e-5), (torch.float16, 10, 1.3, 1e-3)])  # fmt: skip
+def test_logprob_from_logits(V, dtype, std, temperature, grad_tolerance):
+    torch.manual_seed(V)
+    logits, targets = (std * torch.randn(6, V)).to(dtype), torch.tensor([0, V - 1, 3, 5, 7, 11])
+    logits[5] = -math.inf
+    logits[5, [11, 2]] = 1.0  # a filter's work
+    logits.requires_grad_()
+    got = kernels.logprob_from_logits(logits, targets, temperature=temperature)
+    expected = (logits.double() / temperature).log_softmax(1)[torch.arange(6), targets]
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-5)
+    upstream = torch.linspace(-1, 2, 6)
+    ours, theirs = (torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected))
+    assert ours.dtype == dtype and relative(ours, theirs) < grad_tolerance
+    assert kernels.logprob_from_logits(logits[:0], targets[:0]).shape == (0,)
+
+
+def test_torch_compile_takes_the_operators_whole():
     hidden, weight, targets = head(6, 32, 50, 1.0)
     compiled = torch.compile(lambda h, w: kernels.token_logprobs(h, w, targets) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden, weight), 2 * kernels.token_logprobs(hidden, weight, targets))
+    given = torch.randn(6, 50, requires_grad=True)
+    compiled = torch.compile(lambda z: kernels.logprob_from_logits(z, targets).sum(), fullgraph=True, backend="aot_eager")
+    ours, theirs = (torch.autograd.grad(f(given), given)[0] for f in (compiled, lambda z: kernels.logprob_from_logits(z, targets).sum()))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 2e-3)])
