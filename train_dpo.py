@@ -117,7 +117,7 @@ def main(knobs):
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
 
     run = Run("dpo", knobs, len(plan), device)
-    before = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
+    before = None if base else sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)  # a base can be asked at the end
 
     # Loop
     for step, batch in enumerate(plan):
@@ -141,6 +141,7 @@ def main(knobs):
         run.log(step, stats | ({"online/labels": bought} if knobs.online else {}), show=("loss", "rewards/accuracies"))
 
     # Evaluation
+    before = before or sample(base, base, scorer, held_out, tokenizer, knobs, autocast)
     after = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
     run.close()
     accuracy = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)

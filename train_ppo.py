@@ -144,12 +144,11 @@ def main(knobs):
     group = 1 if knobs.advantage == "gae" else knobs.group_size
     order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
 
-    def sample():
-        return answers(policy, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
+    def sample(model):
+        return answers(model, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     run, told = Run("ppo", knobs, knobs.steps, device), set()
-    before = sample()
     if knobs.top_k:
         run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
 
@@ -169,7 +168,7 @@ def main(knobs):
             told.add(alarm)
             run.say(f"alarm at step {step}: {alarm}")
 
-    after = sample()
+    before, after = sample(reference), sample(policy)  # the reference is what the policy was before
     run.close()
     policy.save_pretrained(run.out / "model", tokenizer)
     return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary)

@@ -55,10 +55,11 @@ def test_one_iteration(recipe, dtype, monkeypatch):
 
     rm.level = "response"
     tokenizer = SimpleNamespace(eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else [])
-    critic = SimpleNamespace(values=lambda tokens: torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1))
+    critic = SimpleNamespace(values=lambda tokens, lengths: torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1))
     monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)
     monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"]))
-    monkeypatch.setattr(train_ppo, "response_logprobs", lambda model, *_: torch.where(mask, fixed[model], 0))
+    made = {model: torch.where(mask, fixed[model], 0) for model in ("logprobs", "ref_logprobs")}
+    monkeypatch.setattr(train_ppo, "response_logprobs", lambda model, *_, entropy=False: (made[model], mask) if entropy else made[model])
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double())
     scorer, _ = train_ppo.make_scorer(knobs, "rm", None, tokenizer, None)
     episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (), tokenizer, knobs, knobs.kl_coef)
