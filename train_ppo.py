@@ -88,7 +88,7 @@ class Knobs(runtime.Ranges):
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
     minibatches: int = knob(2, "optimizer steps a pass", least=1)
-    micro_batch: int = knob(32, "episodes in memory at a time in the update; 0: a whole minibatch")
+    micro_batch: int = knob(64, "episodes in memory at a time in the update; 0: a whole minibatch")
     lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest", most=1)

@@ -108,14 +108,15 @@ def inverse_transform(weights, u):
 def decode_attention(qkv, cache, positions, mask):
     """Stores the new token's key and value in its row's slot of the cache, and attends to all slots up to its own: (B, H, 1, D).
 
-    qkv (B, 1, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
+    qkv (B, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
     it, which only the twin needs.
     """
     _, B, H, S, D = cache.shape
-    q, k, v = qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
-    if not fused(q):
+    qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
+    if not fused(qkv):
         cache.scatter_(3, positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D), qkv[1:])
-        return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+        return F.scaled_dot_product_attention(qkv[0], cache[0], cache[1], attn_mask=mask)
+    q, k, v = qkv
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     decode_attention_kernel[(B * H,)](q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S, D=D,
                                       BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip

@@ -18,7 +18,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.decode_kernels import decode_attention
 from minirlhf.runtime import UserError
 from minirlhf.weights import expect_kind, export, load_strictly, read_directory, save_directory
 
@@ -84,32 +83,27 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=0, positions=None, mask=None, layout=None):
+    def forward(self, x, cache=None, layout=None):
         qkv = self.c_attn(x)  # (B, T, 3C), or (N, 3C) with a layout
         dropout = self.dropout if self.training else 0.0
         if layout is not None:
             return self.c_proj(layout.attention(qkv, self.n_head, dropout))
-        B, T, C = x.shape
-        if positions is not None:  # one new token a row
-            y = decode_attention(qkv, cache.kv[layer], positions, mask)
-        else:
-            q, k, v = heads(qkv, self.n_head)
-            if cache is not None:  # the prompt's keys and values stay for later
-                cache.kv[layer, 0, :, :, :T], cache.kv[layer, 1, :, :, :T] = k, v
-            y = attention(q, k, v, dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        q, k, v = heads(qkv, self.n_head)
+        if cache is not None:  # the prompt's keys and values stay for later
+            cache[0, :, :, : x.shape[1]], cache[1, :, :, : x.shape[1]] = k, v
+        return self.c_proj(attention(q, k, v, dropout).transpose(1, 2).reshape(x.shape))
 
 
 class Layout:
     """Where the real tokens of right-padded rows (B, T) of these lengths are, so that the layers compute nothing else.
 
-    Layers see the N real tokens as (N, C). Attention puts them back into rows, in groups of rows of like length.
+    Layers see the N real tokens as (N, C). Attention puts them back into rows, in groups of like length: more of them where rows are long.
     """
 
     def __init__(self, lengths, T):
         order, device = lengths.argsort(), lengths.device
         self.shape, where, self.groups = (len(lengths), T), [], []
-        for rows in order.tensor_split(min(4, -(-len(order) // 8))):
+        for rows in order.tensor_split(min(4, 1 + T // 64, -(-len(order) // 8))):
             longest = int(lengths[rows[-1]])
             inside = torch.arange(longest, device=device) < lengths[rows, None]  # (b, t)
             row, column = inside.nonzero().unbind(1)
@@ -180,12 +174,10 @@ class GPT(nn.Module):
         """The output head, tied to the token embedding: (V, C)."""
         return self.wte.weight
 
-    def hidden(self, idx, cache=None, positions=None, lengths=None):
-        """Final hidden states (B, T, C) of token ids (B, T).
+    def hidden(self, idx, cache=None, lengths=None):
+        """Final hidden states (B, T, C) of token ids (B, T), whose keys and values go into the first T slots of a `cache`, if there is one.
 
         With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the result is 0, if it is a sixth or more.
-        With a `cache`, either a prompt (`positions` None: its keys and values are stored at 0..T-1) or one token a row
-        (T = 1, `positions` (B,): the slot of that token, which sees every slot up to its own).
         Raises ValueError when T exceeds the context.
         """
         B, T = idx.shape
@@ -196,25 +188,18 @@ class GPT(nn.Module):
             return compiled_trunk()(self, padded)[:B, :T]
         if lengths is not None and lengths.sum() < 0.85 * B * T:
             return self.trunk(idx, layout=Layout(lengths, T))
-        return self.trunk(idx, cache, positions)
+        return self.trunk(idx, cache)
 
-    def trunk(self, idx, cache=None, positions=None, layout=None):
+    def trunk(self, idx, cache=None, layout=None):
         """`hidden` without its checks: what --compile compiles."""
-        T, mask = idx.shape[1], None
+        places = torch.arange(idx.shape[1], device=idx.device)
         if layout is not None:
-            x = self.drop(self.wte(idx.flatten()[layout.where]) + self.wpe(layout.where % T))  # (N, C)
-            for block in self.h:
-                x = block(x, None, 0, None, None, layout)
-            return layout.padded(self.ln_f(x))
-        if positions is None:
-            where = torch.arange(T, device=idx.device)
-        else:
-            where = positions[:, None]  # (B, 1)
-            mask = (torch.arange(cache.kv.shape[4], device=idx.device) <= where)[:, None, None]  # (B, 1, 1, S)
-        x = self.drop(self.wte(idx) + self.wpe(where))
+            idx, places = idx.flatten()[layout.where], layout.where % idx.shape[1]  # (N,)
+        x = self.drop(self.wte(idx) + self.wpe(places))  # (B, T, C), or (N, C) with a layout
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer, positions, mask)
-        return self.ln_f(x)
+            x = block(x, None if cache is None else cache.kv[layer], layout)
+        x = self.ln_f(x)
+        return x if layout is None else layout.padded(x)
 
     def forward(self, idx):
         return F.linear(self.hidden(idx), self.lm_head_weight)

@@ -125,9 +125,9 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
         for cols in chunks(len(w), len(h), w.device):
             z = matmul(h, w[cols].t())  # (N, v)
             largest = z.amax(1)
-            p = torch.softmax(z, 1, out=None if z.is_cuda else z)
+            p = torch.softmax(z, 1, out=None if z.is_cuda or entropy else z)
             sums.append(largest - p.amax(1).log())  # the largest probability is 1 / sum exp(z - largest)
-            entropies += [torch.special.entr(p).sum(1)] if entropy else []
+            entropies += [sums[-1] - z.mul_(p).sum(1)] if entropy else []
             kept += [p] if len(kept) < keep else []
         at_target = (h.to(wide) * w[targets].to(wide)).sum(1)
     lse = torch.stack(sums).logsumexp(0)

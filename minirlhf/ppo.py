@@ -54,12 +54,14 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), both (B, R).
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum over s >= t of (gamma lam)^(s-t) delta_s, return = A + V; V is 0 after the last response
-    token. All sums are one product with a triangular matrix, in float64 because a GPU may round one of fp32; gae_by_loop is the recursion.
+    token. All sums are one product with a triangular matrix; gae_by_loop is the recursion.
     """
     deltas, values = td_errors(rewards, values, mask, gamma)
+    exact = torch.float64 if values.is_cuda else values.dtype  # a GPU may round products of fp32
     t = torch.arange(values.shape[1], device=values.device)
-    decay = ((gamma * lam) ** (t[:, None] - t).clamp(min=0).double()).tril()  # (R, R): of delta_s in A_t
-    advantages = (deltas.double() @ decay).to(values.dtype)
+    decay = ((gamma * lam) ** (t[:, None] - t).clamp(min=0).to(exact)).tril()  # (R, R): of delta_s in A_t
+    with torch.autocast(values.device.type, enabled=False):
+        advantages = (deltas.to(exact) @ decay).to(values.dtype)
     return advantages, advantages + values
 
 

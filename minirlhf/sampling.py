@@ -11,6 +11,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from minirlhf import decode_kernels, kernels, runtime
 from minirlhf.data import pad_rows
@@ -69,7 +70,7 @@ class Decoder:
         self.eos, self.pad, self.temperature, self.top_k = eos, pad, temperature, top_k
         weight = model.lm_head_weight
         device = weight.device
-        self.rounded = self.generator = self.graph = None
+        self.rounded = self.generator = self.graph = self.layers = None
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if dtype != weight.dtype and weight.is_cuda:  # each step would else read fp32 weights to round them
             self.rounded, weight = copy.deepcopy(model).requires_grad_(False), weight.to(dtype)
@@ -81,7 +82,7 @@ class Decoder:
         self.tokens = torch.full((batch, slots), pad, device=device)
         self.logprobs = torch.zeros(batch, slots, device=device)  # of the token in that slot
         self.token, self.slot = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))  # each row's newest
-        self.step, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # of the noise
+        self.steps, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # of the noise
 
     def start(self, model, prompts, prompt_lengths, generator):
         """Takes over the weights and the prompts (B, Q), and samples the first token of each response."""
@@ -98,7 +99,7 @@ class Decoder:
         self.tokens[:, :Q] = torch.where(inside, prompts, self.pad)
         self.prompt_lengths = prompt_lengths
         self.slot.copy_(prompt_lengths - 1)
-        self.step.zero_()
+        self.steps.zero_()
         hidden = (self.rounded or model).hidden(self.tokens[:, :Q], self.cache)  # (B, Q, C)
         self.pick(hidden[torch.arange(B, device=prompts.device), self.slot])
 
@@ -106,16 +107,32 @@ class Decoder:
         """One more token a row, also of those that have ended: what follows EOS is thrown away at the end."""
         if self.graph:
             return self.graph.replay()
-        self.pick((self.rounded or model).hidden(self.token[:, None], self.cache, self.slot)[:, 0])
+        self.pick(self.step(self.rounded or model))
+
+    def step(self, model):
+        """`model.hidden` of the newest token alone: (B, C). Written out, as calling a module takes as long as its work on one token."""
+        if self.layers is None:
+            self.layers = [list(block.parameters()) for block in model.h], model.wte.weight, model.wpe.weight, *model.ln_f.parameters()
+        layers, wte, wpe, *ln_f = self.layers
+        C = wte.shape[1]
+        mask = (torch.arange(self.cache.kv.shape[4], device=wte.device) <= self.slot[:, None])[:, None, None]  # (B, 1, 1, S)
+        x = F.embedding(self.token, wte) + F.embedding(self.slot, wpe)  # (B, C)
+        for layer, cache in zip(layers, self.cache.kv, strict=True):
+            w_1, b_1, w_qkv, b_qkv, w_out, b_out, w_2, b_2, w_up, b_up, w_down, b_down = layer
+            qkv = F.linear(torch.layer_norm(x, (C,), w_1, b_1), w_qkv, b_qkv)
+            x = x + F.linear(decode_kernels.decode_attention(qkv, cache, self.slot, mask).view(-1, C), w_out, b_out)
+            up = F.linear(torch.layer_norm(x, (C,), w_2, b_2), w_up, b_up)
+            x = x + F.linear(F.gelu(up, approximate="tanh"), w_down, b_down)
+        return torch.layer_norm(x, (C,), *ln_f)
 
     def pick(self, hidden):
         """Samples from what follows hidden (B, C), and books it."""
         logits = kernels.head_logits(hidden, self.weight)[:, : self.vocab]
         if kernels.fused(logits) and not self.top_k:
-            token, logprob = decode_kernels.sample_logits(logits, self.temperature, self.seed, self.step)
+            token, logprob = decode_kernels.sample_logits(logits, self.temperature, self.seed, self.steps)
         else:
             token, logprob = decode_kernels.sample(logits, self.temperature, self.top_k, self.generator)
-        self.step += 1
+        self.steps += 1
         self.slot += 1
         self.token.copy_(token)
         self.tokens.scatter_(1, self.slot[:, None], token[:, None])

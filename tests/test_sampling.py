@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minirlhf import decode_kernels, sampling
-from minirlhf.gpt import GPT, GPTConfig, KVCache
+from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
 from minirlhf.tokenizer import Tokenizer
 
@@ -127,20 +127,19 @@ def test_response_logprobs_gradient(model):
         close(a, b, 1e-5 * max(1.0, b.abs().max().item()))
 
 
+@torch.no_grad()
 def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     tokens, lengths = ragged(lengths=[4, 7, 2])
-    cache = KVCache(model.config, 3, 12)
-    model.hidden(tokens, cache)
+    decoder = sampling.Decoder(model, 3, 12, eos=NEVER, pad=PAD, temperature=1.0, top_k=None)
+    decoder.start(model, tokens, lengths, rng())
     past = (torch.arange(12) >= lengths[:, None])[None, :, None, :, None]
-    for x in (cache.kv[:, 0], cache.kv[:, 1]):
+    for x in (decoder.cache.kv[:, 0], decoder.cache.kv[:, 1]):
         x.masked_fill_(past, 1e4)
-    positions, rows = lengths.clone(), [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-    for step in range(3):
-        token = torch.tensor([step, 5, 9])
-        rows = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
-        hidden = model.hidden(token[:, None], cache, positions)[:, 0]
+    for _ in range(3):
+        hidden = decoder.step(model)
+        rows = [row[: n + 1].tolist() for row, n in zip(decoder.tokens, decoder.slot, strict=True)]
         close(hidden, torch.stack([model.hidden(torch.tensor([row]))[0, -1] for row in rows]))
-        positions += 1
+        decoder.pick(hidden)
 
 
 @pytest.mark.parametrize("n", [2, R])

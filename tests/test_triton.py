@@ -111,7 +111,7 @@ def test_torch_compile_takes_the_operators_whole():
 def test_decode_attention_is_its_twin(monkeypatch, dtype, tolerance, D):
     B, H, S = 4, 2, 150
     torch.manual_seed(0)
-    qkv = torch.randn(B, 1, 3 * H * D).to(dtype)
+    qkv = torch.randn(B, 3 * H * D).to(dtype)
     positions = torch.tensor([0, 63, 64, 149])
     mask = (torch.arange(S) <= positions[:, None])[:, None, None]
     cache = torch.randn(2, B, H, S, D).to(dtype)
