@@ -39,7 +39,7 @@ PEERS = {"hf": "transformers", "trl": "trl", "liger": "liger_kernel"}  # and wha
 class Knobs:
     device: str = knob("auto", "auto, cpu or cuda")
     dtype: str = knob("", "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)", ("", *runtime.DTYPES))
-    rows: str = knob("", "some of lm,logprobs,rollout,gae,adamw,reward,dpo,ppo (default: all)")
+    rows: str = knob("", "some of lm,logprobs,logits,rollout,gae,adamw,reward,dpo,ppo (default: all)")
     peers: str = knob("", "some of hf,trl,liger, to run where they are installed (default: all)")
     out: str = knob("", "JSONL file to append the rows to")
 
@@ -216,6 +216,21 @@ def row_logprobs(bench):
                   roof=products * 2 * N * C * V / bench.flops, memory=True, n=10 if bench.cuda else 2)  # fmt: skip
 
 
+def row_logits(bench):
+    """logprob_from_logits, forward and backward, on logits that are there already."""
+    N, V = (16384, 50257) if bench.cuda else (2048, 8192)
+    dtype = torch.bfloat16 if bench.dtype == "bfloat16" else torch.float32
+    logits = torch.randn(N, V, device=bench.device, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=bench.device)
+
+    def runner(f):
+        return lambda: torch.autograd.grad(f().sum(), logits)
+
+    roof = 3 * N * V * logits.element_size() / bench.bandwidth  # two reads and a write
+    bench.row("log-probs of given logits", [N, V], "rows/s", N, runner(lambda: kernels.logprob_from_logits(logits, targets)),
+              {"log_softmax": runner(lambda: logits.float().log_softmax(-1).gather(1, targets[:, None]))}, roof=roof, memory=True)  # fmt: skip
+
+
 def row_rollout(bench):
     """Sampled tokens a second, no EOS: 128 + 128 on a GPU, 32 + 32 on the CPU."""
     Q = R = 128 if bench.cuda else 32
@@ -321,7 +336,7 @@ def row_ppo(bench):
     bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_driver.ppo_iterations, policy, rm, B, Q, R)
 
 
-ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_rollout, row_gae, row_adamw, row_reward, row_dpo, row_ppo)}
+ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_logits, row_rollout, row_gae, row_adamw, row_reward, row_dpo, row_ppo)}
 
 
 def names(given, known, flag):

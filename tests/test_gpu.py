@@ -50,6 +50,38 @@ def test_autocast_keeps_fp32_gradients_of_the_weight():
         assert a.dtype == torch.float32 and relative(a, b) < 5e-3
 
 
+def test_entropy():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 768, device="cuda", dtype=torch.bfloat16) / 768**0.25 for n in (700, 50257))
+    targets = torch.randint(0, 50257, (700,), device="cuda")
+    p = (hidden.double() @ weight.double().t() / 0.7).softmax(1)
+    expected = -(p * p.log()).sum(1)
+    for backend in ("triton", "torch"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MINIRLHF_KERNELS", backend)
+            _, entropy = kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=0.7)
+        torch.testing.assert_close(entropy.double(), expected, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("dtype, grad_tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_logprob_from_logits(dtype, grad_tolerance):
+    torch.manual_seed(0)
+    logits = (10 * torch.randn(300, 50257, device="cuda")).to(dtype).requires_grad_()
+    targets, upstream = torch.randint(0, 50257, (300,), device="cuda"), torch.randn(300, device="cuda")
+    got = kernels.logprob_from_logits(logits, targets, temperature=0.7)
+    expected = (logits.double() / 0.7).log_softmax(1)[torch.arange(300), targets]
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-5)
+    ours, theirs = (torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected))
+    assert ours.dtype == dtype and relative(ours, theirs) < grad_tolerance
+
+
+def test_given_logits_past_two_to_the_31():
+    logits = torch.randn(43_000, 50_257, device="cuda", dtype=torch.bfloat16)  # 2.2e9 of them
+    targets = torch.randint(0, 50_257, (43_000,), device="cuda")
+    got = kernels.logprob_from_logits(logits, targets)[-3:]
+    torch.testing.assert_close(got.double(), logits[-3:].double().log_softmax(1)[torch.arange(3), targets[-3:]], rtol=0, atol=5e-5)
+
+
 def test_offsets_past_two_to_the_31():
     rows, C, V = 44_000, 64, 50_304  # 2.2e9 logits
     torch.manual_seed(0)
@@ -133,6 +165,43 @@ def test_noise_is_the_seeds(gpt):
     first, same, other = (generate(gpt, *rows, 40, eos=-1, pad=0, generator=torch.Generator("cuda").manual_seed(seed))
                           for seed in (1, 1, 2))  # fmt: skip
     assert torch.equal(first.tokens, same.tokens) and not torch.equal(first.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_padding_is_not_computed(gpt, autocast):
+    tokens, lengths = torch.randint(0, 5000, (20, 250), device="cuda"), torch.arange(5, 245, 12, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        packed, plain = gpt.hidden(tokens, lengths=lengths).float(), gpt.hidden(tokens).float()
+    real = torch.arange(250, device="cuda") < lengths[:, None]
+    assert relative(packed[real], plain[real]) < (2e-2 if autocast else 1e-5) and (packed[~real] == 0).all()
+
+
+def test_nothing_is_compiled_again(gpt):
+    import torch._dynamo
+
+    from minirlhf.gpt import compile_trunks
+
+    torch._dynamo.reset()
+    compile_trunks(gpt)
+    assert gpt.compiled
+
+    def run(B, T):
+        tokens = torch.randint(0, 5000, (B, T), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            out = gpt.hidden(tokens)
+            gpt.compiled = False
+            assert relative(out, gpt.hidden(tokens)) < 2e-2
+            gpt.compiled = True
+            with torch.no_grad():
+                gpt.hidden(tokens)
+        out.float().square().mean().backward()
+
+    run(8, 100)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for B, T in ((8, 101), (3, 256), (1, 7), (32, 64), (1, 1), (5, 130)):
+        run(B, T)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    torch._dynamo.reset()
 
 
 def test_a_model_can_be_forgotten():
