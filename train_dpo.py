@@ -39,6 +39,7 @@ import torch
 import train_rm
 from minirlhf import batches, data, dpo, labelers, online, runtime, sft
 from minirlhf.checkpoint import finished
+from minirlhf.feedback import lists_epoch, thumbs, thumbs_epoch
 from minirlhf.gpt import GPT, compile_trunks
 from minirlhf.log import Run
 from minirlhf.reward import pair_accuracy, share_positive
@@ -214,10 +215,10 @@ def encode(items, tokenizer, kind, knobs, policy):
 def plan_of(items, kind, knobs, rng):
     """All batches of the run in the shape that the loss wants: indices of rows, and what people said of them."""
     if kind in THUMBS:
-        thumbs = batches.thumbs(items)
-        epochs = (batches.thumbs_epoch(*thumbs, knobs.batch_size, rng) for _ in range(knobs.epochs))
+        scored = thumbs(items)
+        epochs = (thumbs_epoch(*scored, knobs.batch_size, rng) for _ in range(knobs.epochs))
     elif kind in LISTS:
-        epochs = (batches.lists_epoch(items, knobs.batch_size, knobs.group_size, rng) for _ in range(knobs.epochs))
+        epochs = (lists_epoch(items, knobs.batch_size, knobs.group_size, rng) for _ in range(knobs.epochs))
     else:
         epochs = (items.epoch(knobs.batch_size, rng) for _ in range(knobs.epochs))
     return list(itertools.islice((batch for epoch in epochs for batch in epoch), knobs.steps or None))

@@ -43,9 +43,6 @@ def fused(x):
     return triton is not None and choice != "torch" and (x.is_cuda or choice == "triton")
 
 
-# Token log-probs
-
-
 def token_logprobs(hidden, weight, targets, *, temperature=1.0):
     """log softmax(hidden @ weight.T / temperature) at `targets`: (N,) fp32 (float64 for float64 inputs).
 
@@ -57,16 +54,12 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
 
 def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entropy=True):
     """token_logprobs, and from the same pass the entropy (N,) of the whole distribution, in nats, which has no gradient."""
-    check_temperature(temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
     outputs = token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep, entropy)
     return outputs[0], outputs[2].detach()
-
-
-def check_temperature(temperature):
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: expected a positive number")
 
 
 def operand_dtype(hidden, weight):
@@ -310,8 +303,11 @@ def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V,
     tl.store(out_ptr + rows[:, None] * W + cols[None], d.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < W)[None])
 
 
-# Given logits, for code that has them: a program owns a row and reads it once in blocks, with the same running maximum and sum; backward
-# reads it again and writes the gradient. Together 2 reads and 1 write of (N, V), where log_softmax, gather and their backward take 8.
+# Given logits, for code that has them: a program owns a row, reads it once in blocks, and keeps a running maximum and sum in each lane
+#
+#     row  [ block > block > block > . . ]     m, s (BLOCK,)  ->  lse = max m + log sum s exp(m - max m)
+#
+# Backward reads it again and writes the gradient: 2 reads and 1 write of (N, V), where log_softmax, gather and their backward take 8.
 
 
 def logprob_from_logits(logits, targets, *, temperature=1.0):
@@ -319,7 +315,8 @@ def logprob_from_logits(logits, targets, *, temperature=1.0):
 
     Differentiable in logits. Raises ValueError for a temperature that is not positive.
     """
-    check_temperature(temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected a positive number")
     if fused(logits):
         return logprob_from_logits_op(logits.contiguous(), targets, float(temperature))[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -332,7 +329,8 @@ def logprob_from_logits_op(logits, targets, temperature):
     """Log-probs and log-sum-exp (N,)."""
     logprobs, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
     if len(logits):
-        row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, logits.shape[1], 1 / temperature, BLOCK=row_block(logits))
+        V = logits.shape[1]
+        row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=min(4096, triton.next_power_of_2(V)))
     return logprobs, lse
 
 
@@ -341,8 +339,8 @@ def logprob_from_logits_op(logits, targets, temperature):
 def logprob_from_logits_backward_op(logits, targets, temperature, grad, lse):
     d_logits = torch.empty_like(logits)
     if len(logits):
-        row_gradient[(len(logits),)](logits, targets, grad / temperature, lse, d_logits, logits.shape[1], 1 / temperature,
-                                     BLOCK=row_block(logits))  # fmt: skip
+        V, scale = logits.shape[1], 1 / temperature
+        row_gradient[(len(logits),)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=min(4096, triton.next_power_of_2(V)))
     return d_logits
 
 
@@ -367,10 +365,6 @@ def logits_backward(ctx, grad, _):
 
 
 logprob_from_logits_op.register_autograd(logits_backward, setup_context=save_logits)
-
-
-def row_block(logits):
-    return min(4096, triton.next_power_of_2(logits.shape[1]))
 
 
 @jit

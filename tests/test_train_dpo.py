@@ -12,6 +12,7 @@ import train_rm
 from minirlhf import batches, data, dpo, gpt, labelers, log, online
 from minirlhf.batches import Rows
 from minirlhf.data import Items
+from minirlhf.feedback import lists_epoch, thumbs, thumbs_epoch
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.records import parse_record
 from minirlhf.runtime import UserError
@@ -224,28 +225,28 @@ def items(n, **more):
 
 
 def test_thumbs_of_ratings_rankings_and_labels(capsys):
-    index, scores = batches.thumbs(items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])]))  # the mean is 2
+    index, scores = thumbs(items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])]))  # the mean is 2
     assert index.tolist() == [1, 2, 3, 4] and "1 of 5" in capsys.readouterr().out
     assert np.allclose(scores, np.array([-2, 2, -1, 1]) / np.sqrt(2.5))
-    index, scores = batches.thumbs(items(6, groups=[[1, 0], [4, 3, 5]]))
+    index, scores = thumbs(items(6, groups=[[1, 0], [4, 3, 5]]))
     assert index.tolist() == [0, 1, 4, 5] and scores.tolist() == [False, True, True, False]
     assert "2 of 6" in capsys.readouterr().out
-    index, scores = batches.thumbs(items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0]))  # labels count, also of rows in no pair
+    index, scores = thumbs(items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0]))  # labels count, also of rows in no pair
     assert index.tolist() == [0, 1, 2, 3] and scores.tolist() == [True, False, False, True]
     with pytest.raises(UserError, match="all 2 ratings are alike"):
-        batches.thumbs(items(2, ratings=[np.array([1.0])] * 2))
+        thumbs(items(2, ratings=[np.array([1.0])] * 2))
     with pytest.raises(UserError, match="all 3 ratings are alike"):
-        batches.thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
-    drawn = list(batches.thumbs_epoch(*batches.thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)))
+        thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
+    drawn = list(thumbs_epoch(*thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)))
     assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {len(rows) for rows, _ in drawn} <= {3, 4, 5}
     assert all((rows < 5).tolist() == scores.tolist() for rows, scores in drawn)
     with pytest.raises(UserError, match="at least 2"):
-        list(batches.thumbs_epoch(*batches.thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
+        list(thumbs_epoch(*thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
 
 
 def test_lists_are_ranked_and_whole():
     groups = [[3, 1, 2], [0, 4], [5, 6, 7], [9, 8]]
-    drawn = list(batches.lists_epoch(items(10, groups=groups), 6, 4, np.random.default_rng(0)))
+    drawn = list(lists_epoch(items(10, groups=groups), 6, 4, np.random.default_rng(0)))
     assert len(drawn) == 2  # two lists of at most three are six responses
     found = []
     for rows, lists, rewards, mask in drawn:
@@ -255,7 +256,7 @@ def test_lists_are_ranked_and_whole():
     assert sorted(found) == sorted(groups)
     means = np.arange(11.0)[::-1] % 4
     rated = items(11, ratings=[np.array([m]) for m in means])
-    drawn = list(batches.lists_epoch(rated, 100, 3, np.random.default_rng(0)))
+    drawn = list(lists_epoch(rated, 100, 3, np.random.default_rng(0)))
     ((rows, lists, rewards, mask),) = drawn
     assert sorted(rows) == list(range(11)) and sorted(mask.sum(1)) == [3, 4, 4]
     for one, worth, real in zip(lists, rewards, mask, strict=True):  # ranks: how many smaller values its list has
@@ -274,7 +275,7 @@ def test_labels_in_a_file(tmp_path):
     rows = [{"prompt": f"p{i // 2 % 15}", "response": f"r{i}", "label": i % 2 == 0} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = data.load_feedback(str(path)).train  # two thumbs up and two down for each prompt: pairs too, but the labels stay
-    index, scores = batches.thumbs(train)
+    index, scores = thumbs(train)
     assert len(index) == len(train) == 56
     assert [good == (int(r[1:]) % 2 == 0) for good, r in zip(scores, train.responses, strict=True)] == [True] * 56
     assert train.ratings is None and len(train.groups) == 14 * 4
