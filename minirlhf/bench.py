@@ -14,10 +14,14 @@ Left out: several GPUs, other models.
 
 import importlib.util
 import json
+import mmap
 import statistics
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,14 +91,22 @@ class Bench:
         return start.elapsed_time(end) / 1e3
 
     def peak(self, f):
-        """MiB of a GPU that a call holds at most beyond what was held before."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        """MiB that a call holds at most beyond what was held before; on the CPU as Linux counts a process's pages every millisecond."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            f()
+            torch.cuda.synchronize()
+            return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+        seen, done = [resident()], threading.Event()
+        watch = threading.Thread(target=lambda: [seen.append(resident()) for _ in iter(partial(done.wait, 0.001), True)])
+        watch.start()
         f()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+        done.set()
+        watch.join()
+        return round((max(seen) - seen[0]) / 2**20)
 
     def row(self, name, shape, unit, amount, ours, peers, *, roof=None, n=None, memory=False):
         """Times ours beside {peer: function}; `amount` of `unit` is what a call does, `roof` the seconds it needs at the ceilings."""
@@ -104,7 +116,7 @@ class Bench:
             result |= {peer: amount / theirs, f"ratio/{peer}": theirs / seconds}
         if roof:
             result |= {"roof": amount / roof, "share of roof": roof / seconds}
-        if memory and self.cuda:
+        if memory and (self.cuda or sys.platform == "linux"):
             result |= {"peak MiB": self.peak(ours)} | {f"peak MiB/{peer}": self.peak(f) for peer, f in peers.items()}
         self.report(result | {"n": n or self.n})
 
@@ -338,6 +350,11 @@ def row_ppo(bench):
 
 
 ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_logits, row_rollout, row_gae, row_adamw, row_reward, row_dpo, row_ppo)}
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def names(given, known, flag):

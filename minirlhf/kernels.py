@@ -319,8 +319,8 @@ def logprob_from_logits(logits, targets, *, temperature=1.0):
         raise ValueError(f"temperature {temperature}: expected a positive number")
     if fused(logits):
         return logprob_from_logits_op(logits.contiguous(), targets, float(temperature))[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
 
 @torch.library.custom_op("minirlhf::logprob_from_logits", mutates_args=(),
