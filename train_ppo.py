@@ -1,6 +1,6 @@
 """Stage 2: PPO against the reward model.   python train_ppo.py
 
-    python train_ppo.py                                            # laptop, 2 cores, from nothing: under 5 minutes
+    python train_ppo.py                                            # laptop, 2 cores, from nothing: about 3 minutes
     python train_ppo.py --data toy --out runs/toy/ppo --steps 20   # a toy language with a known true reward: under a minute
     python train_ppo.py --reward my_rules.py:score                 # any Python function (prompts, responses) -> floats; with
         --reward-level token, each response is a list of its tokens' texts, and gets a list of as many floats

@@ -1,6 +1,6 @@
 """Stage 1: a reward model from human preferences.   python train_rm.py
 
-    python train_rm.py                                       # laptop, 2 cores: the reviews, 1 to 3 minutes, accuracy 0.76
+    python train_rm.py                                       # laptop, 2 cores: the reviews, 1 to 2 minutes, accuracy 0.76
     python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
     python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\

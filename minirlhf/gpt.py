@@ -47,7 +47,7 @@ class KVCache:
 def attention(q, k, v, dropout=0.0):
     """Causal attention, softmax(q k^T / sqrt(D)) v: (B, H, T, D) of q, k, v (B, H, T, D)."""
     B, H, T, D = q.shape
-    if q.is_cuda or T > 256:
+    if q.device.type != "cpu" or T > 256:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # Written out, short rows take half the time on a CPU: torch's flash kernel multiplies in small pieces, one head at a time.
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -64,7 +64,9 @@ def heads(qkv, n_head):
 
 def drop_out(x, p):
     """x with a share p of its numbers set to 0 and the others scaled to keep the mean; on a CPU p is rounded to a multiple of 1/256."""
-    if not p or x.is_cuda or torch.compiler.is_compiling():
+    if not p:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped = round(256 * p)  # of the values of a random byte: torch's own draws a float for each number, which takes ten times as long
     noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)[: x.numel()]

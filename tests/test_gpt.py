@@ -484,7 +484,7 @@ def test_dropout_keeps_the_mean_and_its_share():
         assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.005)
         assert out.mean().item() == pytest.approx(1, abs=0.02) and len(out.unique()) == 2
         close(torch.autograd.grad(out.sum(), x)[0], out.detach(), 0)
-    assert gpt.drop_out(x, 0) is x or torch.equal(gpt.drop_out(x, 0), x)
+    assert gpt.drop_out(x, 0) is x
     assert not torch.equal(gpt.drop_out(x, 0.5), gpt.drop_out(x, 0.5))
 
 
