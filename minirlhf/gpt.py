@@ -68,7 +68,7 @@ def drop_out(x, p):
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(256 * p)  # of the values of a random byte: torch's own draws a float for each number, which takes ten times as long
+    dropped = min(255, round(256 * p))  # of the values of a random byte; torch's own draws a float a number, and takes six times as long
     noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)[: x.numel()]
     return x * (noise.view(x.shape) >= dropped).to(x.dtype).mul_(256 / (256 - dropped))
 
