@@ -106,7 +106,7 @@ class Layout:
         order, device = lengths.argsort(), lengths.device
         self.shape, where, self.groups = (len(lengths), T), [], []
         for rows in order.tensor_split(min(4, 1 + T // 64, -(-len(order) // 8))):
-            longest = int(lengths[rows[-1]])
+            longest = max(1, int(lengths[rows[-1]]))
             inside = torch.arange(longest, device=device) < lengths[rows, None]  # (b, t)
             row, column = inside.nonzero().unbind(1)
             where.append(rows[row] * T + column)
@@ -281,7 +281,7 @@ class RewardModel(HeadedGPT):
         self.level, self.shift = level, shift
 
     def values(self, idx, lengths=None):
-        """The head at every position: (B, T) of token ids (B, T); with the `lengths` (B,) of the rows, 0 in the padding."""
+        """The head at every position: (B, T) of token ids (B, T); with the `lengths` (B,) of the rows as in GPT.hidden."""
         return self.score(self.transformer.hidden(idx, lengths=lengths)).squeeze(-1)
 
     def forward(self, idx, lengths, prompt_lengths=None):

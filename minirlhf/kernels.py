@@ -58,7 +58,7 @@ def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entr
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
-    outputs = token_logprobs_op(hidden, weight, targets, float(temperature), operand_dtype(hidden, weight), keep, entropy)
+    outputs = token_logprobs_op(hidden, weight, targets.contiguous(), float(temperature), operand_dtype(hidden, weight), keep, entropy)
     return outputs[0], outputs[2].detach()
 
 
@@ -96,8 +96,7 @@ def chunks(total, other, device):
 
 
 def aligned(weight):
-    """A head's weight (V, C) with rows of zeros up to a multiple of 64 on a GPU, where a matrix product of 50,257 columns takes up to
-    seven times as long as one of 50,304 (H100, bf16)."""
+    """weight (V, C), on a GPU with zeros up to a multiple of 64 rows: a product of 50,257 columns took seven times one of 50,304 (H100)."""
     return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
 
 
@@ -107,35 +106,50 @@ ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, Sc
 @torch.library.custom_op("minirlhf::token_logprobs", mutates_args=(),
                          schema=f"({ARGUMENTS}, int keep, bool entropy) -> (Tensor, Tensor, Tensor, Tensor[])")  # fmt: skip
 def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy):
-    """Log-probs, log-sum-exp and, where asked for, entropy, (N,) each; and softmax of the first `keep` parts of the vocabulary, which
-    backward need not make again."""
-    wide = torch.promote_types(dtype, torch.float32)
+    """Log-probs, log-sum-exp and, where asked for, entropy, (N,) each; and softmax - onehot of the first `keep` parts, for backward."""
     if fused(hidden):
         return *fused_forward(hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets, temperature, entropy), []
-    h, w = (hidden if temperature == 1 else hidden / temperature).to(dtype), weight.to(dtype)
-    sums, entropies, kept = [], [], []
+    if len(targets) and not (targets.min() >= 0 and targets.max() < len(weight)):
+        raise IndexError(f"targets {targets.min()} to {targets.max()}: expected 0 to {len(weight) - 1}")
+    h, w, parts = hidden.to(dtype), weight.to(dtype), chunks(len(weight), len(hidden), weight.device)
+    at_target, sums, entropies, kept = 0, [], [], []
     with products(h):
-        for cols in chunks(len(w), len(h), w.device):
-            z = matmul(h, w[cols].t())  # (N, v)
-            largest = z.amax(1)
+        for cols in parts:
+            z = part_logits(h, w[cols], temperature)  # (N, v)
+            largest, (place, inside) = z.amax(1), place_of(targets, cols)
+            at_target = at_target + torch.where(inside, z.gather(1, place), 0).squeeze(1)
             p = torch.softmax(z, 1, out=None if z.is_cuda or entropy else z)
             sums.append(largest - p.amax(1).log())  # the largest probability is 1 / sum exp(z - largest)
             entropies += [sums[-1] - z.mul_(p).sum(1)] if entropy else []
             kept += [p] if len(kept) < keep else []
-        at_target = (h.to(wide) * w[targets].to(wide)).sum(1)
     lse = torch.stack(sums).logsumexp(0)
     shares = [(part - lse).exp() for part in sums]  # of each part in the whole probability
-    kept = [p.mul_(share[:, None]) if len(sums) > 1 else p for p, share in zip(kept, shares, strict=False)]
-    # sum of -p log p over a part, where p = share * p within the part
-    whole = [share * inside + torch.special.entr(share) for share, inside in zip(shares, entropies, strict=False)]
+    kept = [minus_onehot(p.mul_(share[:, None]), targets, cols) for p, share, cols in zip(kept, shares, parts, strict=False)]
+    whole = [share * part + torch.special.entr(share) for share, part in zip(shares, entropies, strict=False)]
     return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
+
+
+def part_logits(h, w, temperature):
+    z = matmul(h, w.t())
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def place_of(targets, cols):
+    """Where in a part of the vocabulary each target is, and whether it is in it: (N, 1) each."""
+    place, last = targets.long()[:, None] - cols.start, cols.stop - cols.start - 1
+    return place.clamp(0, last), (place >= 0) & (place <= last)
+
+
+def minus_onehot(p, targets, cols):
+    """d(-logp) / d logits = softmax - onehot of a part of the vocabulary, in place of its softmax p (N, v)."""
+    place, inside = place_of(targets, cols)
+    return p.scatter_add_(1, place, -inside.to(p.dtype))
 
 
 @token_logprobs_op.register_fake
 def _(hidden, weight, targets, temperature, dtype, keep, entropy):
     wide = torch.promote_types(dtype, torch.float32)
-    parts = chunks(len(weight), len(hidden), weight.device)[:keep]
-    kept = [hidden.new_empty((len(hidden), cols.stop - cols.start), dtype=wide) for cols in parts]
+    kept = [hidden.new_empty((len(hidden), c.stop - c.start), dtype=wide) for c in chunks(len(weight), len(hidden), weight.device)[:keep]]
     return *(hidden.new_empty(n, dtype=wide) for n in (len(targets), len(targets), len(targets) if entropy else 0)), kept
 
 
@@ -146,18 +160,16 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
     scale = grad / temperature
     if fused(hidden):
         return fused_backward(hidden, weight, targets, temperature, dtype, scale, lse)
-    h, w = (hidden if temperature == 1 else hidden / temperature).to(dtype), weight.to(dtype)
+    h, w = hidden.to(dtype), weight.to(dtype)
     d_hidden, d_weight = torch.zeros_like(hidden, dtype=lse.dtype), torch.empty_like(weight, dtype=lse.dtype)
-    scaled = (scale[:, None] * hidden).to(dtype)  # what is to be done to a row of logits is done to its C columns
+    scaled = (-scale[:, None] * hidden).to(dtype)  # what is to be done to a row of logits is done to its C columns
     with products(h):
         for i, cols in enumerate(chunks(len(w), len(h), w.device)):
-            p = kept[i] if i < len(kept) else matmul(h, w[cols].t()).sub_(lse[:, None]).exp_()
-            p = p.to(dtype)
-            d_hidden += matmul(p, w[cols])
-            d_weight[cols] = matmul(p.t(), scaled)
-    d_hidden = scale[:, None] * (w[targets] - d_hidden)
-    d_weight = d_weight.neg_().index_add_(0, targets, scaled.to(lse.dtype))
-    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
+            z = None if i < len(kept) else part_logits(h, w[cols], temperature)
+            error = (kept[i] if z is None else minus_onehot(z.sub_(lse[:, None]).exp_(), targets, cols)).to(dtype)
+            d_hidden += matmul(error, w[cols])
+            d_weight[cols] = matmul(error.t(), scaled)
+    return (-scale[:, None] * d_hidden).to(hidden.dtype), d_weight.to(weight.dtype)
 
 
 @token_logprobs_backward_op.register_fake
@@ -282,10 +294,7 @@ def fused_backward(hidden, weight, targets, temperature, dtype, scale, lse):
         for rows in chunks(len(h), len(w), w.device):
             d_logits = fused_d_logits(h[rows], w, lse[rows], targets[rows], scale[rows], temperature, len(weight))
             d_hidden[rows] = (d_logits @ w).to(hidden.dtype)
-            if dtype == lse.dtype:
-                d_weight.addmm_(d_logits.t(), h[rows])
-            else:
-                d_weight += matmul(d_logits.t(), h[rows])
+            d_weight += matmul(d_logits.t(), h[rows])
     return d_hidden, d_weight[: len(weight)].to(weight.dtype)
 
 
@@ -306,7 +315,6 @@ def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V,
 # Given logits, for code that has them: a program owns a row, reads it once in blocks, and keeps a running maximum and sum in each lane
 #
 #     row  [ block > block > block > . . ]     m, s (BLOCK,)  ->  lse = max m + log sum s exp(m - max m)
-#
 # Backward reads it again and writes the gradient: 2 reads and 1 write of (N, V), where log_softmax, gather and their backward take 8.
 
 
@@ -317,10 +325,10 @@ def logprob_from_logits(logits, targets, *, temperature=1.0):
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
-    if fused(logits):
-        return logprob_from_logits_op(logits.contiguous(), targets, float(temperature))[0]
+    if fused(logits) and logits.dtype != torch.float64:
+        return logprob_from_logits_op(logits.contiguous(), targets.contiguous(), float(temperature))[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
+    return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets.long(), reduction="none", ignore_index=-(1 << 40))
 
 
 @torch.library.custom_op("minirlhf::logprob_from_logits", mutates_args=(),

@@ -51,13 +51,15 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
     decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
     quicker = torch.inference_mode() if prompts.device.type == "cpu" else contextlib.nullcontext()  # a tenth less to do an operation
-    with runtime.quick_library(prompts), quicker:
-        decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
-        for t in range(1, max_new_tokens):
-            if t % every == 0 and decoder.ended(t).any(1).all():
-                break
-            decoder.advance(model)
-    model.train(training)
+    try:
+        with runtime.quick_library(prompts), quicker:
+            decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
+            for t in range(1, max_new_tokens):
+                if t % every == 0 and decoder.ended(t).any(1).all():
+                    break
+                decoder.advance(model)
+    finally:
+        model.train(training)
     return decoder.rollout(prompts, max_new_tokens)
 
 
@@ -138,7 +140,7 @@ class Decoder:
         self.slot += 1
         self.token.copy_(token)
         self.tokens.scatter_(1, self.slot[:, None], token[:, None])
-        self.logprobs.scatter_(1, self.slot[:, None], logprob[:, None])
+        self.logprobs.scatter_(1, self.slot[:, None], logprob[:, None].to(self.logprobs.dtype))
 
     def ended(self, width):
         """Where EOS is among the first `width` response tokens: (B, width)."""
@@ -208,7 +210,7 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     hidden = before_response(before_last, prompt_lengths, width)  # (B, R, C)
     targets = before_response(tokens[:, 1:end], prompt_lengths, width)  # (B, R)
     found = kernels.token_logprobs_and_entropy(hidden[mask], model.lm_head_weight, targets[mask], temperature=temperature, entropy=entropy)
-    logprobs, *entropies = (torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, x) for x in found[: 1 + entropy])
+    logprobs, *entropies = (torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in found[: 1 + entropy])
     return (logprobs, *entropies) if entropy else logprobs
 
 

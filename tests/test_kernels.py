@@ -206,6 +206,56 @@ def test_bfloat16_hidden(chunked):
         check(a, b, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_temperature_is_not_rounded_into_narrow_inputs(chunked, dtype):
+    chunked(1000)
+    hidden, weight, targets = inputs(1000, dtype, scale=5.0)
+    check(token_logprobs(hidden, weight, targets, temperature=0.7), plain(hidden, weight, targets, 0.7), 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_narrow_products_as_a_gpu_makes_them(chunked, temperature):
+    """The twin's operators told to multiply in bf16: confident tokens keep their gradient, and the temperature is not rounded in."""
+    chunked(1000)
+    hidden, weight, _ = (x.detach().bfloat16() for x in inputs(1000, scale=4.0))
+    logits = (hidden.double() @ weight.double().t() / temperature).requires_grad_()
+    targets = logits.argmax(1)
+    arguments = hidden, weight, targets, temperature, torch.bfloat16
+    logprobs, lse, _, kept = kernels.token_logprobs_op(*arguments, 0, False)
+    expected = logits.log_softmax(1)[torch.arange(N), targets]
+    check(logprobs, expected, 5e-5)
+    d_logits = torch.autograd.grad(expected.sum(), logits)[0] / temperature
+    got = kernels.token_logprobs_backward_op(*arguments, torch.ones(N), lse, kept)
+    for a, b in zip(got, (d_logits @ weight.double(), d_logits.t() @ hidden.double()), strict=True):
+        assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+def test_a_log_prob_is_never_above_0(chunked):
+    """The likeliest token's logit is taken from the product whose sum it is held against."""
+    chunked(1000)
+    hidden, weight, _ = inputs(1000, scale=1000.0)
+    targets = (hidden @ weight.t()).argmax(1)
+    got = token_logprobs(hidden, weight, targets)
+    assert (got <= 0).all()
+    check(got, plain(hidden, weight, targets), 1e-3)
+
+
+@pytest.mark.parametrize("wrong", [-1, 17])
+def test_targets_outside_the_vocabulary_are_errors(wrong):
+    hidden, weight, targets = inputs(17)
+    targets[2] = wrong
+    with pytest.raises(IndexError):
+        token_logprobs(hidden, weight, targets)
+    with pytest.raises(IndexError):
+        kernels.logprob_from_logits(hidden @ weight.t(), targets)
+
+
+def test_narrow_targets():
+    hidden, weight, targets = inputs(17)
+    for f in (lambda t: token_logprobs(hidden, weight, t), lambda t: kernels.logprob_from_logits(hidden @ weight.t(), t)):
+        assert torch.equal(f(targets.int()), f(targets))
+
+
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan")])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature"):

@@ -299,3 +299,17 @@ def test_draws_are_the_distributions(vocab):
 
 def test_draws_from_numbers_that_are_none():
     assert (decode_kernels.draw(torch.full((2, 100), float("nan")), rng()) < 100).all()
+
+
+def test_a_failure_leaves_the_model_in_its_mode(model):
+    model.train()
+    with pytest.raises(IndexError):
+        generate(model, torch.full((2, 3), V), torch.tensor([3, 3]), 4, eos=EOS, pad=PAD)
+    assert model.training
+    model.eval()
+
+
+def test_double_models(model):
+    model = make().double()
+    out = sampled(model)
+    close(response_logprobs(model, *out[:3], R).float(), out.logprobs)

@@ -96,6 +96,14 @@ def test_logprob_from_logits(V, dtype, std, temperature, grad_tolerance):
     assert kernels.logprob_from_logits(logits[:0], targets[:0]).shape == (0,)
 
 
+def test_targets_with_a_stride():
+    hidden, weight, targets = head(7, 32, 100, 1.0)
+    strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    assert torch.equal(kernels.token_logprobs(hidden, weight, strided), kernels.token_logprobs(hidden, weight, targets))
+    logits = hidden @ weight.t()
+    assert torch.equal(kernels.logprob_from_logits(logits, strided), kernels.logprob_from_logits(logits, targets))
+
+
 def test_torch_compile_takes_the_operators_whole():
     hidden, weight, targets = head(6, 32, 50, 1.0)
     compiled = torch.compile(lambda h, w: kernels.token_logprobs(h, w, targets) * 2, fullgraph=True, backend="aot_eager")
