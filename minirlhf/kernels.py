@@ -27,8 +27,7 @@ except ImportError:  # then the twins do everything
 
 # Logits held at a time: 29 MB in fp32, as the C library keeps an array of up to 32 for the next step, and fresh pages cost as much as a
 # matrix product (KEEP such parts stay for backward); 512 MB in bf16 on a GPU.
-CHUNK = {"cpu": 7 << 20, "cuda": 1 << 28}
-KEEP = 4
+CHUNK, KEEP = {"cpu": 7 << 20, "cuda": 1 << 28}, 4
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
 
@@ -80,12 +79,14 @@ def head_logits(hidden, weight):
         return matmul(hidden.to(dtype), weight.to(dtype).t())
 
 
-def matmul(a, b):
-    """a @ b with its sums as they are, fp32 at least."""
+def matmul(a, b, temperature=1.0):
+    """a @ b / temperature with its sums as they are, fp32 at least."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.dtype == wide or not a.is_cuda:
-        return a.to(wide) @ b.to(wide)
-    return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
+        product = a.to(wide) @ b.to(wide)
+    else:
+        product = torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
+    return product if temperature == 1 else product.div_(temperature)
 
 
 def chunks(total, other, device):
@@ -115,7 +116,7 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
     at_target, sums, entropies, kept = 0, [], [], []
     with products(h):
         for cols in parts:
-            z = part_logits(h, w[cols], temperature)  # (N, v)
+            z = matmul(h, w[cols].t(), temperature)  # (N, v)
             largest, (place, inside) = z.amax(1), place_of(targets, cols)
             at_target = at_target + torch.where(inside, z.gather(1, place), 0).squeeze(1)
             p = torch.softmax(z, 1, out=None if z.is_cuda or entropy else z)
@@ -127,11 +128,6 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
     kept = [minus_onehot(p.mul_(share[:, None]), targets, cols) for p, share, cols in zip(kept, shares, parts, strict=False)]
     whole = [share * part + torch.special.entr(share) for share, part in zip(shares, entropies, strict=False)]
     return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
-
-
-def part_logits(h, w, temperature):
-    z = matmul(h, w.t())
-    return z if temperature == 1 else z.div_(temperature)
 
 
 def place_of(targets, cols):
@@ -165,7 +161,7 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
     scaled = (-scale[:, None] * hidden).to(dtype)  # what is to be done to a row of logits is done to its C columns
     with products(h):
         for i, cols in enumerate(chunks(len(w), len(h), w.device)):
-            z = None if i < len(kept) else part_logits(h, w[cols], temperature)
+            z = None if i < len(kept) else matmul(h, w[cols].t(), temperature)
             error = (kept[i] if z is None else minus_onehot(z.sub_(lse[:, None]).exp_(), targets, cols)).to(dtype)
             d_hidden += matmul(error, w[cols])
             d_weight[cols] = matmul(error.t(), scaled)
@@ -319,10 +315,8 @@ def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V,
 
 
 def logprob_from_logits(logits, targets, *, temperature=1.0):
-    """log softmax(logits / temperature) at `targets`: (N,) fp32 (float64 for float64), of logits (N, V) and targets (N,) int.
-
-    Differentiable in logits. Raises ValueError for a temperature that is not positive.
-    """
+    """log softmax(logits / temperature) at `targets`: (N,) fp32 (float64 for float64), of logits (N, V), differentiable in them, and
+    targets (N,) int. Raises ValueError for a temperature that is not positive."""
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     if fused(logits) and logits.dtype != torch.float64:
@@ -336,9 +330,8 @@ def logprob_from_logits(logits, targets, *, temperature=1.0):
 def logprob_from_logits_op(logits, targets, temperature):
     """Log-probs and log-sum-exp (N,)."""
     logprobs, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    if len(logits):
-        V = logits.shape[1]
-        row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=min(4096, triton.next_power_of_2(V)))
+    V = logits.shape[1]
+    row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=min(4096, triton.next_power_of_2(V)))
     return logprobs, lse
 
 
@@ -346,9 +339,8 @@ def logprob_from_logits_op(logits, targets, temperature):
                          schema="(Tensor z, Tensor targets, float temperature, Tensor grad, Tensor lse) -> Tensor")  # fmt: skip
 def logprob_from_logits_backward_op(logits, targets, temperature, grad, lse):
     d_logits = torch.empty_like(logits)
-    if len(logits):
-        V, scale = logits.shape[1], 1 / temperature
-        row_gradient[(len(logits),)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=min(4096, triton.next_power_of_2(V)))
+    V, scale = logits.shape[1], 1 / temperature
+    row_gradient[(len(logits),)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=min(4096, triton.next_power_of_2(V)))
     return d_logits
 
 
