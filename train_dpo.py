@@ -97,12 +97,8 @@ def main(knobs):
     labeler, reward_summary = find_labeler(knobs)
     rng = runtime.seed_everything(knobs.seed)
     tokenizer = sft.load_tokenizer(source)
-    policy = GPT.from_pretrained(source).to(device)
-    base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
-    reference = copy.deepcopy(base) if knobs.rounds > 1 else base
+    policy, base, reference = load_models(source, kind, knobs, device)
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
-    if knobs.compile:
-        compile_trunks(*filter(None, [policy, reference]))
     optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
@@ -118,7 +114,8 @@ def main(knobs):
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
 
     run = Run("dpo", knobs, len(plan), device)
-    before = None if base else sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)  # a base can be asked at the end
+    ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
+    before = None if base else ask(policy)  # a base can be asked at the end
 
     # Loop
     for step, batch in enumerate(plan):
@@ -142,12 +139,21 @@ def main(knobs):
         run.log(step, stats | ({"online/labels": bought} if knobs.online else {}), show=("loss", "rewards/accuracies"))
 
     # Evaluation
-    before = before or sample(base, base, scorer, held_out, tokenizer, knobs, autocast)
-    after = sample(policy, base, scorer, held_out, tokenizer, knobs, autocast)
+    before, after = before or ask(base), ask(policy)
     run.close()
     accuracy = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
     return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary, accuracy)
+
+
+def load_models(source, kind, knobs, device):
+    """The policy; the base, if the loss has a reference; and that reference, the base itself unless rounds move it."""
+    policy = GPT.from_pretrained(source).to(device)
+    base = GPT.from_pretrained(source).to(device) if dpo.AXES[kind]["RL1"] == "reference" else None
+    reference = copy.deepcopy(base) if knobs.rounds > 1 else base
+    if knobs.compile:
+        compile_trunks(policy, reference)
+    return policy, base, reference
 
 
 def loss_of(knobs):
@@ -224,7 +230,7 @@ def plan_of(items, kind, knobs, rng):
     return list(itertools.islice((batch for epoch in epochs for batch in epoch), knobs.steps or None))
 
 
-def sample(policy, base, scorer, prompts, tokenizer, knobs, autocast):
+def sample(base, scorer, prompts, tokenizer, knobs, autocast, policy):
     """Answers to held-out prompts; without a base there is no KL from it."""
     sampled = answers(policy, base or policy, scorer, prompts, tokenizer, knobs.response_length, 1.0, autocast, knobs.seed)
     return sampled if base else [answer._replace(kl=math.nan) for answer in sampled]

@@ -133,7 +133,7 @@ def main(knobs):
     critic = make_critic(knobs, policy, reference, rm)
     trained = torch.nn.ModuleList(filter(None, [policy, critic]))
     if knobs.compile:
-        compile_trunks(*filter(None, [policy, reference, rm, critic]))
+        compile_trunks(policy, reference, rm, critic)
     optimizer = runtime.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 

@@ -96,9 +96,7 @@ def main(knobs):
         prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
         prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
     run = Run("rm", knobs, len(plan), device)
-    few = test_pairs[(test_pairs < 300).all(1)]
-    fresh = share_positive(differences(model, read_all(model, *(x[:300] for x in test_rows), tokenizer, autocast, device), few))
-    run.say(f"step-0 check: a fresh head orders {fresh:.3f} of {len(few)} test pairs (chance is 0.5)")
+    run.say(step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device))
 
     # Loop
     for step, (batch, pairs, labels) in enumerate(plan):
@@ -138,6 +136,13 @@ def check(knobs, items):
         raise UserError(f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs")
     if knobs.model == "pairwise" and (knobs.loss != "pairs" or knobs.center or knobs.level != "response"):
         raise UserError("--model pairwise has no scores: expected --loss pairs, --level response and no --center")
+
+
+def step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device, n=300):
+    """What a fresh head makes of the pairs among the first n test rows; all of them would hold up the first step."""
+    few = test_pairs[(test_pairs < n).all(1)]
+    share = share_positive(differences(model, read_all(model, *(x[:n] for x in test_rows), tokenizer, autocast, device), few))
+    return f"step-0 check: a fresh head orders {share:.3f} of {len(few)} test pairs (chance is 0.5)"
 
 
 def encode(items, tokenizer, n_ctx, overlong):

@@ -110,7 +110,8 @@ class Bench:
 
     def row(self, name, shape, unit, amount, ours, peers, *, roof=None, n=None, memory=False):
         """Times ours beside {peer: function}; `amount` of `unit` is what a call does, `roof` the seconds it needs at the ceilings."""
-        (seconds, spread), *others = self.seconds(ours, *map(self.with_torchs_settings, peers.values()), n=n)
+        peers = {peer: self.with_torchs_settings(f) for peer, f in peers.items()}
+        (seconds, spread), *others = self.seconds(ours, *peers.values(), n=n)
         result = {"row": name, "shape": shape, "dtype": self.dtype, "unit": unit, "ours": amount / seconds, "spread": spread / seconds}
         for peer, (theirs, _) in zip(peers, others, strict=True):
             result |= {peer: amount / theirs, f"ratio/{peer}": theirs / seconds}
@@ -122,11 +123,8 @@ class Bench:
 
     def with_torchs_settings(self, f):
         def run():
-            ours = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            result = f()
-            torch.set_float32_matmul_precision(ours)
-            return result
+            with runtime.matmul_precision("highest"):
+                return f()
 
         return run
 

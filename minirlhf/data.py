@@ -345,7 +345,7 @@ def pad_rows(rows, pad, device="cpu"):
     return tokens.to(device), lengths.to(device)
 
 
-def parts_by_length(lengths, parts=4):
+def parts_by_length(lengths, parts):
     """A batch in parts of like length, which saves most of the padding: index arrays, and the order that undoes them."""
     order = np.argsort(lengths, kind="stable")
     return [part for part in np.array_split(order, parts) if len(part)], torch.as_tensor(order.argsort())

@@ -36,14 +36,6 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once: (L, 2, B, H, S, C/H)."""
-
-    def __init__(self, config, batch, length, *, device=None, dtype=None):
-        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
-
-
 def attention(q, k, v, dropout=0.0):
     """Causal attention, softmax(q k^T / sqrt(D)) v: (B, H, T, D) of q, k, v (B, H, T, D)."""
     B, H, T, D = q.shape
@@ -177,7 +169,8 @@ class GPT(nn.Module):
         return self.wte.weight
 
     def hidden(self, idx, cache=None, lengths=None):
-        """Final hidden states (B, T, C) of token ids (B, T), whose keys and values go into the first T slots of a `cache`, if there is one.
+        """Final hidden states (B, T, C) of token ids (B, T), whose keys and values go into the first T slots of a `cache`,
+        (L, 2, B, H, S, C/H), if there is one.
 
         With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the result is 0, if it is a sixth or more.
         Raises ValueError when T exceeds the context.
@@ -199,7 +192,7 @@ class GPT(nn.Module):
             idx, places = idx.flatten()[layout.where], layout.where % idx.shape[1]  # (N,)
         x = self.drop(self.wte(idx) + self.wpe(places))  # (B, T, C), or (N, C) with a layout
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.kv[layer], layout)
+            x = block(x, None if cache is None else cache[layer], layout)
         x = self.ln_f(x)
         return x if layout is None else layout.padded(x)
 
@@ -230,8 +223,8 @@ def compiled_trunk():
 
 
 def compile_trunks(*models):
-    """Compiles the layers of all GPTs in the models (their heads are kernels of their own), or prints why that cannot be."""
-    for gpt in (part for model in models for part in model.modules() if isinstance(part, GPT)):
+    """Compiles the layers of all GPTs in the models (their heads are kernels of their own; None is no model), or prints why not."""
+    for gpt in (part for model in filter(None, models) for part in model.modules() if isinstance(part, GPT)):
         gpt.compiled = True
         try:
             gpt.hidden(torch.zeros(2, 8, dtype=torch.int64, device=gpt.wte.weight.device))

@@ -125,9 +125,10 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
             kept += [p] if len(kept) < keep else []
     lse = torch.stack(sums).logsumexp(0)
     shares = [(part - lse).exp() for part in sums]  # of each part in the whole probability
-    kept = [minus_onehot(p.mul_(share[:, None]), targets, cols) for p, share, cols in zip(kept, shares, parts, strict=False)]
-    whole = [share * part + torch.special.entr(share) for share, part in zip(shares, entropies, strict=False)]
-    return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
+    whole = kept if len(parts) == 1 else [p.mul_(share[:, None]) for p, share in zip(kept, shares, strict=False)]
+    kept = [minus_onehot(p, targets, cols) for p, cols in zip(whole, parts, strict=False)]
+    inside = [share * part + torch.special.entr(share) for share, part in zip(shares, entropies, strict=False)]
+    return at_target - lse, lse, sum(inside) if entropy else lse.new_empty(0), kept
 
 
 def place_of(targets, cols):

@@ -102,19 +102,23 @@ def products(x):
 
 
 @contextlib.contextmanager
-def quick_library(x):
-    """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller uses torch's newer switches, which are not to be mixed with this one
-        yield
-        return
-    if x.device.type == "cpu":
-        torch.set_float32_matmul_precision(cpu_precision(len(x)))
+def matmul_precision(name):
+    """torch's precision of fp32 matrix products for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def quick_library(x):
+    """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller uses torch's newer switches, which are not to be mixed with this one
+        return contextlib.nullcontext()
+    return matmul_precision(cpu_precision(len(x))) if x.device.type == "cpu" else contextlib.nullcontext()
 
 
 def cpu_precision(rows=1024):
@@ -133,11 +137,8 @@ def onednn_is_exact():
     it (AMX). Elsewhere it computes in fp32, and on an AMD EPYC in less than half of MKL's time.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", enabled=False):
+    with matmul_precision("medium"), torch.autocast("cpu", enabled=False):
         error = a @ b - (a.double() @ b.double())
-    torch.set_float32_matmul_precision(before)
     return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
 
 

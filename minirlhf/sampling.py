@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from minirlhf import decode_kernels, kernels, runtime
 from minirlhf.data import pad_rows
-from minirlhf.gpt import KVCache
 
 
 class Rollout(NamedTuple):
@@ -57,7 +56,7 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
             for t in range(1, max_new_tokens):
                 if t % every == 0 and decoder.ended(t).any(1).all():
                     break
-                decoder.advance(model)
+                decoder.advance()
     finally:
         model.train(training)
     return decoder.rollout(prompts, max_new_tokens)
@@ -74,7 +73,7 @@ class Decoder:
         self.eos, self.pad, self.temperature, self.top_k = eos, pad, temperature, top_k
         weight = model.lm_head_weight
         device = weight.device
-        self.rounded = self.generator = self.graph = self.layers = None
+        self.rounded = self.generator = self.graph = None
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if dtype != weight.dtype and weight.is_cuda:  # each step would else read fp32 weights to round them
             self.rounded, weight = copy.deepcopy(model).requires_grad_(False), weight.to(dtype)
@@ -82,7 +81,10 @@ class Decoder:
                 if isinstance(linear, torch.nn.Linear):
                     linear.to(dtype)
         self.vocab, self.weight = len(weight), kernels.aligned(weight.detach())
-        self.cache = KVCache(model.config, batch, slots, device=device, dtype=dtype)
+        source, c = self.rounded or model, model.config
+        self.layers = [list(block.parameters()) for block in source.h]
+        self.around = source.wte.weight, source.wpe.weight, *source.ln_f.parameters()
+        self.cache = torch.zeros(c.n_layer, 2, batch, c.n_head, slots, c.n_embd // c.n_head, device=device, dtype=dtype)
         self.tokens = torch.full((batch, slots), pad, device=device)
         self.logprobs = torch.zeros(batch, slots, device=device)  # of the token in that slot
         self.token, self.slot = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))  # each row's newest
@@ -107,21 +109,19 @@ class Decoder:
         hidden = (self.rounded or model).hidden(self.tokens[:, :Q], self.cache)  # (B, Q, C)
         self.pick(hidden[torch.arange(B, device=prompts.device), self.slot])
 
-    def advance(self, model):
+    def advance(self):
         """One more token a row, also of those that have ended: what follows EOS is thrown away at the end."""
         if self.graph:
             return self.graph.replay()
-        self.pick(self.step(self.rounded or model))
+        self.pick(self.step())
 
-    def step(self, model):
-        """`model.hidden` of the newest token alone: (B, C). Written out, as calling a module takes as long as its work on one token."""
-        if self.layers is None:
-            self.layers = [list(block.parameters()) for block in model.h], model.wte.weight, model.wpe.weight, *model.ln_f.parameters()
-        layers, wte, wpe, *ln_f = self.layers
+    def step(self):
+        """`GPT.hidden` of the newest token alone: (B, C). Written out, as calling a module takes as long as its work on one token."""
+        wte, wpe, *ln_f = self.around
         C = wte.shape[1]
-        mask = (torch.arange(self.cache.kv.shape[4], device=wte.device) <= self.slot[:, None])[:, None, None]  # (B, 1, 1, S)
+        mask = (torch.arange(self.cache.shape[4], device=wte.device) <= self.slot[:, None])[:, None, None]  # (B, 1, 1, S)
         x = F.embedding(self.token, wte) + F.embedding(self.slot, wpe)  # (B, C)
-        for layer, cache in zip(layers, self.cache.kv, strict=True):
+        for layer, cache in zip(self.layers, self.cache, strict=True):
             w_1, b_1, w_qkv, b_qkv, w_out, b_out, w_2, b_2, w_up, b_up, w_down, b_down = layer
             qkv = F.linear(torch.layer_norm(x, (C,), w_1, b_1), w_qkv, b_qkv)
             x = x + F.linear(decode_kernels.decode_attention(qkv, cache, self.slot, mask).view(-1, C), w_out, b_out)
@@ -174,11 +174,11 @@ def captured(model, batch, slots, **options):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                decoder.advance(model)
+                decoder.advance()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            decoder.advance(model)
+            decoder.advance()
         decoder.graph = graph
         decoders[key] = decoder
     return decoders[key]

@@ -133,10 +133,10 @@ def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     decoder = sampling.Decoder(model, 3, 12, eos=NEVER, pad=PAD, temperature=1.0, top_k=None)
     decoder.start(model, tokens, lengths, rng())
     past = (torch.arange(12) >= lengths[:, None])[None, :, None, :, None]
-    for x in (decoder.cache.kv[:, 0], decoder.cache.kv[:, 1]):
+    for x in (decoder.cache[:, 0], decoder.cache[:, 1]):
         x.masked_fill_(past, 1e4)
     for _ in range(3):
-        hidden = decoder.step(model)
+        hidden = decoder.step()
         rows = [row[: n + 1].tolist() for row, n in zip(decoder.tokens, decoder.slot, strict=True)]
         close(hidden, torch.stack([model.hidden(torch.tensor([row]))[0, -1] for row in rows]))
         decoder.pick(hidden)
