@@ -22,7 +22,7 @@ Every method makes the toy's true reward rise; tests/test_axes.py has the comman
 push down most of what they see until the policy leaves the language, which a higher beta or alpha or an nll_weight prevents, and
 discopop's loss falls to both sides of where it starts, but for a higher temperature.
 
-Left out: thumbs and lists online, a reference that follows by a running mean, resuming.
+Left out: thumbs and lists online, a reference that follows by a running mean.
 """
 
 import copy
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import batches, data, dpo, labelers, online, runtime, sft
+from minirlhf import batches, data, dpo, labelers, online, parallel, runtime, sft
 from minirlhf.checkpoint import finished
 from minirlhf.feedback import lists_epoch, thumbs, thumbs_epoch
 from minirlhf.gpt import GPT, compile_trunks
@@ -84,11 +84,15 @@ class Knobs(runtime.Ranges):
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
+    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
+    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
+    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
+    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 def main(knobs):
     kind, options = loss_of(knobs)
-    device = runtime.pick_device(knobs.device)
+    device = parallel.start(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
 
@@ -99,13 +103,15 @@ def main(knobs):
     tokenizer = sft.load_tokenizer(source)
     policy, base, reference = load_models(source, kind, knobs, device)
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
-    optimizer = runtime.make_optimizer(policy, knobs.lr, weight_decay=knobs.weight_decay)
+    trained = parallel.Together(policy)
+    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
-        prompts, plan = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong), range(knobs.steps or 100)
-        own = online.own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng)
+        rows = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
+        plan = data.endless(len(rows), knobs.batch_size // 2, knobs.steps or 100, rng)
+        own = partial(online.own_batch, policy, reference, prefer, tokenizer, kind, knobs)
     else:
         rows = encode(feedback.train, tokenizer, kind, knobs, policy)
         ref_logps = batches.stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
@@ -113,30 +119,33 @@ def main(knobs):
     test_rows = encode(feedback.test, tokenizer, kind, knobs, policy)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
 
-    run = Run("dpo", knobs, len(plan), device)
+    parts = {"policy": trained, "optimizer": optimizer, "reference": reference if knobs.rounds > 1 else None}
+    given = {"data": rows if knobs.online else rows.tokens, "base model": source, "reward": labeler}
+    run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
     before = None if base else ask(policy)  # a base can be asked at the end
 
     # Loop
-    for step, batch in enumerate(plan):
+    for step, batch in run.steps():
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
         with autocast:  # apart from the loss's: what autocast once cast without a gradient it would use again without one
-            if step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round begins
+            if begins := step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round
                 reference.load_state_dict(policy.state_dict())
-                ref_logps = None if knobs.online else batches.all_logps(reference, rows)
+            if not knobs.online and knobs.rounds > 1 and (begins or step == run.first):
+                ref_logps = batches.all_logps(reference, rows)
             if knobs.online:
-                bought, *batch = next(own)
+                bought, *batch = own([rows[i] for i in batch])
             else:
                 index, *labels = batch
                 batch = rows.take(index), None if ref_logps is None else ref_logps[index], *labels
         with autocast:
             loss, stats = batch_loss(policy, reference, kind, options, knobs, *batch)
-        loss_number = runtime.finite(loss, f"dpo step {step}: loss")
         if step == 0 and base:
-            run.say(step_0_check(kind, options, knobs, loss_number, stats))
-        loss.backward()
-        stats = {"loss": loss_number, "grad_norm": runtime.optimizer_step(optimizer, knobs.max_grad_norm)} | stats
-        run.log(step, stats | ({"online/labels": bought} if knobs.online else {}), show=("loss", "rewards/accuracies"))
+            run.say(step_0_check(kind, options, knobs, loss.item(), stats))
+        trained.backward(loss)
+        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch[0].tokens))
+        stats |= {"online/labels": (step + 1) * bought} if knobs.online else {}
+        run.log(step, {"loss": loss, "grad_norm": norm} | stats, show=("loss", "rewards/accuracies"))
 
     # Evaluation
     before, after = before or ask(base), ask(policy)
@@ -153,6 +162,8 @@ def load_models(source, kind, knobs, device):
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
     if knobs.compile:
         compile_trunks(policy, reference)
+    if knobs.shard:
+        parallel.shard(policy, base, reference)
     return policy, base, reference
 
 
@@ -191,8 +202,7 @@ def find_labeler(knobs):
     if knobs.reward:
         return knobs.reward, finished(knobs.reward) or {}
     if knobs.online:
-        own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(beside), seed=knobs.seed, overlong=knobs.overlong,
-                             device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+        own = train_rm.Knobs(init=knobs.init, out=str(beside), **sft.earlier(knobs))
         return sft.stage_before("reward model", train_rm.main, own)
     summary = finished(beside) or {}
     return (beside, summary) if summary.get("data") == knobs.data else (None, {})

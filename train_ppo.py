@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import data, labelers, ppo, runtime, sft
+from minirlhf import data, labelers, parallel, ppo, runtime, sft
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, RewardModel, compile_trunks
 from minirlhf.log import Run
@@ -99,6 +99,10 @@ class Knobs(runtime.Ranges):
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
+    save_every: int = knob(10, "steps between states to resume from; the last one is always saved; 0: no others")
+    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
+    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
+    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 class Episodes(NamedTuple):
@@ -119,7 +123,7 @@ class Episodes(NamedTuple):
 
 def main(knobs):
     check(knobs)
-    device = runtime.pick_device(knobs.device)
+    device = parallel.start(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
 
@@ -131,34 +135,37 @@ def main(knobs):
     policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
     scorer, rm = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
     critic = make_critic(knobs, policy, reference, rm)
-    trained = torch.nn.ModuleList(filter(None, [policy, critic]))
     if knobs.compile:
         compile_trunks(policy, reference, rm, critic)
+    if knobs.shard:
+        parallel.shard(policy, reference, rm, critic)
+    trained = parallel.Together(policy, critic)
     optimizer = runtime.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
-    # Data: prompts, in an order without end
+    # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
     prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
     group = 1 if knobs.advantage == "gae" else knobs.group_size
-    order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
+    plan = data.endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
 
     def sample(model):
         return answers(model, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
-    run, told = Run("ppo", knobs, knobs.steps, device), set()
+    parts = {"models": trained, "optimizer": optimizer, "kl": controller}
+    run = Run("ppo", knobs, plan, device, tokenizer, parts, {"data": prompts, "base model": source, "reward": reward_source})
+    told = set()
     if knobs.top_k:
         run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
 
-    for step in range(knobs.steps):
+    for step, batch in run.steps():
         runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
-        chosen = [prompts[next(order)] for _ in range(knobs.batch_size // group)]
-        batch = data.pad_rows([prompt for prompt in chosen for _ in range(group)], tokenizer.pad, device)
+        batch = data.pad_rows([prompts[i] for i in batch.repeat(group)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)
-        stats |= update(policy, critic, optimizer, episodes, knobs, controller.coef, autocast, step)
+        stats |= update(trained, optimizer, episodes, knobs, controller.coef, autocast, partial(run.nonfinite, step))
         if knobs.kl_target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
         if step == 0:
@@ -192,9 +199,10 @@ def check(knobs):
 
 def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coef):
     """Steps 1 to 6: (Episodes, stats)."""
-    # 1 rollout
-    sampled = generate(policy, *prompts, knobs.response_length, eos=tokenizer.eos if knobs.stop_at_eos else -1, pad=tokenizer.pad,
-                       temperature=knobs.temperature, top_k=knobs.top_k or None)  # fmt: skip
+    # 1 rollout; each process makes its share of the episodes, up to step 5
+    mine, _ = parallel.share(len(prompts[0]))
+    sampled = generate(policy, *(x[mine] for x in prompts), knobs.response_length, eos=tokenizer.eos if knobs.stop_at_eos else -1,
+                       pad=tokenizer.pad, temperature=knobs.temperature, top_k=knobs.top_k or None, first_row=int(mine[0]))  # fmt: skip
     row, width = sampled[:3], knobs.response_length
     mask = response_mask(sampled.response_lengths, width)  # (B, R)
 
@@ -214,51 +222,62 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
         values = critic.values(sampled.tokens, row[1] + row[2]).float()  # (B, Q+R)
         values = torch.where(mask, before_response(values, sampled.prompt_lengths, width), 0)
 
+    # 4 and 6, of all episodes at once
+    found = (*sampled, mask, scores, ended, logprobs, entropy, ref_logprobs, values)
+    *row, sampled_logprobs, mask, scores, ended, logprobs, entropy, ref_logprobs, values = (
+        parallel.gather(x, len(prompts[0])) for x in found)  # fmt: skip
     rewards, advantages, returns = ppo.experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef)
-    episodes = Episodes(*row, logprobs, ref_logprobs, advantages, values, returns)
     scores = scores.sum(1)
     stats = {
         "objective/score": scores.mean(), "objective/score_std": scores.std(correction=0),
         "objective/kl": (logprobs - ref_logprobs).sum(1).mean(), "objective/kl_coef": torch.tensor(kl_coef),
         "objective/entropy": -logprobs.sum(1).mean(), "ppo/policy/entropy": ppo.masked_mean(entropy, mask),
         "objective/reward": rewards.sum(1).mean(),
-        "objective/response_length": sampled.response_lengths.float().mean(), "objective/ended": ended.float().mean(),
-        "objective/mismatch": (logprobs - sampled.logprobs).abs().sum() / mask.sum(),
+        "objective/response_length": mask.sum(1).float().mean(), "objective/ended": ended.float().mean(),
+        "objective/mismatch": (logprobs - sampled_logprobs).abs().sum() / mask.sum(),
     }  # fmt: skip
     if critic:
         stats |= {"ppo/returns/mean": ppo.masked_mean(returns, mask),
                   "ppo/val/explained_variance": ppo.explained_variance(values, returns, mask)}  # fmt: skip
-    return episodes, stats
+    return Episodes(*row, logprobs, ref_logprobs, advantages, values, returns), stats
 
 
-def update(policy, critic, optimizer, episodes, knobs, kl_coef, autocast, step):
+def update(trained, optimizer, episodes, knobs, kl_coef, autocast, nonfinite=None):
     """Step 7: the mean of each statistic over the optimizer steps, and those of the first one, before anything has moved."""
-    B, R = episodes.logprobs.shape
     history = []
     for _ in range(knobs.ppo_epochs):
-        for index in torch.randperm(B).tensor_split(knobs.minibatches):
+        for index in torch.randperm(len(episodes.tokens)).tensor_split(knobs.minibatches):
             minibatch = episodes.rows(index.to(episodes.tokens.device))
-            n_tokens = minibatch.response_lengths.sum()
-            means = {}
-            by_length = (minibatch.prompt_lengths + minibatch.response_lengths).argsort()  # like with like: less padding
-            for micro in by_length.split(knobs.micro_batch or B):
-                mb = minibatch.rows(micro)
-                mb = mb._replace(tokens=mb.tokens[:, : int((mb.prompt_lengths + mb.response_lengths).max())])
-                row = (mb.tokens, mb.prompt_lengths, mb.response_lengths)
-                mask = response_mask(mb.response_lengths, R)
-                with autocast:
-                    logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
-                    values = before_response(critic.values(mb.tokens, row[1] + row[2]).float(), mb.prompt_lengths, R) if critic else None
-                loss, stats = ppo.losses(logprobs, values, mb, mask, knobs, kl_coef)
-                share = mask.sum() / n_tokens  # a mean is over the tokens of the whole minibatch
-                (loss * share).backward()
-                for key, value in stats.items():
-                    means[key] = means.get(key, 0) + value.detach() * share
-            runtime.finite(means["ppo/policy/loss"] + means.get("ppo/val/loss", 0), f"ppo step {step}: loss")
-            means["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
+            means = add_gradient(trained, minibatch, knobs, kl_coef, autocast)
+            loss = means["ppo/policy/loss"] + means.get("ppo/val/loss", 0)
+            skip = nonfinite and partial(nonfinite, minibatch.tokens)
+            _, means["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
             history.append(means)
     stats = {key: torch.stack([torch.as_tensor(h[key]) for h in history]).mean() for key in history[0]}
     return stats | {f"ppo/policy/first_{key}": history[0][f"ppo/policy/{key}"] for key in ("ratio", "approxkl")}
+
+
+def add_gradient(trained, minibatch, knobs, kl_coef, autocast):
+    """The statistics of a minibatch, after the backward pass of --micro-batch episodes at a time; each process takes its share of them."""
+    policy, critic = (*trained, None)[:2]
+    n_tokens, R = minibatch.response_lengths.sum(), minibatch.logprobs.shape[1]
+    mine, counts = (torch.as_tensor(x, device=n_tokens.device) for x in parallel.share(len(minibatch.tokens)))
+    size, means = knobs.micro_batch or len(mine), {}
+    for start in range(0, len(mine), size):
+        micro = slice(start, start + size)
+        mb = minibatch.rows(mine[micro])
+        mb = mb._replace(tokens=mb.tokens[:, : int((mb.prompt_lengths + mb.response_lengths).max())])
+        row = (mb.tokens, mb.prompt_lengths, mb.response_lengths)
+        mask = response_mask(mb.response_lengths, R) & counts[micro][:, None]
+        with autocast:
+            logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
+            values = before_response(critic.values(mb.tokens, row[1] + row[2]).float(), mb.prompt_lengths, R) if critic else None
+        loss, stats = ppo.losses(logprobs, values, mb, mask, knobs, kl_coef)
+        share = mask.sum() / n_tokens  # a mean is over the tokens of the whole minibatch
+        trained.backward(loss * share, last=start + size >= len(mine))
+        for key, value in stats.items():
+            means[key] = means.get(key, 0) + value.detach() * share
+    return dict(zip(means, parallel.total(torch.stack(list(means.values()))), strict=True))
 
 
 def step_0_check(stats):
@@ -273,8 +292,7 @@ def reward_model(knobs):
     sft.keep_apart(knobs.reward or Path(knobs.out).parent / "rm", knobs.out)
     if knobs.reward:
         return knobs.reward, {}
-    own = train_rm.Knobs(data=knobs.data, init=knobs.init, out=str(Path(knobs.out).parent / "rm"), seed=knobs.seed,
-                         overlong=knobs.overlong, device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+    own = train_rm.Knobs(init=knobs.init, out=str(Path(knobs.out).parent / "rm"), **sft.earlier(knobs))
     return sft.stage_before("reward model", train_rm.main, own)
 
 

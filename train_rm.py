@@ -22,17 +22,18 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from minirlhf import data, runtime, sft
+from minirlhf import data, parallel, runtime, sft
 from minirlhf.batches import Rows
 from minirlhf.gpt import GPT, PreferenceModel, RewardModel, compile_trunks
 from minirlhf.log import Run
 from minirlhf.reward import best_of_k_loss, bradley_terry_loss, normalization, plackett_luce_loss, rating_loss, share_positive
 from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import generate
+from minirlhf.sampling import generate_all
 
 LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
 
@@ -65,10 +66,14 @@ class Knobs(runtime.Ranges):
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
+    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
+    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
+    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
+    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 def main(knobs):
-    device = runtime.pick_device(knobs.device)
+    device = parallel.start(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     check(knobs, feedback.train)
@@ -83,7 +88,10 @@ def main(knobs):
         model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level).to(device)
     if knobs.compile:
         compile_trunks(base, model)
-    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
+    if knobs.shard:
+        parallel.shard(base, model)
+    trained = parallel.Together(model)
+    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
 
     # Data: rows, and the fixed test pairs
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)
@@ -95,21 +103,21 @@ def main(knobs):
     if normalize:
         prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
         prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
-    run = Run("rm", knobs, len(plan), device)
-    run.say(step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device))
+    run = Run("rm", knobs, plan, device, tokenizer, {"model": trained, "optimizer": optimizer}, {"data": rows, "base model": source})
+    if not run.first:
+        run.say(step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device))
 
     # Loop
-    for step, (batch, pairs, labels) in enumerate(plan):
+    for step, (batch, pairs, labels) in run.steps():
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        thinned = zip(*(thin(rows[i], prompt_lengths[i], knobs.delete, rng) for i in batch), strict=True)
+        thinned = zip(*(thin(rows[i], prompt_lengths[i], knobs.delete) for i in batch), strict=True)
         with autocast:
             read = forward(model, *thinned, tokenizer.pad, device, knobs.micro_batch)  # (b,) or (b, dim)
         loss = batch_loss(knobs, model, read, feedback.train, batch, pairs, labels)
-        loss_number = runtime.finite(loss, f"rm step {step}: loss")
-        loss.backward()
-        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
+        trained.backward(loss)
+        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, [rows[i] for i in batch]))
         agree = ((differences(model, read, pairs) > 0) == (torch.as_tensor(labels).float() > 0.5).to(device)).float().mean()
-        run.log(step, {"loss": loss_number, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
+        run.log(step, {"loss": loss, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
     if normalize:
@@ -150,9 +158,9 @@ def encode(items, tokenizer, n_ctx, overlong):
     return data.encode(zip(items.prompts, items.responses, items.where, strict=True), tokenizer, n_ctx, overlong)
 
 
-def thin(row, prompt_length, delete, rng):
+def thin(row, prompt_length, delete):
     """A row of token ids without a random share of them, the EOS at both ends excepted, and what is left of its prompt length."""
-    keep = rng.random(len(row)) >= delete
+    keep = np.random.random(len(row)) >= delete
     keep[[0, -1]] = True
     return row[keep], int(keep[:prompt_length].sum())
 
@@ -240,7 +248,7 @@ def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     device = base.wte.weight.device
     tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)
     with autocast:
-        rollout = generate(base, tokens, lengths, response_length, eos=tokenizer.eos, pad=tokenizer.pad)
+        rollout = generate_all(base, tokens, lengths, response_length, eos=tokenizer.eos, pad=tokenizer.pad)
     whole = rollout.prompt_lengths + rollout.response_lengths
     rows = [row[:n] for row, n in zip(rollout.tokens.cpu(), whole.cpu(), strict=True)]
     return read_all(rm, rows, rollout.prompt_lengths.tolist(), tokenizer, autocast, device)

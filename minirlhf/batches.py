@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf import data
+from minirlhf import data, parallel
 from minirlhf.checkpoint import atomic_write
 from minirlhf.sampling import before_response, response_logprobs, response_mask
 
@@ -38,20 +39,22 @@ class Rows(NamedTuple):
     def by_parts(self, f, micro_batch=0):
         """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows, in parts of like length: (N, ...).
 
-        With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward.
+        With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward. Each process computes
+        its share of the rows.
         """
-        lengths = [len(row) for row in self.tokens]
+        mine, _ = parallel.share(len(self.tokens))
+        lengths = np.array([len(row) for row in self.tokens])
         # On a CPU, so many tokens' activations fit its cache; more rows at a time take longer.
-        parts = -(-len(lengths) // micro_batch) if micro_batch else -(-sum(lengths) // 1200) if str(self.device) == "cpu" else 1
-        parts, undo = data.parts_by_length(lengths, parts)
+        some = 1200 * parallel.world() if str(self.device) == "cpu" else lengths.sum()
+        parts, undo = data.parts_by_length(lengths[mine], math.ceil(len(mine) / micro_batch if micro_batch else lengths.sum() / some))
         values = []
-        for part in parts:
+        for part in (mine[part] for part in parts):
             tokens, lengths = data.pad_rows([self.tokens[i] for i in part], self.pad, self.device)
             prompt_lengths = torch.as_tensor(self.prompt_lengths[part], device=self.device)
             row = (tokens, prompt_lengths, lengths - prompt_lengths)
             # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
             values.append(checkpoint(f, *row, use_reentrant=False) if micro_batch else f(*row))
-        return torch.cat(values)[undo]
+        return parallel.gather(torch.cat(values)[undo], len(self.tokens))
 
     def mismatched(self, n_ctx):
         """Each prompt with the response of the row before it, the first with that of the last: where there are no prompts, the same rows.

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf import batches, kernels, runtime, trl_driver
+from minirlhf import batches, kernels, parallel, runtime, trl_driver
 from minirlhf.dpo import pair_loss
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.ppo import gae, gae_by_loop, on_last_token
@@ -302,8 +302,9 @@ def row_reward(bench):
     def ours():
         with bench.autocast:
             scores = rows.by_parts(lambda tokens, p, r: rm(tokens, p + r).float())
-        bradley_terry_loss(*scores.chunk(2)).backward()
-        runtime.optimizer_step(optimizer, 1.0)
+        loss = bradley_terry_loss(*scores.chunk(2))
+        loss.backward()
+        runtime.optimizer_step(optimizer, 1.0, loss)
 
     bench.against_trl("reward-model step", shape, "pairs/s", shape[0], ours, trl_driver.pair_steps, rm, rows, shape)
 
@@ -319,8 +320,9 @@ def row_dpo(bench):
             ref = batches.all_logps(reference, rows)
         with bench.autocast:
             logps = rows.by_parts(batches.total(policy))
-        pair_loss("sigmoid", *logps.chunk(2), *ref.chunk(2)).mean().backward()
-        runtime.optimizer_step(optimizer, 1.0)
+        loss = pair_loss("sigmoid", *logps.chunk(2), *ref.chunk(2)).mean()
+        loss.backward()
+        runtime.optimizer_step(optimizer, 1.0, loss)
 
     bench.against_trl("DPO step", shape, "pairs/s", shape[0], ours, trl_driver.pair_steps, policy, rows, shape)
 
@@ -333,7 +335,8 @@ def row_ppo(bench):
     knobs = train_ppo.Knobs(batch_size=B, response_length=R, stop_at_eos=False, ppo_epochs=4, minibatches=4, micro_batch=0)
     policy, reference = bench.gpt(), bench.gpt()
     rm, critic = (RewardModel.from_base(policy).to(bench.device) for _ in range(2))
-    optimizer = runtime.make_optimizer(torch.nn.ModuleList([policy, critic]), 1e-5)
+    trained = parallel.Together(policy, critic)
+    optimizer = runtime.make_optimizer(trained, 1e-5)
     prompts = bench.tokens(B, Q), torch.full((B,), Q, device=bench.device)
 
     def scorer(tokens, p, r):
@@ -342,7 +345,7 @@ def row_ppo(bench):
     def ours():
         with torch.no_grad(), bench.autocast:
             episodes, _ = train_ppo.rollout(policy, reference, scorer, critic, prompts, SimpleNamespace(eos=0, pad=0), knobs, 0.05)
-        train_ppo.update(policy, critic, optimizer, episodes, knobs, 0.05, bench.autocast, 0)
+        train_ppo.update(trained, optimizer, episodes, knobs, 0.05, bench.autocast)
 
     bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, trl_driver.ppo_iterations, policy, rm, B, Q, R)
 

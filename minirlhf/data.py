@@ -360,6 +360,12 @@ def bucketed(lengths, batch_size, rng):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def endless(n, batch_size, steps, rng):
+    """Indices (steps, batch_size) of n things, in one random order after the other."""
+    passes = -(-steps * batch_size // n)
+    return np.concatenate([rng.permutation(n) for _ in range(passes)])[: steps * batch_size].reshape(steps, batch_size)
+
+
 def prompts_of(items, tokenizer, rng):
     """Prompts to continue, as rows of ids with their leading EOS: the distinct prompts of the items, or, where they have none, the
     first 4 to 8 tokens of each response (half of it at most)."""

@@ -68,28 +68,28 @@ def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, siz
     tl.store(logprob_ptr + row, tl.sum(tl.where(at == best, z, 0.0), 0) - lse)
 
 
-# Its twin draws by inverse transform, from torch's own generator.
+# Its twin draws by inverse transform.
 
 
-def sample(logits, temperature, top_k, generator):
-    """The next token (B,) by logits (B, V), and its log-prob (B,) in the distribution it was drawn from."""
+def sample(logits, temperature, top_k, noise):
+    """The next token (B,) by logits (B, V) and noise (B, 2) in [0, 1), and its log-prob (B,) in the distribution it was drawn from."""
     if temperature not in (0, 1):
         logits = logits / temperature
     if top_k:
         floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
     probs = logits.softmax(1)
-    token = draw(probs, generator) if temperature else probs.argmax(1)
+    token = draw(probs, noise) if temperature else probs.argmax(1)
     return token, probs.gather(1, token[:, None]).squeeze(1).log()
 
 
-def draw(probs, generator, block=64):
-    """A token of each row of probs (B, V): first which block of tokens, then which token of it, as to cumulate all V takes longer."""
+def draw(probs, noise, block=64):
+    """A token of each row of probs (B, V) by noise (B, 2): which block of tokens, then which of it, as to cumulate all V takes longer."""
     B, V = probs.shape
     blocks = (F.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
-    u = 1 - torch.rand(2, B, 1, dtype=torch.float64, device=probs.device, generator=generator)  # in (0, 1]
-    chosen = inverse_transform(blocks.sum(2), u[0]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
-    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[1])).clamp(max=V - 1)
+    u = 1 - noise.double()  # in (0, 1]
+    chosen = inverse_transform(blocks.sum(2), u[:, :1]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
+    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[:, 1:])).clamp(max=V - 1)
 
 
 def inverse_transform(weights, u):

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minirlhf import parallel
 from minirlhf.runtime import UserError
 from minirlhf.weights import expect_kind, export, load_strictly, read_directory, save_directory
 
@@ -36,16 +37,18 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-def attention(q, k, v, dropout=0.0):
-    """Causal attention, softmax(q k^T / sqrt(D)) v: (B, H, T, D) of q, k, v (B, H, T, D)."""
+def attention(q, k, v, dropout=0.0, noise=None):
+    """Causal attention, softmax(q k^T / sqrt(D)) v: (B, H, T, D) of q, k, v (B, H, T, D); noise as in `drop_out`, (B, T)."""
     B, H, T, D = q.shape
-    if q.device.type != "cpu" or T > 256:
+    if q.device.type != "cpu" or (T > 256 and noise is None):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # Written out, short rows take half the time on a CPU: torch's flash kernel multiplies in small pieces, one head at a time.
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (B H, T, T)
-    return torch.bmm(drop_out(weights, dropout), v).view(B, H, T, D)
+    if noise is not None:
+        noise = (noise[:, None] + torch.arange(2, 2 + H)[:, None]).view(B * H, T)
+    return torch.bmm(drop_out(weights, dropout, noise), v).view(B, H, T, D)
 
 
 def heads(qkv, n_head):
@@ -54,20 +57,32 @@ def heads(qkv, n_head):
     return (x.view(B, T, n_head, -1).transpose(1, 2) for x in qkv.split(C3 // 3, dim=2))
 
 
-def drop_out(x, p):
-    """x with a share p of its numbers set to 0 and the others scaled to keep the mean; on a CPU p is rounded to a multiple of 1/256."""
-    if not p:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = min(255, round(256 * p))  # of the values of a random byte; torch's own draws a float a number, and takes six times as long
-    noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.uint8)[: x.numel()]
-    return x * (noise.view(x.shape) >= dropped).to(x.dtype).mul_(256 / (256 - dropped))
+def drop_out(x, p, noise=None):
+    """x (..., n) with a share p of its numbers set to 0 and the others scaled to keep the mean.
+
+    With `noise` (...), int64, the same noise drops the same numbers, and p is rounded to a multiple of 1/256: of the values of a random
+    byte. torch's own draws a float a number, and takes six times as long on a CPU.
+    """
+    if not p or noise is None:
+        return F.dropout(x, p) if p else x
+    n, dropped = x.shape[-1], min(255, round(256 * p))
+    eight = scramble(noise[..., None] + 0x1E3779B97F4A7C15 * torch.arange(1, -(-n // 8) + 1))  # an int64 has the bytes of eight numbers
+    kept = (eight.view(torch.uint8)[..., :n] >= dropped).view(torch.uint8)  # as bytes they become floats in a third of the time
+    return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
 
 
-class Dropout(nn.Dropout):
-    def forward(self, x):
-        return drop_out(x, self.p if self.training else 0.0)
+def scramble(h):
+    """Random bits of int64 numbers, in place: the finalizer of splitmix64 (Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        h.bitwise_xor_((h >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)  # >> repeats the sign, which is no part of the shift
+    return h
+
+
+def noise_of(idx):
+    """(B, T) int64 of token ids (B, T), for dropout: of torch's seed and all tokens up to each, so that a row has the same noise in any
+    batch and on any number of processes."""
+    places = torch.arange(idx.shape[1])
+    return scramble(scramble(idx + 0x632BE59BD9B4E019 * places).cumsum(1) + (torch.initial_seed() & (1 << 62) - 1))
 
 
 class Attention(nn.Module):
@@ -77,15 +92,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layout=None):
+    def forward(self, x, cache=None, layout=None, noise=None):
         qkv = self.c_attn(x)  # (B, T, 3C), or (N, 3C) with a layout
         dropout = self.dropout if self.training else 0.0
         if layout is not None:
-            return self.c_proj(layout.attention(qkv, self.n_head, dropout))
+            return self.c_proj(layout.attention(qkv, self.n_head, dropout, noise))
         q, k, v = heads(qkv, self.n_head)
         if cache is not None:  # the prompt's keys and values stay for later
             cache[0, :, :, : x.shape[1]], cache[1, :, :, : x.shape[1]] = k, v
-        return self.c_proj(attention(q, k, v, dropout).transpose(1, 2).reshape(x.shape))
+        return self.c_proj(attention(q, k, v, dropout, noise).transpose(1, 2).reshape(x.shape))
 
 
 class Layout:
@@ -105,12 +120,15 @@ class Layout:
             self.groups.append((*inside.shape, row * longest + column))
         self.where = torch.cat(where)  # (N,) places in the flattened rows
 
-    def attention(self, qkv, n_head, dropout):
+    def attention(self, qkv, n_head, dropout, noise):
         """(N, C) of qkv (N, 3C)."""
-        out = []
-        for part, (b, t, inside) in zip(qkv.split([len(inside) for *_, inside in self.groups]), self.groups, strict=True):
+        out, sizes = [], [len(inside) for *_, inside in self.groups]
+        noises = [None] * len(sizes) if noise is None else noise.split(sizes)
+        for part, some, (b, t, inside) in zip(qkv.split(sizes), noises, self.groups, strict=True):
             rows = part.new_zeros(b * t, part.shape[1]).index_copy(0, inside, part).view(b, t, -1)
-            y = attention(*heads(rows, n_head), dropout)  # (b, H, t, C/H)
+            if some is not None:
+                some = some.new_zeros(b * t).index_copy(0, inside, some).view(b, t)
+            y = attention(*heads(rows, n_head), dropout, some)  # (b, H, t, C/H)
             out.append(y.transpose(1, 2).reshape(b * t, -1)[inside])
         return torch.cat(out)
 
@@ -137,11 +155,12 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = config.dropout
 
-    def forward(self, x, *attention_args):
-        x = x + self.drop(self.attn(self.ln_1(x), *attention_args))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, cache=None, layout=None, noise=None):
+        p, more_noise = self.dropout if self.training else 0.0, None if noise is None else noise + 1
+        x = x + drop_out(self.attn(self.ln_1(x), cache, layout, noise), p, noise)
+        return x + drop_out(self.mlp(self.ln_2(x)), p, more_noise)
 
 
 class GPT(nn.Module):
@@ -154,7 +173,6 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
-        self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
@@ -187,12 +205,17 @@ class GPT(nn.Module):
 
     def trunk(self, idx, cache=None, layout=None):
         """`hidden` without its checks: what --compile compiles."""
+        p, noise = self.config.dropout if self.training else 0.0, None
+        if p and idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            noise = noise_of(idx)  # (B, T)
         places = torch.arange(idx.shape[1], device=idx.device)
         if layout is not None:
+            noise = None if noise is None else noise.flatten()[layout.where]  # (N,)
             idx, places = idx.flatten()[layout.where], layout.where % idx.shape[1]  # (N,)
-        x = self.drop(self.wte(idx) + self.wpe(places))  # (B, T, C), or (N, C) with a layout
+        x = drop_out(self.wte(idx) + self.wpe(places), p, noise)  # (B, T, C), or (N, C) with a layout
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[layer], layout)
+            noise = None if noise is None else noise + 4096  # each block has numbers of its own, and in it each head
+            x = block(x, None if cache is None else cache[layer], layout, noise)
         x = self.ln_f(x)
         return x if layout is None else layout.padded(x)
 
@@ -299,11 +322,13 @@ class RewardModel(HeadedGPT):
         shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b. A shift of every token would
         change how responses of unequal length rank, so at token level it is the constant `shift` instead.
         """
-        w = self.score.weight.div_(std).squeeze(0)
+        parallel.reshard(self)
+        w = parallel.full(self.score.weight.div_(std)).squeeze(0)
         if self.level == "token":
             self.shift = (self.shift - mean) / std
         else:
-            self.transformer.ln_f.bias.add_(w * (-mean / std) / (w @ w))
+            bias = self.transformer.ln_f.bias
+            parallel.copy_into(bias, parallel.full(bias) + w * (-mean / std) / (w @ w))
 
     def save_pretrained(self, directory, tokenizer=None):
         self.save(directory, {"reward_level": self.level, "reward_shift": self.shift}, tokenizer)

@@ -4,36 +4,111 @@ Left out, so far: TensorBoard and W&B.
 """
 
 import dataclasses
+import json
+import math
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minirlhf.checkpoint import atomic_write, json_line, write_json
+from minirlhf import parallel, runtime
+from minirlhf.checkpoint import State, atomic_write, finished, json_line, lock, write_json
 from minirlhf.runtime import UserError, versions
 
 
 class Run:
-    """A run directory and its progress bar.
+    """A run directory, the loop's bookkeeping and its progress bar.
 
-    A new run empties what an older one left there first, the summary before all: `finished` tells by it whether a directory holds a
-    whole run.
+    `parts` and `given` as in checkpoint.State. A new run empties what an older one left there first, the summary before all: `finished`
+    tells by it whether a directory holds a whole run. With --resume it goes on from the newest state, if there is one. Raises UserError
+    where another run is writing, and where the state is another run's.
     """
 
-    def __init__(self, name, knobs, steps, device):
-        self.name, self.out, self.device, self.start = name, Path(knobs.out), device, time.time()
+    def __init__(self, name, knobs, plan, device, tokenizer, parts, given):
+        self.name, self.knobs, self.plan, self.device, self.tokenizer = name, knobs, plan, device, tokenizer
+        self.out, self.start, self.first, self.rows, self.skipped = Path(knobs.out), time.time(), 0, [], 0
+        self.writes = not parallel.rank()  # the first process has the files
+        self.state = State(self.out / "state", name, knobs, parts, given | {"tokenizer": tokenizer.ranks})
+        if self.writes:
+            try:
+                self.state.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UserError(f"--out {self.out}: a file, not a directory") from None
+            self.lock = lock(self.state.folder)
+        facts = self.state.load(self.say) if knobs.resume else None
+        if facts:
+            self.go_on(facts)
+        elif self.writes:
+            self.begin()
+        parallel.barrier()
+        self.metrics = open(self.out / "metrics.jsonl" if self.writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(total=len(plan), initial=self.first, desc=name, unit="step", mininterval=1, file=sys.stdout, dynamic_ncols=True)
+
+    def begin(self):
+        """Empties the directory of an older run."""
+        if self.knobs.resume:
+            self.say(f"--resume: no state in {self.out}, so {self.name} starts at its first step")
+        elif self.state.files() and not finished(self.out):
+            step = int(self.state.files()[0].stem)
+            self.say(f"note: {self.out} held an interrupted run, saved after {step} steps: with --resume it would have gone on from there")
+        for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "state/*.safetensors", "*.tmp*", "*/*.tmp*"):
+            for path in self.out.glob(old):
+                path.unlink()
+        write_json(self.out / "config.json", dataclasses.asdict(self.knobs))
+
+    def go_on(self, facts):
+        """From a state: the metrics up to its step, its clock, its count."""
+        path, self.first, self.skipped = self.out / "metrics.jsonl", facts["step"], facts["skipped"]
+        with open(path, "rb") as file:
+            kept = file.read(facts["metrics_bytes"])
+        if len(kept) < facts["metrics_bytes"]:
+            expected = facts["metrics_bytes"]
+            raise UserError(f"{path}: {len(kept)} bytes, expected {expected} at step {self.first}: start anew without --resume")
+        self.rows = [{key: math.nan if value is None else value for key, value in json.loads(line).items()} for line in kept.splitlines()]
+        self.start -= facts["seconds"]
+        parallel.barrier()  # all have read
+        if self.writes:
+            os.truncate(path, len(kept))
+        self.say(f"{self.out}: going on after {self.first} of {len(self.plan)} steps")
+
+    def steps(self):
+        """Yields (step, batch) of the plan, with every generator of random numbers seeded for the step; saves the state after each
+        --save-every steps, after the last, and on SIGINT and SIGTERM, which end the run with the exit code 128 + signal."""
+        caught = []
+
+        def catch(number, _):
+            if caught:  # asked twice: at once
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        own = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, catch) for number in own}
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"--out {self.out}: a file, not a directory") from None
-        for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png"):
-            (self.out / old).unlink(missing_ok=True)
-        write_json(self.out / "config.json", dataclasses.asdict(knobs))
-        self.metrics = open(self.out / "metrics.jsonl", "w")  # noqa: SIM115  open as long as the run
-        self.knobs, self.rows = knobs, []
-        self.bar = tqdm(total=steps, desc=name, unit="step", mininterval=1, file=sys.stdout, dynamic_ncols=True)
+            for step in range(self.first, len(self.plan)):
+                runtime.seed_everything(self.knobs.seed, step)
+                yield step, self.plan[step]
+                done, stop = step + 1, parallel.any_process(bool(caught), self.device)
+                if stop or done == len(self.plan) or (self.knobs.save_every and done % self.knobs.save_every == 0):
+                    self.save(done)
+                if stop:
+                    self.close()
+                    print(f"stopped after {done} of {len(self.plan)} steps; saved in {self.state.folder}: go on with --resume", flush=True)
+                    raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+            runtime.seed_everything(self.knobs.seed, len(self.plan))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def save(self, step):
+        self.metrics.flush()
+        if self.writes:
+            os.fsync(self.metrics.fileno())
+        self.state.save(step, metrics_bytes=self.metrics.tell(), seconds=time.time() - self.start, skipped=self.skipped)
 
     def log(self, step, metrics, show=()):
         """Writes one line of metrics.jsonl and shows the named figures at the progress bar."""
@@ -44,6 +119,18 @@ class Run:
         self.metrics.flush()
         self.bar.set_postfix({key.split("/")[-1]: f"{row[key]:.3g}" for key in show if key in row}, refresh=False)
         self.bar.update()
+
+    def nonfinite(self, step, rows, loss, norm):
+        """Keeps a batch whose loss or gradient is not finite for study, and ends the run; with --on-nonfinite skip, counts it."""
+        path, rows = self.out / f"nonfinite-step-{step}.jsonl", [row.tolist() for row in rows]
+        if self.writes:
+            with atomic_write(path) as tmp:
+                tmp.write_text("".join(json_line({"text": self.tokenizer.decode(row), "ids": row}) for row in rows), "utf-8")
+        what = f"{self.name} step {step}: loss {loss}, gradient norm {norm}; the batch of {len(rows)} rows is in {path}"
+        if self.knobs.on_nonfinite == "stop":
+            raise UserError(f"{what}: lower --lr, look at the batch and the reward's scale, or leave such batches out: --on-nonfinite skip")
+        self.skipped += 1
+        self.say(f"skipped, {self.skipped} so far: {what}")
 
     def say(self, text=""):
         tqdm.write(text, file=sys.stdout)
@@ -78,6 +165,8 @@ class Run:
         return summary
 
     def samples(self, rows):
+        if not self.writes:
+            return
         with atomic_write(self.out / "samples.jsonl") as tmp:
             tmp.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
 
@@ -89,10 +178,14 @@ class Run:
     def finish(self, figures):
         """Writes curves.png where matplotlib is installed, and summary.json last. Returns the summary."""
         self.close()
-        self.plot()
         seconds = round(time.time() - self.start, 1)
-        summary = figures | {"seconds": seconds, "seed": self.knobs.seed, "command": " ".join(sys.argv)} | versions(self.device)
-        write_json(self.out / "summary.json", summary)
+        summary = figures | {"seconds": seconds, "steps_skipped": self.skipped, "seed": self.knobs.seed, "command": " ".join(sys.argv)}
+        summary |= {"processes": parallel.world()} | versions(self.device)
+        if self.writes:
+            self.plot()
+            write_json(self.out / "summary.json", summary)
+            self.lock.close()
+        parallel.barrier()
         return summary
 
     def plot(self):

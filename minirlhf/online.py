@@ -7,9 +7,10 @@ are short.
 import numpy as np
 import torch
 
-from minirlhf import data
+from minirlhf import data, parallel
 from minirlhf.batches import Rows, all_logps
-from minirlhf.sampling import before_response, generate
+from minirlhf.decode_kernels import draw
+from minirlhf.sampling import before_response, generate, generate_all, row_noise
 
 
 def win_rates(preferences):
@@ -19,39 +20,36 @@ def win_rates(preferences):
 
 
 @torch.no_grad()
-def own_batches(policy, reference, prefer, prompts, tokenizer, kind, knobs, rng):
-    """Yields batches without end: (labels bought so far, Rows, ref_logps (b,), pairs (n, 2), labels (n,) = P(first preferred), wins (b,)).
+def own_batch(policy, reference, prefer, tokenizer, kind, knobs, prompts):
+    """(labels bought, Rows, ref_logps (b,), pairs (n, 2), labels (n,) = P(first preferred), wins (b,)) of n prompts, rows of ids.
 
-    For each of batch_size / 2 prompts the policy as it is then writes --samples responses. A response wins as often as it is preferred
-    to the others; the best and the worst make the pair. Nash-MD's one response is compared with one of the mixture, which does not
-    take part in the batch.
+    The policy writes --samples responses to each. A response wins as often as it is preferred to the others; the best and the worst make
+    the pair. Nash-MD's one response is compared with one of the mixture, which does not take part in the batch. Each process samples
+    and compares its share of the prompts.
     """
-    order = (i for _ in iter(int, 1) for i in rng.permutation(len(prompts)))
-    n, device = knobs.batch_size // 2, policy.wte.weight.device
-    ends, bought = {"eos": tokenizer.eos, "pad": tokenizer.pad}, 0
-    while True:
-        tokens, lengths = data.pad_rows([prompts[next(order)] for _ in range(n)], tokenizer.pad, device)  # (n, Q), (n,)
-        if kind == "nash_md":
-            own = generate(policy, tokens, lengths, knobs.response_length, **ends)
-            other, other_lengths = sample_mixture(policy, reference, knobs.mixture, tokens, lengths, knobs.response_length, **ends)
-            sampled = torch.stack([own.tokens, other], 1), torch.stack([own.response_lengths, other_lengths], 1)
-            tokens, response_lengths = (x.flatten(0, 1) for x in sampled)
-        else:
-            repeated = (x.repeat_interleave(knobs.samples, 0) for x in (tokens, lengths))
-            tokens, _, response_lengths, _ = generate(policy, *repeated, knobs.response_length, **ends)
-        K = len(tokens) // n
-        prompt_lengths = lengths.repeat_interleave(K)
-        preferences = prefer(tokens, prompt_lengths, response_lengths, K)  # (n, K, K)
-        wins = win_rates(preferences)  # (n, K)
-        ranking = wins.argsort(dim=1, descending=True, stable=True)
-        kept = torch.zeros_like(ranking[:, :1]) if kind == "nash_md" else ranking[:, [0, -1]]  # (n, 1 or 2)
-        index = (kept + K * torch.arange(n, device=device)[:, None]).flatten().tolist()
-        rows = Rows.sampled(tokens, prompt_lengths, response_lengths, tokenizer.pad).take(index)
-        pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
-        bought += n * K * (K - 1) // 2
-        kept_wins = wins.gather(1, kept)
-        labels = preferences[torch.arange(n, device=device), kept[:, 0], kept[:, -1]]
-        yield bought, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), kept_wins.flatten()
+    n, R, device = len(prompts), knobs.response_length, policy.wte.weight.device
+    tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)  # (n, Q), (n,)
+    mine, _ = parallel.share(n)
+    K, options = 2 if kind == "nash_md" else knobs.samples, {"eos": tokenizer.eos, "pad": tokenizer.pad, "first_row": int(mine[0])}
+    if kind == "nash_md":
+        own = generate(policy, tokens[mine], lengths[mine], R, **options)
+        other, other_lengths = sample_mixture(policy, reference, knobs.mixture, tokens[mine], lengths[mine], R, **options)
+        sampled = torch.stack([own.tokens, other], 1), torch.stack([own.response_lengths, other_lengths], 1)
+    else:
+        options["first_row"] *= K
+        own = generate(policy, *(x[mine].repeat_interleave(K, 0) for x in (tokens, lengths)), R, **options)
+        sampled = (x.view(-1, K, *x.shape[1:]) for x in (own.tokens, own.response_lengths))
+    tokens, response_lengths = sampled  # (n, K, Q+R), (n, K), of this process's share of n
+    preferences = prefer(tokens.flatten(0, 1), lengths[mine].repeat_interleave(K), response_lengths.flatten(), K)  # (n, K, K)
+    tokens, response_lengths, preferences = (parallel.gather(x, n) for x in (tokens, response_lengths, preferences))
+    wins = win_rates(preferences)  # (n, K)
+    ranking = wins.argsort(dim=1, descending=True, stable=True)
+    kept = torch.zeros_like(ranking[:, :1]) if kind == "nash_md" else ranking[:, [0, -1]]  # (n, 1 or 2)
+    index = (kept + K * torch.arange(n, device=device)[:, None]).flatten().tolist()
+    rows = Rows.sampled(tokens.flatten(0, 1), lengths.repeat_interleave(K), response_lengths.flatten(), tokenizer.pad).take(index)
+    pairs = np.arange(len(index)).reshape(n, -1)[:, [0, -1]]
+    labels = preferences[torch.arange(n, device=device), kept[:, 0], kept[:, -1]]
+    return n * K * (K - 1) // 2, rows, all_logps(reference, rows), pairs, labels.cpu().numpy(), wins.gather(1, kept).flatten()
 
 
 @torch.no_grad()
@@ -59,12 +57,12 @@ def own_answers(policy, rows, K, response_length):
     """K samples of the policy to the prompt of each row, in turn: Rows (N K)."""
     prompts = [row[:p] for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(K)]
     tokens, lengths = data.pad_rows(prompts, rows.pad, rows.device)
-    sampled = generate(policy, tokens, lengths, response_length, eos=int(prompts[0][0]), pad=rows.pad)
+    sampled = generate_all(policy, tokens, lengths, response_length, eos=int(prompts[0][0]), pad=rows.pad)
     return Rows.sampled(sampled.tokens, lengths, sampled.response_lengths, rows.pad)
 
 
 @torch.no_grad()
-def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_tokens, *, eos, pad):
+def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_tokens, *, eos, pad, first_row=0):
     """Samples of the geometric mixture pi^(1-mu) pi_ref^mu, normalised at each token (Munos et al. 2023): tokens, response lengths.
 
     prompts (B, Q) int, right-padded -> tokens (B, Q+R) left-aligned and response lengths (B,), as in a Rollout.
@@ -73,16 +71,17 @@ def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_token
     real = torch.arange(Q, device=prompts.device) < prompt_lengths[:, None]
     tokens = torch.cat([prompts.where(real, pad), prompts.new_full((B, max_new_tokens), pad)], 1)
     response_lengths, finished = torch.zeros_like(prompt_lengths), torch.zeros(B, dtype=torch.bool, device=prompts.device)
+    noise = row_noise(torch.randint(2**62, ()).item(), first_row, B, max_new_tokens).to(prompts.device)
     for t in range(max_new_tokens):
         logits = 0  # (B, V); each model's logits are its log-probs up to a constant, which the softmax forgets
         for model, weight in ((policy, 1 - mu), (reference, mu)):
             hidden = before_response(model.hidden(tokens[:, : Q + t]), prompt_lengths + t, 1)[:, 0]
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = logits + weight * (hidden.float() @ model.lm_head_weight.float().t())
-        token = torch.multinomial(logits.softmax(1), 1).masked_fill(finished[:, None], pad)
-        tokens.scatter_(1, (prompt_lengths + t)[:, None], token)
+        token = draw(logits.softmax(1), noise[:, t]).masked_fill(finished, pad)
+        tokens.scatter_(1, (prompt_lengths + t)[:, None], token[:, None])
         response_lengths += ~finished
-        finished |= token[:, 0] == eos
+        finished |= token == eos
         if finished.all():
             break
     return tokens, response_lengths

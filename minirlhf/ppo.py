@@ -15,7 +15,8 @@ ADVANTAGES = ("gae", "rloo", "grpo", "reinforce")
 
 
 def masked_mean(x, mask):
-    return torch.where(mask.bool(), x, 0).sum() / mask.sum()
+    """The mean of x where the mask is True; 0 where it is nowhere."""
+    return torch.where(mask.bool(), x, 0).sum() / mask.sum().clamp(min=1)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
@@ -173,8 +174,7 @@ def losses(logprobs, values, minibatch, mask, knobs, kl_coef):
     """
     pg_loss, stats = policy_loss(logprobs, minibatch.logprobs, minibatch.advantages, mask, knobs.clip)
     if knobs.kl_in == "loss":
-        kl = kl_estimate(logprobs[mask.bool()], minibatch.ref_logprobs[mask.bool()], knobs.kl_kind)
-        pg_loss = pg_loss + kl_coef * kl.mean()
+        pg_loss = pg_loss + kl_coef * masked_mean(kl_estimate(logprobs, minibatch.ref_logprobs, knobs.kl_kind), mask)
     stats["ppo/policy/loss"] = pg_loss
     if values is None:
         return pg_loss, stats

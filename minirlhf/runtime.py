@@ -1,7 +1,4 @@
-"""What every script needs before the mathematics starts: knobs, device, seeds, optimizer, schedule.
-
-Left out, so far: distributed start-up.
-"""
+"""What every script needs before the mathematics starts: knobs, device, seeds, optimizer, schedule."""
 
 import argparse
 import contextlib
@@ -10,6 +7,7 @@ import functools
 import math
 import platform
 import random
+import signal
 import sys
 
 import numpy as np
@@ -61,14 +59,28 @@ def parse(knobs, doc, argv=None):
 
 def run_script(main, knobs, doc):
     """`main(parse(knobs))`, with what the user can mend printed as one line: exit code 2, no traceback."""
+
+    def stop(number, _):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(parse(knobs, doc))
-    except (UserError, OSError) as e:
-        print("\nerror: " + " ".join(str(e).split()), file=sys.stderr)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except (UserError, OSError, torch.OutOfMemoryError, torch.distributed.DistBackendError) as e:
+        print("\nerror: " + " ".join(explained(e).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def explained(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f"{str(error).splitlines()[0]} What takes less: a smaller --micro-batch (the same result), --batch-size or "
+                "--response-length, --dtype bfloat16, a base model of a shorter context, or more GPUs and --shard")  # fmt: skip
+    return str(error)
 
 
 def pick_device(name):
@@ -142,11 +154,17 @@ def onednn_is_exact():
     return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
 
 
-def seed_everything(seed):
-    """Seeds Python, NumPy and torch, and returns the NumPy generator that orders the data."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
+def seed_everything(seed, step=None):
+    """Seeds Python, NumPy and torch, and returns a NumPy generator: that of the run, which orders the data, or that of one step.
+
+    A step that depends on nothing but its number can be made again by a run that is resumed.
+    """
+    rng = np.random.default_rng(seed if step is None else (seed, step))
+    number = seed if step is None else int(rng.integers(2**62))
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+    return rng
 
 
 def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, embedding_lr=1.0):
@@ -175,21 +193,23 @@ def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
         group["lr"] = lr * group.get("scale", 1.0) * scale
 
 
-def optimizer_step(optimizer, max_grad_norm):
-    """Clips the norm of all gradients together (0: not at all), steps, clears; returns the norm before clipping."""
+def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=None):
+    """Clips the norm of all gradients together (0: not at all), steps, clears: the numbers (loss, norm before clipping).
+
+    Where one of them is not finite no step is made: that is an error, or what `nonfinite(loss, norm)` makes of it.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-    optimizer.step()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+    loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    elif nonfinite:
+        nonfinite(loss, norm)
+    else:
+        raise UserError(f"loss {loss}, gradient norm {norm}")
     optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def finite(value, what):
-    """The number in a scalar tensor; a run that has left the numbers stops here and says where."""
-    number = value.item()
-    if not np.isfinite(number):
-        raise UserError(f"{what} is {number}: lower --lr, or check the data and the reward's scale")
-    return number
+    return loss, norm
 
 
 def versions(device):

@@ -7,15 +7,15 @@ Left out: top-p and other filters, which make the sampler another distribution t
 """
 
 import contextlib
-import copy
 import weakref
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from minirlhf import decode_kernels, kernels, runtime
+from minirlhf import decode_kernels, kernels, parallel, runtime
 from minirlhf.data import pad_rows
+from minirlhf.gpt import GPT
 
 
 class Rollout(NamedTuple):
@@ -28,11 +28,13 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0, top_k=None, generator=None):
+def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0, top_k=None, generator=None, first_row=0):
     """Samples a response to each prompt until EOS or `max_new_tokens`: a Rollout.
 
     prompts (B, Q) int, right-padded; prompt_lengths (B,). `temperature` 0 takes the likeliest token, whose log-prob is then given at
-    temperature 1; `top_k` keeps the k likeliest. Raises ValueError when a row could outgrow the context or an argument makes no sense.
+    temperature 1; `top_k` keeps the k likeliest. The generator, or torch's own, gives one seed; the noise of a token depends on that seed,
+    on its row, counted from `first_row`, and on its place in the response. Raises ValueError when a row could outgrow the context or an
+    argument makes no sense.
     """
     B, Q = prompts.shape
     longest = int(prompt_lengths.max())
@@ -46,13 +48,14 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     training = model.training
     model.eval()
     options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
-    capture = prompts.is_cuda and (generator is None or (kernels.fused(prompts) and not top_k))  # a graph takes no foreign generator
+    capture = prompts.is_cuda and not parallel.sharded(model)  # whose weights move
+    seed = torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu").item()
     every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
-    decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
     quicker = torch.inference_mode() if prompts.device.type == "cpu" else contextlib.nullcontext()  # a tenth less to do an operation
     try:
-        with runtime.quick_library(prompts), quicker:
-            decoder.start(model, prompts[:, :longest], prompt_lengths, generator)
+        with parallel.whole(model), runtime.quick_library(prompts), quicker:
+            decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
+            decoder.start(model, prompts[:, :longest], prompt_lengths, seed, first_row)
             for t in range(1, max_new_tokens):
                 if t % every == 0 and decoder.ended(t).any(1).all():
                     break
@@ -60,6 +63,19 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
     finally:
         model.train(training)
     return decoder.rollout(prompts, max_new_tokens)
+
+
+def generate_all(model, prompts, prompt_lengths, *args, **options):
+    """`generate`, each process its share of the rows: the Rollout of all of them on every process."""
+    mine, _ = parallel.share(len(prompts))
+    sampled = generate(model, prompts[mine], prompt_lengths[mine], *args, first_row=int(mine[0]), **options)
+    return Rollout(*(parallel.gather(x, len(prompts)) for x in sampled))
+
+
+def row_noise(seed, first_row, rows, width):
+    """Noise in [0, 1) for the tokens of rows, (rows, width, 2): each row, counted from 0, has its own part of one long sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(first_row + rows, width, 2, dtype=torch.float64, generator=generator)[first_row:]
 
 
 class Decoder:
@@ -73,10 +89,10 @@ class Decoder:
         self.eos, self.pad, self.temperature, self.top_k = eos, pad, temperature, top_k
         weight = model.lm_head_weight
         device = weight.device
-        self.rounded = self.generator = self.graph = None
+        self.rounded = self.graph = None
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if dtype != weight.dtype and weight.is_cuda:  # each step would else read fp32 weights to round them
-            self.rounded, weight = copy.deepcopy(model).requires_grad_(False), weight.to(dtype)
+            self.rounded, weight = GPT(model.config).to(device).requires_grad_(False), weight.to(dtype)
             for linear in self.rounded.modules():
                 if isinstance(linear, torch.nn.Linear):
                     linear.to(dtype)
@@ -88,18 +104,19 @@ class Decoder:
         self.tokens = torch.full((batch, slots), pad, device=device)
         self.logprobs = torch.zeros(batch, slots, device=device)  # of the token in that slot
         self.token, self.slot = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))  # each row's newest
-        self.steps, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # of the noise
+        self.steps, self.seed = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))  # of the fused sampler's noise
+        self.noise = torch.zeros(batch, c.n_ctx, 2, dtype=torch.float64, device=device)  # of its twin
 
-    def start(self, model, prompts, prompt_lengths, generator):
+    def start(self, model, prompts, prompt_lengths, seed, first_row):
         """Takes over the weights and the prompts (B, Q), and samples the first token of each response."""
         if self.rounded:
             torch._foreach_copy_(list(self.rounded.parameters()), list(model.parameters()))
         if self.weight.data_ptr() != model.lm_head_weight.data_ptr():
             self.weight[: self.vocab] = model.lm_head_weight
-        self.generator = generator
-        if kernels.fused(self.weight):
-            self.seed.copy_(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else self.seed.device))
         B, Q = prompts.shape
+        self.seed.fill_(seed + (first_row << 32))
+        if self.top_k or not kernels.fused(self.weight):
+            self.noise.copy_(row_noise(seed, first_row, B, self.noise.shape[1]))
         inside = torch.arange(Q, device=prompts.device) < prompt_lengths[:, None]
         self.tokens.fill_(self.pad)
         self.tokens[:, :Q] = torch.where(inside, prompts, self.pad)
@@ -135,7 +152,8 @@ class Decoder:
         if kernels.fused(logits) and not self.top_k:
             token, logprob = decode_kernels.sample_logits(logits, self.temperature, self.seed, self.steps)
         else:
-            token, logprob = decode_kernels.sample(logits, self.temperature, self.top_k, self.generator)
+            noise = self.noise.index_select(1, self.steps).squeeze(1)
+            token, logprob = decode_kernels.sample(logits, self.temperature, self.top_k, noise)
         self.steps += 1
         self.slot += 1
         self.token.copy_(token)
@@ -228,17 +246,17 @@ def answers(policy, reference, scorer, prompts, tokenizer, response_length, temp
 
     The noise is the seed's, the same before and after training, and what is drawn here moves no other random number.
     """
-    result, device = [], policy.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    result, generator = [], torch.Generator().manual_seed(seed)
     for start in range(0, len(prompts), 128):
-        batch = pad_rows(prompts[start : start + 128], tokenizer.pad, device)
+        tokens, lengths = pad_rows(prompts[start : start + 128], tokenizer.pad, policy.wte.weight.device)
+        mine, _ = parallel.share(len(tokens))
         with autocast:
-            sampled = generate(policy, *batch, response_length, eos=tokenizer.eos, pad=tokenizer.pad, temperature=temperature,
-                               generator=generator)  # fmt: skip
-            row = (sampled.tokens, sampled.prompt_lengths, sampled.response_lengths)
+            sampled = generate(policy, tokens[mine], lengths[mine], response_length, eos=tokenizer.eos, pad=tokenizer.pad,
+                               temperature=temperature, generator=generator, first_row=int(mine[0]))  # fmt: skip
+            row = sampled[:3]
             logprobs, ref_logprobs = (response_logprobs(m, *row, response_length, temperature) for m in (policy, reference))
-            scores = scorer(*row) if scorer else torch.full((len(sampled.tokens),), float("nan"))
+            scores = scorer(*row) if scorer else torch.full_like(logprobs[:, 0], float("nan"))
         kl = (logprobs - ref_logprobs).sum(1)
-        for ids, p, r, k, s in zip(*(x.tolist() for x in (*row, kl, scores)), strict=True):
+        for ids, p, r, k, s in zip(*(parallel.gather(x, len(tokens)).tolist() for x in (*row, kl, scores)), strict=True):
             result.append(Answer(tokenizer.decode(ids[:p]), tokenizer.decode(ids[p : p + r]), r, k, s))
     return result

@@ -11,12 +11,13 @@ Left out: packing rows into one, held-out early stopping.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minirlhf import data, runtime
+from minirlhf import data, parallel, runtime
 from minirlhf.checkpoint import finished
 from minirlhf.gpt import GPT, GPTConfig, RewardModel, compile_trunks
 from minirlhf.kernels import token_logprobs
@@ -52,10 +53,14 @@ class Knobs(runtime.Ranges):
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
+    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
+    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
+    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
+    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 def main(knobs):
-    device = runtime.pick_device(knobs.device)
+    device = parallel.start(knobs.device)
     autocast = runtime.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     rng = runtime.seed_everything(knobs.seed)
@@ -63,8 +68,8 @@ def main(knobs):
     # Data: rows of token ids; the responses first, then the further text
     texts = feedback.texts()
     n_responses = len(texts) - len(feedback.more_text)
-    if knobs.init:
-        source = model_directory(knobs.init)
+    source = Path(model_directory(knobs.init)) if knobs.init else None
+    if source:
         tokenizer, model = load_tokenizer(source), GPT.from_pretrained(source)
     else:
         vocab_size = min(knobs.vocab_size, 257) if knobs.data == "toy" else knobs.vocab_size
@@ -81,20 +86,23 @@ def main(knobs):
     for epoch in range(knobs.epochs):
         part = len(rows) if epoch < knobs.text_epochs else n_responses
         plan += data.bucketed(lengths[:part], knobs.batch_size, rng)
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     if knobs.compile:
         compile_trunks(model)
-    optimizer = runtime.make_optimizer(model, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
-    run = Run("sft", knobs, len(plan), device)
-    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if knobs.shard:
+        parallel.shard(model)
+    trained = parallel.Together(model)
+    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
+    run = Run("sft", knobs, plan, device, tokenizer, {"model": trained, "optimizer": optimizer}, {"data": rows, "init": source})
     run.say(f"base model: {n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}, {lengths.sum():,} tokens of text")
 
     # Loop
-    for step, batch in enumerate(plan):
+    for step, batch in run.steps():
         runtime.set_lr(optimizer, step, len(plan), knobs.lr)
-        loss = add_gradient(model, [rows[i] for i in batch], knobs.micro_batch or len(batch), tokenizer.pad, autocast, device)
-        loss_number = runtime.finite(loss, f"sft step {step}: loss")
-        norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm)
-        run.log(step, {"loss": loss_number, "grad_norm": norm}, show=("loss",))
+        batch = [rows[i] for i in batch]
+        loss = add_gradient(trained, batch, knobs.micro_batch, tokenizer.pad, autocast, device)
+        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch))
+        run.log(step, {"loss": loss, "grad_norm": norm}, show=("loss",))
 
     # Evaluation
     figures = evaluate(model, held_out, tokenizer, autocast, device)
@@ -116,28 +124,34 @@ def row_logprobs(model, tokens, lengths):
     return token_logprobs(model.hidden(tokens[:, :-1], lengths=lengths - 1)[real], model.lm_head_weight, tokens[:, 1:][real])
 
 
-def add_gradient(model, rows, micro_batch, pad, autocast, device):
-    """The mean loss of all tokens of the rows, after the backward pass of `micro_batch` rows at a time."""
-    n_tokens = sum(len(row) - 1 for row in rows)
-    loss = torch.zeros((), device=device)
-    for start in range(0, len(rows), micro_batch):
+def add_gradient(trained, rows, micro_batch, pad, autocast, device):
+    """The mean loss of all tokens of the rows, after the backward pass of `micro_batch` rows at a time; 0: all."""
+    model, n_tokens, loss = trained[0], sum(len(row) - 1 for row in rows), torch.zeros((), device=device)
+    mine, counts = parallel.share(len(rows))
+    size = micro_batch or len(mine)
+    for start in range(0, len(mine), size):
+        tokens, lengths = data.pad_rows([rows[i] for i in mine[start : start + size]], pad, device)
         with autocast:
-            logprobs = row_logprobs(model, *data.pad_rows(rows[start : start + micro_batch], pad, device))
-        part = -logprobs.sum() / n_tokens
-        part.backward()
+            logprobs = row_logprobs(model, tokens, lengths)
+        real = torch.as_tensor(counts[start : start + size], device=device).repeat_interleave(lengths - 1)
+        part = -(logprobs * real).sum() / n_tokens
+        trained.backward(part, last=start + size >= len(mine))
         loss += part.detach()
-    return loss
+    return parallel.total(loss)
 
 
 @torch.no_grad()
 def evaluate(model, rows, tokenizer, autocast, device):
     """Perplexity a token and bits a byte of text, EOS counted among the tokens."""
     model.eval()
-    total = n_tokens = 0
-    for start in range(0, len(rows), 64):
+    total, n_tokens = torch.zeros((), device=device, dtype=torch.float64), sum(len(row) - 1 for row in rows)
+    mine, counts = parallel.share(len(rows))
+    for start in range(0, len(mine), 64):
+        tokens, lengths = data.pad_rows([rows[i] for i in mine[start : start + 64]], tokenizer.pad, device)
         with autocast:
-            logprobs = row_logprobs(model, *data.pad_rows(rows[start : start + 64], tokenizer.pad, device))
-        total, n_tokens = total - logprobs.sum().item(), n_tokens + len(logprobs)
+            logprobs = row_logprobs(model, tokens, lengths)
+        total -= logprobs[torch.as_tensor(counts[start : start + 64], device=device).repeat_interleave(lengths - 1)].double().sum()
+    total = parallel.total(total).item()
     model.train()
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in rows)
     return {"eval/perplexity": math.exp(total / n_tokens), "eval/bits_per_byte": total / math.log(2) / n_bytes}
@@ -186,6 +200,11 @@ def stage_before(name, main, knobs):
     return Path(knobs.out) / "model", summary
 
 
+def earlier(knobs):
+    """The knobs that a stage made on the way has from the one that needs it."""
+    return {key: getattr(knobs, key) for key in ("data", "overlong", "seed", "device", "dtype", "resume", "on_nonfinite", "shard")}
+
+
 def keep_apart(source, out):
     """Raises UserError where a run would write over what it starts from, or where `out` cannot be a folder."""
     if Path(out).is_file() or Path(source).resolve().is_relative_to(Path(out).resolve()):
@@ -197,8 +216,7 @@ def base_model(knobs):
     keep_apart(knobs.init or Path(knobs.out).parent / "sft", knobs.out)
     if knobs.init:
         return model_directory(knobs.init)
-    own = Knobs(data=knobs.data, out=str(Path(knobs.out).parent / "sft"), overlong=knobs.overlong, seed=knobs.seed,
-                device=knobs.device, dtype=knobs.dtype)  # fmt: skip
+    own = Knobs(out=str(Path(knobs.out).parent / "sft"), **earlier(knobs))
     return stage_before("base model", main, own)[0]
 
 

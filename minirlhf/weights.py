@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minirlhf import parallel
 from minirlhf.checkpoint import atomic_write
 from minirlhf.runtime import UserError
 
@@ -17,12 +18,19 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 
 
 def export(state, prefix):
-    """A state dict in Hugging Face's names and orientation."""
-    return {prefix + name: (w.t() if name.endswith(CONV1D) else w).contiguous() for name, w in state.items()}
+    """A state dict in Hugging Face's names and orientation, on the CPU of the first process."""
+    weights = {}
+    for name, w in state.items():
+        w = parallel.full(w)
+        if not parallel.rank():
+            weights[prefix + name] = (w.t() if name.endswith(CONV1D) else w).contiguous().cpu()
+    return weights
 
 
 def save_directory(directory, config, weights, extra, tokenizer):
-    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all."""
+    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all, by the first process."""
+    if parallel.rank():
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = {

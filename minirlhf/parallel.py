@@ -1,0 +1,184 @@
+"""One run on many processes: torchrun starts the same script on every GPU, and each process takes its share of the rows.
+
+    torchrun --nproc-per-node 8 train_ppo.py             # DDP: every GPU holds the models
+    torchrun --nproc-per-node 8 train_ppo.py --shard     # FSDP2: it holds an eighth of their weights, gradients and optimizer state
+
+A batch is that of all processes together. All of them make the same plan and draw the same random numbers; where a batch meets a model,
+each process takes the rows of its `share`, and `gather` gives all of them the numbers of all rows. So the loss is that of the whole batch
+on every process, and only its gradient is in parts. Files are written by the first process, and read by all.
+
+Left out: tensor and pipeline parallelism; sampling from a model that fits no single GPU.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minirlhf.runtime import UserError, pick_device
+
+
+def start(name):
+    """The device of this process, which joins those that torchrun started with it; what is not the first prints nothing."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(name)
+    device = pick_device(f"cuda:{local}" if name in ("auto", "cuda") and torch.cuda.is_available() else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Waits until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The first process goes first: what it fetches, the others find."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def share(n):
+    """This process's part of n rows: their indices (k,), and which of them count (k,).
+
+    k is the same on all processes, so that they do the same work in the same order; where n is no multiple, the last row is taken again
+    and does not count.
+    """
+    k = -(-n // world())
+    index = rank() * k + np.arange(k)
+    return np.minimum(index, n - 1), index < n
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes, each of which has k; the gradient goes to the rows that are this one's."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        whole = x.new_empty(world() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous())
+        ctx.k = len(x)
+        return whole[:n]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        whole = gradient.new_zeros(world() * ctx.k, *gradient.shape[1:])
+        whole[: len(gradient)] = gradient
+        return whole[rank() * ctx.k : (rank() + 1) * ctx.k], None
+
+
+def gather(x, n):
+    """Of what each process made of its `share` of n rows, (k, ...), all n rows (n, ...), on every process."""
+    if world() == 1 or x is None:
+        return x
+    return Gather.apply(x.byte(), n).bool() if x.dtype == torch.bool else Gather.apply(x, n)
+
+
+def total(x):
+    """The sum of a tensor over all processes."""
+    if world() > 1:
+        dist.all_reduce(x := x.detach().clone())
+    return x
+
+
+def any_process(flag, device):
+    """Whether it is so on any of the processes."""
+    return bool(total(torch.tensor(float(flag), device=device)))
+
+
+class Together(torch.nn.ModuleList):
+    """The models that a run trains. After `backward` each parameter has the gradient of all processes' losses together."""
+
+    def __init__(self, *models):
+        super().__init__(filter(None, models))
+        self.ddp = []  # a list, so that it is no module of this one
+        if world() > 1 and not sharded(self):
+            self.ddp.append(torch.nn.parallel.DistributedDataParallel(self))
+
+    def forward(self):
+        """Nothing: the losses call the models' own methods, but DDP expects a forward pass before the backward that it is to watch."""
+
+    def backward(self, loss, last=True):
+        """Adds the gradient of this process's part of a loss; `last` is the last part of a step."""
+        for ddp in self.ddp if last else ():
+            ddp()
+        (loss * world()).backward()  # both DDP and FSDP2 divide by it
+
+
+def shard(*models):
+    """Spreads the weights of the models over the processes, block by block (FSDP2); None is no model."""
+    if world() == 1:
+        raise UserError("--shard: one process has nothing to share; start with torchrun --nproc-per-node N")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    models = list(filter(None, models))
+    mesh = init_device_mesh(next(models[0].parameters()).device.type, (world(),))
+    for model in models:
+        gpts = [m for m in model.modules() if hasattr(m, "wte") and not sharded(m)]
+        for gpt in gpts:
+            for block in gpt.h:
+                fully_shard(block, mesh=mesh)
+            fully_shard(gpt, mesh=mesh, reshard_after_forward=False)  # the head reads the token embedding after it
+            register_fsdp_forward_method(gpt, "hidden")
+        if model not in gpts and not sharded(model):
+            fully_shard(model.score, mesh=mesh)
+
+
+def sharded(model):
+    """The parts of a model whose weights are spread over the processes."""
+    return [m for m in model.modules() if hasattr(m, "unshard")]
+
+
+@contextlib.contextmanager
+def whole(model):
+    """A sharded model has all its weights on each process for a while, to sample from."""
+    parts = sharded(model)
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(not hasattr(part, "wte"))
+        part.reshard()
+
+
+def reshard(model):
+    for part in sharded(model):
+        part.reshard()
+
+
+def full(t):
+    """A tensor with all its parts, on every process."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def copy_into(t, whole):
+    """Copies a whole tensor into one that may be spread over the processes."""
+    if hasattr(t, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole.to(t.device), t.device_mesh, t.placements)
+    t.copy_(whole)
