@@ -73,7 +73,7 @@ def head(c, k, n):
     V, C, s = c.vocab_size, c.n_embd, 2 if (k.dtype, k.device) == ("bfloat16", "cuda") else 4
     chunk = n * V * s / (parts := max(1, -(-n * V // kernels.CHUNK[k.device])))
     if k.device == "cpu":
-        return min(parts, kernels.KEEP) * chunk, 4 * (V * C + 3 * n * C + V * C / parts) + 2 * chunk * (parts > kernels.KEEP)
+        return min(parts, kernels.KEEP) * chunk, 4 * (V * C + 3 * n * C + V * C / parts) + chunk * min(2, max(0, parts - kernels.KEEP))
     return 0, (4 + s) * (V + n) * C + max(min(parts, 2) * chunk, chunk + 4 * V * C)  # the last chunk outlives the making of the next
 
 

@@ -23,13 +23,15 @@ ROOT = Path(__file__).parent.parent
 WIDE = dict(vocab_size=6000, n_ctx=64, n_layer=3, n_head=4, n_embd=256)  # weights dominate
 DEEP = dict(vocab_size=200, n_ctx=128, n_layer=6, n_head=4, n_embd=64)  # activations dominate
 LONG = dict(vocab_size=200, n_ctx=320, n_layer=3, n_head=4, n_embd=64)  # rows too long for attention written out
+WORDS = dict(vocab_size=20_000, n_ctx=64, n_layer=1, n_head=4, n_embd=128)  # a vocabulary in parts
 CASES = [(stage, sizes, flags) for stage in plan.MODELS for sizes, flags in (
     (WIDE, dict(batch_size=4, micro_batch=0, prompt_length=8, response_length=8)),
     (DEEP, dict(batch_size=16, micro_batch=0, prompt_length=72, response_length=24)),
     (DEEP, dict(batch_size=16, micro_batch=4, prompt_length=80, response_length=16)),
 )]  # fmt: skip
 CASES += [("sft", LONG, dict(batch_size=4, micro_batch=0, prompt_length=160, response_length=160)),
-          ("dpo", WIDE, dict(batch_size=64, micro_batch=0, prompt_length=8, response_length=32)),  # more of the vocabulary than is kept
+          ("dpo", WIDE, dict(batch_size=64, micro_batch=0, prompt_length=8, response_length=32)),  # a graph a part
+          ("sft", WORDS, dict(batch_size=32, micro_batch=0, prompt_length=32, response_length=32)),  # six parts, of which four are kept
           ("sft", DEEP, dict(batch_size=16, micro_batch=0, prompt_length=48, response_length=48, dtype="bfloat16")),
           ("rm", DEEP, dict(batch_size=16, micro_batch=0, prompt_length=48, response_length=48, dtype="bfloat16"))]  # fmt: skip
 
@@ -104,7 +106,7 @@ def measured():
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join([CASES[i][0], *map(str, CASES[i][2].values())]))
 def test_peak_is_what_the_allocator_counts(case, measured):
     stage, sizes, flags = CASES[case]
-    assert plan.memory(stage, GPTConfig(**sizes), knobs(flags))["peak"] == pytest.approx(measured[case], rel=0.1)
+    assert plan.memory(stage, GPTConfig(**sizes), knobs(flags))["peak"] == pytest.approx(measured[case], rel=0.04)
 
 
 def test_cases_cover_both_regimes():
