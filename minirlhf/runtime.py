@@ -216,3 +216,9 @@ def versions(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"}  # fmt: skip
+
+
+if __name__ == "__main__":  # python -m minirlhf.runtime --plan gpt2-xl --gpus 8
+    from minirlhf import plan
+
+    plan.runtime.run_script(plan.main, plan.Knobs, plan.__doc__)
