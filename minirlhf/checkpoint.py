@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minirlhf import parallel
+from minirlhf.records import read_json
 from minirlhf.runtime import UserError
 
 try:
@@ -66,7 +67,10 @@ def finished(directory):
     directory = Path(directory)
     if not (directory / "model" / "model.safetensors").exists() or not (directory / "summary.json").exists():
         return None
-    return json.loads((directory / "summary.json").read_text())
+    summary = read_json(directory / "summary.json")
+    if not isinstance(summary, dict) or "data" not in summary:
+        raise UserError(f"{directory}/summary.json: not the summary of a run; delete {directory} to make it again")
+    return summary
 
 
 def lock(directory):

@@ -8,11 +8,9 @@ Left out: images, audio, tool calls, streaming from storage.
 
 import hashlib
 import itertools
-import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf.records import parse_record, read_lines
+from minirlhf.records import parse_record, read_lines, read_reviews
 from minirlhf.runtime import UserError
 
 
@@ -151,19 +149,9 @@ def cache_directory():
 
 def reviews():
     """10,605 movie-review snippets with 15-29 single ratings from -4 to 4 each, and 13,098 sentences of three other kinds."""
-    with tarfile.open(fetch_reviews()) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
-
-        def table(name):
-            raw = inner.extractfile(f"{FOLDER}{name}.txt").read()
-            text = raw.decode("utf-8", errors="replace") if "movie" in name else raw.decode("latin-1")
-            return [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
-
-        snippets = sorted(((int(i), text.strip()) for i, _, text in table("movieReviewSnippets_GroundTruth")))
-        ratings = {int(row[0]): np.array(json.loads(row[3])) for row in table("movieReviewSnippets_anonDataRatings")}
-        others = [row[2].strip() for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")
-                  for row in table(kind + "_GroundTruth")]  # fmt: skip
-    ids, texts = zip(*snippets, strict=True)
-    items = Items([""] * len(ids), list(texts), [f"reviews snippet {i}" for i in ids], [ratings[i] for i in ids])
+    snippets, ratings, others = read_reviews(fetch_reviews(), INNER, FOLDER)
+    ids = sorted(snippets)
+    items = Items([""] * len(ids), [snippets[i] for i in ids], [f"reviews snippet {i}" for i in ids], [ratings[i] for i in ids])
     return split(items, [[i] for i in range(len(ids))], "reviews", more_text=others)
 
 
@@ -235,21 +223,31 @@ def jsonl(path):
     if not len(items):
         raise UserError(f"{path}: no records; expected one JSON object a line")
     if items.groups:
+        bound_pairs(map(len, items.groups), path)
         items.ratings, items.margins = None, np.array(margins) if any(margins) else None
     else:
-        compare_within_prompts(items)
+        compare_within_prompts(items, path)
     by_prompt = {}  # a prompt lies in the training part or in the test part, never in both
     for i, prompt in enumerate(items.prompts):
         by_prompt.setdefault(prompt or f"\0{items.where[i]}", []).append(i)
     return split(items, list(by_prompt.values()), str(path))
 
 
-def compare_within_prompts(items):
+def bound_pairs(sizes, path):
+    """Raises UserError where groups of these sizes make more pairs than fit in memory."""
+    sizes = list(sizes)
+    pairs = sum(n * (n - 1) // 2 for n in sizes)
+    if pairs > max(5_000_000, len(sizes)):
+        raise UserError(f"{path}: {pairs:,} pairs of responses to one prompt, {max(sizes):,} responses to one of them; give fewer")
+
+
+def compare_within_prompts(items, path):
     """Where rated responses share a prompt, what counts is which of them is rated higher, not how prompts differ."""
     by_prompt = {}
     for i, prompt in enumerate(items.prompts):
         by_prompt.setdefault(prompt, []).append(i)
     by_prompt.pop("", None)
+    bound_pairs(map(len, by_prompt.values()), path)
     pairs = [pair for same in by_prompt.values() for pair in itertools.combinations(same, 2)]
     if pairs:
         rating = [r[0] for r in items.ratings]

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minirlhf import parallel
+from minirlhf.records import number_of, shown
 from minirlhf.runtime import UserError
 from minirlhf.weights import expect_kind, export, load_strictly, read_directory, save_directory
 
@@ -233,6 +234,9 @@ class GPT(nn.Module):
         Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape.
         """
         sizes, weights, _ = read_directory(directory_or_hub_name)
+        twice = [name for name in weights if f"transformer.{name}" in weights]
+        if twice:
+            raise UserError(f"{directory_or_hub_name}: weights with and without the prefix transformer.: {twice[0]}")
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
         head = weights.pop("lm_head.weight", None)
         if head is not None and "wte.weight" in weights and not torch.equal(head, weights["wte.weight"]):
@@ -339,6 +343,9 @@ class RewardModel(HeadedGPT):
         sizes, weights, raw = read_directory(directory)
         expect_kind("reward model", directory, weights)
         level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
+        if level not in ("response", "token"):
+            raise UserError(f"{directory}/config.json: reward_level: expected response or token, found {shown(level)}")
+        shift = number_of(shift, f"{directory}/config.json", "reward_shift")
         return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), level=level, shift=shift), weights, directory)
 
 

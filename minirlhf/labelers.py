@@ -3,7 +3,6 @@
 Left out, so far: people, judge models, rules.
 """
 
-import json
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from minirlhf import sft
 from minirlhf.gpt import PreferenceModel
 from minirlhf.runtime import UserError
-from minirlhf.weights import local_directory
+from minirlhf.weights import local_directory, read_config
 
 
 def load_labeler(source, feedback, tokenizer, base):
@@ -30,7 +29,7 @@ def load_labeler(source, feedback, tokenizer, base):
 
     else:
         config = local_directory(sft.model_directory(source)) / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("num_labels", 1) > 1:
+        if config.is_file() and read_config(config.parent).get("num_labels", 1) > 1:
             model = PreferenceModel.from_pretrained(config.parent).to(base.wte.weight.device).eval()
 
             def prefer(tokens, prompt_lengths, response_lengths, K):

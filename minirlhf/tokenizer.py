@@ -16,6 +16,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from minirlhf.checkpoint import atomic_write
+from minirlhf.records import read_json
 from minirlhf.runtime import UserError
 
 EOS = "<|endoftext|>"
@@ -39,7 +40,10 @@ class Tokenizer:
         )
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+        if len(text) < 900_000:
+            return self.encoding.encode_ordinary(text)
+        # tiktoken panics at a million white spaces in a row
+        return [i for word in regex.findall(PATTERN, text) for i in self.encoding._encode_single_piece(word)]
 
     def decode(self, ids):
         """Text of the ids, without EOS; bytes that are not UTF-8 become U+FFFD."""
@@ -65,10 +69,10 @@ class Tokenizer:
                 return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, "gpt2")
             except Exception as e:
                 raise OSError(f"tokenizer gpt2: tiktoken could not fetch its vocabulary: {e}") from None
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"{path}: no tokenizer there (expected `gpt2` or a directory with tokenizer.json)")
+        whole = read_json(path)
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
             model, vocab = whole["model"], whole["model"]["vocab"]
             if model["type"] != "BPE" or whole.get("normalizer"):
                 raise ValueError(f"model type {model['type']}, normalizer {whole.get('normalizer')}")
@@ -77,12 +81,18 @@ class Tokenizer:
             words = whole["pre_tokenizer"]
             if words["type"] != "ByteLevel" or words["add_prefix_space"] or not words.get("use_regex", True):
                 raise ValueError(f"pre_tokenizer {words}")
-            vocab = {token: i for token, i in vocab.items() if token != EOS}
-            if sorted(vocab.values()) != list(range(len(vocab))):
-                raise ValueError(f"expected ids 0 to {len(vocab) - 1} and then {EOS}")
-            return cls({bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()})
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})") from None
+            vocab = {EOS: len(vocab) - (EOS in vocab)} | vocab
+            order = sorted(vocab, key=vocab.get)
+            if {*map(type, vocab.values())} != {int} or [vocab[t] for t in order] != list(range(len(vocab))) or order.pop() != EOS:
+                raise ValueError(f"expected ids 0 to {len(vocab) - 2} and then {EOS}")
+            if not CHAR_TO_BYTE.keys() <= vocab.keys():
+                raise KeyError("expected a token for each of the 256 bytes")
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+            if [a + b for a, b in merges] != [t for t in order if len(t) > 1] or not all(a in vocab and b in vocab for a, b in merges):
+                raise ValueError("expected a merge of two tokens for each longer token, in the order of their ids")
+            return cls({bytes(CHAR_TO_BYTE[c] for c in token): vocab[token] for token in order})
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})"[:400]) from None
 
     def save(self, directory):
         """Writes `tokenizer.json` for transformers and tokenizers."""

@@ -6,11 +6,12 @@ Left out: sharded checkpoints, pickled weights.
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 
 from minirlhf import parallel
 from minirlhf.checkpoint import atomic_write
+from minirlhf.records import read_json, shown
 from minirlhf.runtime import UserError
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
@@ -55,28 +56,49 @@ FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_ep
 def read_directory(source):
     """The sizes of GPTConfig, weights in our orientation, and config.json as it is, of a directory or of a model on the hub."""
     directory = local_directory(source)
+    if (directory / "pytorch_model.bin").exists() and not (directory / "model.safetensors").exists():
+        raise UserError(f"{directory}: only pytorch_model.bin lies here, a pickle, which can run code when read, so it never is: where you "
+                        "trust it, load it with transformers and save it again with save_pretrained, which writes model.safetensors")
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: not a model directory, {name} is missing")
+    raw = read_config(directory)
     try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         weights = load_file(directory / "model.safetensors")
-    except (ValueError, SafetensorError) as e:
-        raise UserError(f"{directory}: broken config.json or model.safetensors: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{directory}/config.json: expected an object")
+    except Exception as e:  # broken bytes raise more than SafetensorError
+        raise UserError(f"{directory}: broken model.safetensors: {str(e)[:200]}") from None
     sizes = [raw.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-    if not all(type(n) is int and n > 0 for n in sizes):
-        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, n_embd; found {sizes}")
+    if not all(type(n) is int and 0 < n < 2**31 for n in sizes) or sizes[4] % sizes[3]:
+        found = ", ".join(map(shown, sizes))
+        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, and n_embd, a multiple of "
+                        f"n_head; found {found}")  # fmt: skip
     for key, expected in [*FIXED.items(), ("n_inner", 4 * raw["n_embd"])]:
         if raw.get(key, expected) not in (expected, *([None] if key == "n_inner" else [])):
-            raise UserError(f"{directory}/config.json: {key} is {raw[key]!r}, but this GPT-2 has {expected!r}")
-    weights = {
-        name: w.t().contiguous() if name.endswith(CONV1D) else w
-        for name, w in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old checkpoints store the causal mask
-    }
+            raise UserError(f"{directory}/config.json: {key} is {shown(raw[key])}, but this GPT-2 has {expected!r}")
+    # Nothing is allocated for a model much larger than the file.
+    vocab, context, layers, _, width = sizes
+    rows = vocab + context + layers * (12 * width + 13) + outputs_of(weights)
+    if layers > len(weights) or width * rows > 2 * sum(w.numel() for w in weights.values()):
+        raise UserError(f"{directory}: config.json asks for a larger model than model.safetensors holds: {layers} layers of width {width}")
+    # Old checkpoints store the causal mask.
+    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    for name, w in weights.items():
+        if w.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise UserError(f"{directory}: {name[:60]} is of type {w.dtype}, expected 16, 32 or 64 bit floating point")
+        weights[name] = w.t().contiguous().float() if name.endswith(CONV1D) and w.dim() == 2 else w.float()
     return sizes, weights, raw
+
+
+def read_config(directory):
+    """config.json as it is. Raises UserError where it is broken, is no object, or counts labels by something else than an int."""
+    raw = read_json(directory / "config.json")
+    if not isinstance(raw, dict) or type(raw.get("num_labels", 1)) is not int:
+        raise UserError(f"{directory}/config.json: expected an object, and in it a whole number as num_labels")
+    return raw
+
+
+def outputs_of(weights):
+    return weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
 
 
 def local_directory(name):
@@ -95,10 +117,12 @@ def local_directory(name):
 
 def expect_kind(expected, source, weights):
     """The number of outputs of the head. Raises UserError when another kind of model lies there."""
-    outputs = weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
+    outputs = outputs_of(weights)
     found = ("language model", "reward model", "preference model")[min(outputs, 2)]
     if found != expected:
         raise UserError(f"{source}: a {found} lies here, expected a {expected}")
+    if found == "preference model" and outputs % 2:
+        raise UserError(f"{source}: score.weight has {outputs} rows; a preference model has an even number")
     return outputs
 
 
@@ -110,6 +134,6 @@ def load_strictly(model, weights, source):
               for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
     wrong += [f"{n} has numbers that are not finite" for n, w in weights.items() if not w.isfinite().all()]
     if wrong:
-        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0]} ({len(wrong)} such problems)")
+        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0][:200]} ({len(wrong)} such problems)")
     model.load_state_dict(weights)
     return model

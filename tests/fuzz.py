@@ -1,0 +1,611 @@
+"""Damaged files for every reader: each must give a clear error or what the file says, in little time, and touch nothing else.
+
+`python tests/fuzz.py` prints a table and exits with 1 where a reader crashed, hung, lost or changed something, ran or wrote something.
+What a reader returns is held against a second, small reading of the same bytes (json, zlib, struct and NumPy).
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+
+from minirlhf import data, labelers, records  # noqa: E402
+from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel  # noqa: E402
+from minirlhf.runtime import UserError  # noqa: E402
+from minirlhf.tokenizer import EOS, Tokenizer  # noqa: E402
+
+SECONDS = 2  # a record may take
+
+
+class Hang(BaseException):
+    pass
+
+
+# What readers must not do
+
+FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class", "os.mkdir",
+             "os.rename",
+             "os.remove", "os.link", "os.symlink", "os.chmod", "os.rmdir", "os.truncate", "socket.connect", "ctypes.dlopen"}  # fmt: skip
+reading, forbidden = [False], []
+
+
+def audit(event, args):
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    writes = event == "open" and (any(c in str(args[1]) for c in "wax+") or args[1] is None and args[2] & flags)
+    if reading[0] and (event in FORBIDDEN or writes):
+        forbidden.append(f"{event} {args!r}"[:200])
+
+
+# Damage
+
+TEXTS = ["", " ", "a", "film", "\0", "\u2028", "\x85", "\ufeff", "😀👍🏽", "日本", "e\u0301", "\r\n", EOS, "\u202e", "\U0010ffff", 
+         "a" * 3000, "\n\nAssistant:"]  # fmt: skip
+ODD = [None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, 1.0, -1.5, 1e308, float("nan"), float("inf"), [], {}, [[]],
+       [None], {"a": []}, "\ud800", "@digits@", "@1e999@", "@deep@", "@deeper@", "@deepest@", "@objects@", *TEXTS]  # fmt: skip
+RAW = {"@digits@": "9" * 5000, "@1e999@": "1e999", "@deep@": "[" * 90 + "]" * 90, "@deeper@": "[" * 985 + "]" * 985,
+       "@deepest@": "[" * 50_000 + "]" * 50_000, "@objects@": '{"a":' * 20_000 + "1" + "}" * 20_000}  # fmt: skip
+SNIPPETS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\\ud800", b"1e999", b"NaN", b"-",
+            b"[" * 2000, b"9" * 5000, b'"', b"{", b"}", b",", b":", b"\t", b"\x1f\x8b\x08\0", b"\x80\x04c", b"null", bytes(512),
+            b"\xff" * 8, b"-1"]  # fmt: skip
+
+
+def damage_bytes(rng, raw, other=b""):
+    raw = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        i, j = rng.randrange(len(raw) + 1), rng.randrange(len(raw) + 1)
+        n = rng.choice((1, 2, 8, 100))
+        kind = rng.randrange(8)
+        if kind == 0 and i < len(raw):
+            raw[i] ^= 1 << rng.randrange(8)
+        elif kind == 1 and i < len(raw):
+            raw[i] = rng.randrange(256)
+        elif kind == 2:
+            raw[i:i] = rng.randbytes(n)
+        elif kind == 3:
+            del raw[i : i + n]
+        elif kind == 4:
+            del raw[i:]
+        elif kind == 5:
+            raw[i:i] = raw[j : j + n]
+        elif kind == 6:
+            raw[i:] = other[rng.randrange(len(other) + 1) :]
+        else:
+            raw[i:i] = rng.choice(SNIPPETS)
+    return bytes(raw)
+
+
+def damage_json(rng, value):
+    """JSON text of a value in which something is replaced, deleted, renamed, wrapped or there twice; the value itself stays."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        node = value
+        while isinstance(node, (dict, list)) and node:
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.7:
+                node = node[key]
+                continue
+            kind = rng.randrange(8)
+            if kind == 0:
+                del node[key]
+            elif kind == 1:
+                node[key] = [node[key]]
+            elif kind == 2:
+                node[key] = {"a": node[key]}
+            elif kind == 3 and isinstance(node, dict):
+                node[rng.choice(TEXTS)] = node.pop(key)
+            elif kind == 4:
+                node[key] = node[rng.choice(list(node) if isinstance(node, dict) else range(len(node)))]
+            elif kind == 5 and type(node[key]) in (int, float) and abs(node[key]) < 1e300:
+                n = node[key]
+                node[key] = rng.choice((n + 1, n - 1, -n, n * 2, float(n), str(n), bool(n)))
+            else:
+                node[key] = rng.choice(ODD)
+            break
+        else:
+            value = rng.choice(ODD)
+    text = json.dumps(value, ensure_ascii=rng.random() < 0.5 or "\\ud8" in json.dumps(value))
+    for name, raw in RAW.items():
+        text = text.replace(f'"{name}"', raw)
+    if rng.random() < 0.05 and text.startswith('{"'):  # a key twice
+        text = text[:-1] + ", " + text[1:]
+    return text
+
+
+# JSONL: a second reading
+
+def plain(text):
+    """JSON without a key twice."""
+    def once(pairs):
+        assert len({k for k, _ in pairs}) == len(pairs)
+        return dict(pairs)
+    return json.loads(text, object_pairs_hook=once)
+
+
+def as_text(value):
+    names = {"user": "Human", "assistant": "Assistant"}
+    if isinstance(value, str):
+        return value
+    return "".join("\n\n" + names.get(m["role"], m["role"].capitalize()) + ": " + m["content"] for m in value)
+
+
+def check_record(text, prompt, responses, number):
+    record = plain(text)
+    assert all(isinstance(t, str) and t.encode() is not None for t in (prompt, *responses))
+    if "prompt" in record:
+        assert prompt == as_text(record["prompt"])
+    if "chosen" in record and "rejected" in record:
+        given = [as_text(record["chosen"]), as_text(record["rejected"])]
+        assert responses == given and "prompt" in record or [prompt + r for r in responses] == given
+        assert given[0] != given[1] and number == record.get("margin")
+    elif "responses" in record and "ranking" in record:
+        assert responses == [as_text(record["responses"][i]) for i in record["ranking"]] and number == record.get("margin")
+        assert sorted(record["ranking"]) == list(range(len(record["responses"])))
+    else:
+        label = record["rating"] if "rating" in record else record["label"]
+        assert responses == [as_text(record["response"])] and number == float(label) and abs(number) < 1e301
+        assert type(number) is (float if "rating" in record else bool)
+
+
+def check_feedback(raw, feedback):
+    """Every line that is not blank is there, as what it says."""
+    lines = {n: line for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()}
+    found = {n: [] for n in lines}
+    for items in (feedback.train, feedback.test):
+        for prompt, response, where in zip(items.prompts, items.responses, items.where, strict=True):
+            found[int(where.rsplit(" ", 1)[1])].append((prompt, response))
+    for n, line in lines.items():
+        record, (prompts, responses) = plain(line.decode("utf-8-sig")), zip(*found[n], strict=True)
+        if "chosen" not in record and "ranking" not in record:
+            number = float(record["rating"]) if "rating" in record else record["label"]
+        else:
+            number = record.get("margin")
+        check_record(line.decode("utf-8-sig"), prompts[0], list(responses), number)
+
+
+def gunzip(raw):
+    """All members, by RFC 1952; zeros may follow each."""
+    out = b""
+    while raw:
+        assert raw[:3] == b"\x1f\x8b\x08"
+        flags, at = raw[3], 10
+        if flags & 4:
+            at += 2 + int.from_bytes(raw[at : at + 2], "little")
+        for flag in (8, 16):  # a name, a comment
+            at = raw.index(b"\0", at) + 1 if flags & flag else at
+        one = zlib.decompressobj(-15)
+        part = one.decompress(raw[at + 2 * (flags >> 1 & 1) :]) + one.flush()
+        assert one.eof and struct.pack("<II", zlib.crc32(part), len(part)) == one.unused_data[:8]
+        out, raw = out + part, one.unused_data[8:].lstrip(b"\0")
+    return out
+
+
+def form(rng, kind, i):
+    """A valid record of one of the kinds that do not mix."""
+    texts = [*TEXTS, f"p{i} q", f"r{i}"]
+    a, b = rng.choice(texts), f"{rng.choice(texts)}{i}"
+    say = [{"role": "user", "content": f"{a}{i}"}, {"role": "assistant", "content": b}]
+    if kind == "rating":
+        return {"prompt": rng.choice((f"p{i}", "")), "response": a, "rating": rng.choice((1, -2.5, i, 1e99))}
+    if kind == "label":
+        return {"prompt": f"p{i}", "response": a, "label": rng.random() < 0.5}
+    return rng.choice((
+        {"prompt": f"p{i}", "chosen": b, "rejected": b + "x", "margin": 0.5},
+        {"chosen": f"x{i} y " + b, "rejected": f"x{i} y " + b + "z"},
+        {"chosen": say, "rejected": [say[0], {"role": "assistant", "content": b + "!"}]},
+        {"prompt": say, "chosen": b + "c", "rejected": "d"},
+        {"prompt": f"{a}p{i}", "responses": [b, b + "1", b + "2"], "ranking": rng.sample(range(3), 3)},
+    ))  # fmt: skip
+
+
+# The readers, each a class: `make(rng)` -> what to read and whether it is undamaged; `read`; `check` against the second reading
+
+class Line:
+    share, name = 40, "JSONL line"
+
+    def __init__(self, folder):
+        pass
+
+    def make(self, rng):
+        record = form(rng, rng.choice(("pair", "rating", "label")), rng.randrange(99))
+        if rng.random() < 0.1:
+            return json.dumps(record, ensure_ascii=rng.random() < 0.5), True
+        if rng.random() < 0.6:
+            return damage_json(rng, record), False
+        raw = damage_bytes(rng, json.dumps(record).encode(), b'{"prompt": "", "response": "b", "rating": 1}')
+        return raw.decode(errors="replace"), False
+
+    def read(self, text):
+        return records.parse_record(text, "line 7")
+
+    def check(self, text, found):
+        check_record(text, *found)
+
+
+class File:
+    share, name, suffix = 14, "JSONL file", ".jsonl"
+
+    def __init__(self, folder):
+        self.path = folder / f"data{self.suffix}"
+
+    def make(self, rng):
+        kind = rng.choice(("pair", "rating", "label"))
+        lines = [json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5) for i in range(rng.choice((11, 14)))]
+        whole = rng.random() < 0.1 and kind == "pair"
+        if not whole and rng.random() < 0.5:
+            i = rng.randrange(len(lines))
+            lines[i] = rng.choice((damage_json(rng, json.loads(lines[i])), "", " ", "\ufeff" + lines[i], lines[i] + "\r"))
+        raw = "\n".join(lines).encode(errors="surrogatepass") + rng.choice((b"", b"\n", b"\r\n\n"))
+        if not whole and rng.random() < 0.5:
+            raw = damage_bytes(rng, raw, raw)
+        return self.pack(rng, raw, whole), whole
+
+    def pack(self, rng, raw, whole):
+        return raw
+
+    unpack = staticmethod(bytes)
+
+    def read(self, raw):
+        self.path.write_bytes(raw)
+        reading[0] = True
+        return data.load_feedback(str(self.path))
+
+    def check(self, raw, found):
+        check_feedback(self.unpack(raw), found)
+
+
+class Gzip(File):
+    share, name, suffix = 10, "gzip file", ".jsonl.gz"
+    unpack = staticmethod(gunzip)
+
+    def pack(self, rng, raw, whole):
+        half = rng.randrange(len(raw) + 1)
+        packed = rng.choice((lambda: gzip.compress(raw, 1), lambda: gzip.compress(raw[:half], 1) + gzip.compress(raw[half:], 1),
+                             lambda: gzip.compress(raw, 0) + bytes(rng.randrange(9))))()  # fmt: skip
+        return packed if whole or rng.random() < 0.3 else damage_bytes(rng, packed, packed)
+
+
+class TokenizerFile:
+    share, name = 8, "tokenizer.json"
+
+    def __init__(self, folder):
+        self.path, self.seeds = folder / "tokenizer.json", []
+        for texts, size in ((["the film, the films"], 257), (["the film, the films", "日本 \n\n aaaa"], 290), (["aaaaaaaa bbbb"], 262)):
+            Tokenizer.train(texts, size).save(folder)
+            self.seeds.append(json.loads(self.path.read_text()))
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as in GPT-2's bytes_to_unicode
+        others = [b for b in range(256) if b not in printable]
+        self.byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+    def make(self, rng):
+        seed = rng.choice(self.seeds)
+        kind = rng.random()
+        if kind < 0.1:
+            return json.dumps(seed).encode(), True
+        if kind < 0.4:
+            return damage_bytes(rng, json.dumps(seed).encode(), b'"merges": [["a", "b"]]}}'), False
+        if kind < 0.7:
+            return damage_json(rng, seed).encode(errors="surrogatepass"), False
+        model = seed["model"]
+        part = rng.choice(("vocab", "merges"))
+        whole = json.dumps(seed | {"model": model | {part: "@part@"}})
+        return whole.replace('"@part@"', damage_json(rng, model[part])).encode(errors="surrogatepass"), False
+
+    def read(self, raw):
+        self.path.write_bytes(raw)
+        reading[0] = True
+        tokenizer = Tokenizer.load(self.path.parent)
+        return tokenizer, tokenizer.encode("the film 日本 \0" + EOS)
+
+    def check(self, raw, found):
+        tokenizer, ids = found
+        vocab = dict(json.loads(raw)["model"]["vocab"])
+        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab) and all(type(i) is int for i in vocab.values())
+        assert tokenizer.ranks == {bytes(self.byte[c] for c in token): i for token, i in vocab.items()}
+        assert sorted(vocab.values()) == list(range(len(vocab))) and max(ids) < tokenizer.eos
+        assert tokenizer.decode(ids) == "the film 日本 \0" + EOS
+
+
+def parse_safetensors(raw):
+    """{name: array}, by struct, json and NumPy."""
+    (n,) = struct.unpack("<Q", raw[:8])
+    types = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}
+    header, out = json.loads(raw[8 : 8 + n]), {}
+    for name, t in header.items():
+        if name != "__metadata__":
+            a, b = t["data_offsets"]
+            part = raw[8 + n + a : 8 + n + b]
+            numbers = np.frombuffer(part, "<u2").astype("<u4") << 16 if t["dtype"] == "BF16" else None
+            out[name] = (np.frombuffer(part, types[t["dtype"]]) if numbers is None else numbers.view("<f4")).reshape(t["shape"])
+    return out
+
+
+class Model:
+    """A model directory, of which one file is damaged."""
+
+    def __init__(self, folder):
+        self.folder, self.seeds = folder, []
+        config = GPTConfig(vocab_size=258, n_ctx=8, n_layer=1, n_head=2, n_embd=4)
+        self.tokenizer, self.base = Tokenizer.train(["ab"], 258), GPT(config)
+        models = GPT(config), RewardModel(config), RewardModel(config, level="token", shift=0.5), PreferenceModel(config, 4)
+        for model in models:
+            model.save_pretrained(folder)
+            files = [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
+            self.seeds.append((type(model), *files))
+
+    def read(self, case):
+        cls, config, weights = case
+        (self.folder / "config.json").write_bytes(config)
+        (self.folder / "model.safetensors").write_bytes(weights)
+        reading[0] = True
+        try:
+            labels = cls is not GPT and labelers.load_labeler(str(self.folder), None, self.tokenizer, self.base)
+        except UserError:
+            labels = None
+        return cls.from_pretrained(self.folder), labels
+
+    def check(self, case, found):
+        (cls, config, weights), (model, labels) = case, found
+        settings, c = plain(config), model.config
+        assert [settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")] == [*vars(c).values()][:5]
+        expected = {}
+        for name, w in parse_safetensors(weights).items():
+            name = name.removeprefix("transformer.") if cls is GPT else name
+            linear = name.endswith(("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"))
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                expected[name] = w.T if linear else w
+        state = model.state_dict()
+        assert state.keys() == expected.keys()
+        for name, w in expected.items():
+            assert state[name].dtype == torch.float32 and np.array_equal(state[name].numpy(), w.astype(np.float32))
+        if cls is RewardModel:
+            assert model.level == settings.get("reward_level", "response") and model.shift == settings.get("reward_shift", 0.0)
+        if labels:
+            assert (labels[0] is None) == (settings.get("num_labels", 1) > 1)
+
+
+class Config(Model):
+    share, name = 9, "config.json"
+
+    def make(self, rng):
+        cls, config, weights = rng.choice(self.seeds)
+        kind = rng.random()
+        if kind < 0.1:
+            return (cls, config, weights), True
+        if kind < 0.4:
+            return (cls, damage_bytes(rng, config, self.seeds[1][1]), weights), False
+        if kind < 0.7:
+            return (cls, damage_json(rng, json.loads(config)).encode(errors="surrogatepass"), weights), False
+        key = rng.choice(("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "num_labels", "reward_level", "reward_shift"))
+        value = rng.choice((*ODD, 10**9, 2**30, 3, 6, 1000, "token", "1"))
+        text = json.dumps(json.loads(config) | {key: value})
+        for name, raw in RAW.items():
+            text = text.replace(f'"{name}"', raw)
+        return (cls, text.encode(), weights), False
+
+
+class Safetensors(Model):
+    share, name = 9, "model.safetensors"
+
+    def make(self, rng):
+        cls, config, weights = rng.choice(self.seeds)
+        kind = rng.random()
+        if kind < 0.1:
+            return (cls, config, weights), True
+        if kind < 0.12:
+            return (cls, config, pickle.dumps({"wte.weight": [1.0]})), False
+        n = struct.unpack("<Q", weights[:8])[0]
+        if kind < 0.45:
+            return (cls, config, damage_bytes(rng, weights, self.seeds[0][2])), False
+        if kind < 0.6:
+            at = rng.randrange(8 + n, len(weights))
+            return (cls, config, weights[:at] + rng.randbytes(4) + weights[at + 4 :]), False
+        header, body = json.loads(weights[8 : 8 + n]), weights[8 + n :]
+        if kind < 0.8:
+            text = damage_json(rng, header).encode(errors="surrogatepass")
+        else:
+            one = header[rng.choice([k for k in header if k != "__metadata__"])]
+            shape, offsets = one["shape"], one["data_offsets"]
+            one |= rng.choice((
+                {"dtype": rng.choice(("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "Q"))},
+                {"shape": rng.choice(([2**32, 2**32], [2**63, 0], [2**60, 0], [0], [-1], shape[::-1], [*shape, 1], [1.0], "4"))},
+                {"data_offsets": rng.choice(([0, 2**63], [-4, 0], [0, 0], [8, 4], [0, len(body)], offsets[::-1], [0], [0.0, 16]))},
+            ))  # fmt: skip
+            if rng.random() < 0.3:  # one that fits its type again
+                size = {"F16": 2, "BF16": 2, "BOOL": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "F64": 8, "C64": 8}
+                dtype, at, new = rng.choice(list(size)), 0, b""
+                for name, t in header.items():
+                    if name != "__metadata__":
+                        count = int(np.prod(np.array(t["shape"] if isinstance(t["shape"], list) else [1], dtype=np.float64)) % 1000)
+                        new += rng.randbytes(count * size[dtype]) if rng.random() < 0.1 else bytes(count * size[dtype])
+                        t |= {"dtype": dtype, "data_offsets": [at, len(new)]}
+                        at = len(new)
+                body = new
+            text = json.dumps(header).encode()
+        length = rng.choice((len(text),) * 8 + (0, 2**60, 2**64 - 1, len(text) + 1, len(text) - 1))
+        return (cls, config, struct.pack("<Q", length) + text + body), False
+
+
+class Archive:
+    share, name = 10, "reviews archive"
+    others = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth", "tweets_GroundTruth")
+
+    def __init__(self, folder):
+        self.path = folder / "reviews.tar.gz"
+        self.files = {"movieReviewSnippets_GroundTruth": [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)],
+                      "movieReviewSnippets_anonDataRatings": [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 13)],
+                      **{name: [f"1_1\t0\t{name} one", "1_2\t0\ttwo\r"] for name in self.others}}  # fmt: skip
+        self.files = {f"{data.FOLDER}{name}.txt": "\n".join(lines).encode() for name, lines in self.files.items()}
+
+    @staticmethod
+    def tar(files, odd=None):
+        """An uncompressed archive; `odd` changes a member's header."""
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                if odd and odd[0] == name:
+                    info.type, info.linkname, info.name = odd[1], odd[2], odd[3] or name
+                archive.addfile(info, io.BytesIO(content))
+        return out.getvalue()
+
+    def make(self, rng):
+        kind, files, odd = rng.random(), dict(self.files), None
+        name = rng.choice(list(files))
+        if 0.1 < kind < 0.4:
+            files[name] = damage_bytes(rng, files[name], files[rng.choice(list(files))])
+        elif kind < 0.5 and kind > 0.1:
+            type_ = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.REGTYPE,
+                                tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME))  # fmt: skip
+            odd = name, type_, rng.choice(("/etc/passwd", "../../x", name)), rng.choice((None, None, "../x", "/tmp/x", "a" * 300))
+        inner = self.tar(files, odd)
+        if 0.5 < kind < 0.7:
+            inner = damage_bytes(rng, inner, inner)
+        elif 0.7 < kind < 0.75:  # a header whose checksum is right
+            at = rng.choice([i for i in range(0, len(inner), 512) if inner[i : i + 4] == b"hutt"])
+            head = bytearray(inner[at : at + 512])
+            head[124:136] = rng.choice((b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000512\0", bytes(12)))
+            head[148:156] = b" " * 8
+            head[148:156] = b"%06o\0 " % sum(head)
+            inner = inner[:at] + bytes(head) + inner[at + 512 :]
+        inner = gzip.compress(inner, 1)
+        if 0.75 < kind < 0.8:
+            inner = damage_bytes(rng, inner, inner)
+        outer = self.tar({data.INNER: inner})
+        if 0.8 < kind < 0.9:
+            outer = damage_bytes(rng, outer, inner)
+        outer = gzip.compress(outer, 1)
+        return (outer if kind < 0.9 else damage_bytes(rng, outer, inner)), kind < 0.1
+
+    def read(self, raw):
+        self.path.write_bytes(raw)
+        reading[0] = True
+        return records.read_reviews(self.path, data.INNER, data.FOLDER)
+
+    def walk(self, raw):
+        """{name: bytes} of a tar archive, from the fields of its headers (POSIX ustar)."""
+        at, out = 0, {}
+        while at + 512 <= len(raw) and raw[at]:
+            head = raw[at : at + 512]
+            given = re.match(rb" *([0-7]*)", head[148:156])[1]
+            if int(given or b"0", 8) != sum(head[:148]) + 8 * 32 + sum(head[156:]):  # the checksum; an archive ends at a wrong one
+                break
+            size = int(head[124:136].strip(b" \0") or b"0", 8)
+            if head[156:157] in (b"0", b"\0"):
+                out.setdefault(head[:100].rstrip(b"\0").split(b"\0")[0].decode(), raw[at + 512 : at + 512 + size])
+            at += 512 + -(-size // 512) * 512
+        return out
+
+    def check(self, raw, found):
+        files = self.walk(gunzip(self.walk(gunzip(raw))[data.INNER]))
+        rows = {name.removeprefix(data.FOLDER)[:-4]: [line.rstrip(b"\r").split(b"\t") for line in raw.split(b"\n") if line.strip()]
+                for name, raw in files.items()}  # fmt: skip
+        snippets, ratings, others = found
+        assert snippets == {int(i): t.decode(errors="replace").strip() for i, _, t in rows["movieReviewSnippets_GroundTruth"]}
+        given = {int(row[0]): json.loads(row[3]) for row in rows["movieReviewSnippets_anonDataRatings"]}
+        assert given == {i: r.tolist() for i, r in ratings.items()} and given.keys() == snippets.keys()
+        assert len(given) == len(rows["movieReviewSnippets_anonDataRatings"])
+        assert others == [row[2].decode("latin-1").strip() for name in self.others for row in rows[name]]
+
+
+READERS = Line, File, Gzip, TokenizerFile, Config, Safetensors, Archive
+
+
+def attempt(reader, case, whole):
+    """"correct", "error", or what went wrong."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            reading[0] = isinstance(reader, Line)
+            with contextlib.redirect_stdout(None):
+                found = reader.read(case)
+        finally:
+            reading[0] = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except UserError as e:
+        if forbidden:
+            return f"did what no reader may do: {forbidden.pop()}"
+        if not 10 < len(str(e)) < 900 or not any(where in str(e) for where in ("line 7", "/dev/shm", tempfile.gettempdir())):
+            return f"an unclear error: {str(e)[:300]}"
+        return f"refused what is right: {e}" if whole else "error"
+    except Hang:
+        return f"took over {SECONDS} s"
+    except BaseException as e:  # a panic of Rust is no Exception
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        return f"crash: {type(e).__name__}: {str(e)[:300]}"
+    if forbidden:
+        return f"did what no reader may do: {forbidden.pop()}"
+    try:
+        reader.check(case, found)
+    except Exception as e:
+        return f"not what the file says: {type(e).__name__}: {str(e)[:300]}"
+    return "correct"
+
+
+def hang(*_):
+    raise Hang
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    knobs = parser.parse_args()
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # an absurd allocation fails instead of filling the machine
+    signal.signal(signal.SIGALRM, hang)
+    sys.addaudithook(audit)
+    total, start = [0] * 4, time.time()
+    print(f"{'reader':<18}{'records tried':>14}{'correct':>9}{'clear errors':>14}{'crashes':>9}{'slowest ms':>12}")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        for cls in READERS:
+            place = Path(folder) / cls.__name__
+            place.mkdir()
+            reader, rng = cls(place), random.Random(f"{knobs.seed} {cls.name}")
+            n, slowest, counts, before = max(1, knobs.records * cls.share // 100), 0.0, {"correct": 0, "error": 0}, None
+            for i in range(n):
+                if i % 500 == 0:
+                    faulthandler.dump_traceback_later(120, exit=True)  # a hang that no signal ends
+                case, whole = reader.make(rng)
+                began = time.perf_counter()
+                outcome = attempt(reader, case, whole)
+                slowest = max(slowest, time.perf_counter() - began)
+                counts[outcome] = counts.get(outcome, 0) + 1
+                before = before or set(os.listdir(place))
+            counts["files left behind"] = len(set(os.listdir(place)) - before)
+            bad = {k: v for k, v in counts.items() if k not in ("correct", "error") and v}
+            row = [n, counts["correct"], counts["error"], sum(bad.values())]
+            total = [a + b for a, b in zip(total, row, strict=True)]
+            print("{:<18}{:>14,}{:>9,}{:>14,}{:>9,}{:>12.1f}".format(cls.name, *row, 1000 * slowest), flush=True)
+            for outcome in list(bad)[:5]:
+                print("   ", outcome.encode("ascii", "backslashreplace").decode())
+    faulthandler.cancel_dump_traceback_later()
+    print("{:<18}{:>14,}{:>9,}{:>14,}{:>9,}   in {:.0f} s".format("total", *total, time.time() - start))
+    raise SystemExit(int(total[3] > 0))
+
+
+if __name__ == "__main__":
+    main()
