@@ -88,7 +88,7 @@ class Knobs(runtime.Ranges):
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
     minibatches: int = knob(2, "optimizer steps a pass", least=1)
-    micro_batch: int = knob(64, "episodes in memory at a time in the update; 0: a whole minibatch")
+    micro_batch: int = knob(32, "episodes in memory at a time in the update, on each process; 0: all of a minibatch")
     lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest", most=1)
@@ -213,13 +213,14 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
         scores = torch.where(ended[:, None], scores, missing)
 
     # 3 log-probs, made anew by the function that the update uses, so that its first ratio is 1
-    logprobs, entropy = response_logprobs(policy, *row, width, knobs.temperature, entropy=True)  # (B, R)
-    ref_logprobs = response_logprobs(reference, *row, width, knobs.temperature)
+    options = {"width": width, "temperature": knobs.temperature}
+    logprobs, entropy = in_parts(partial(response_logprobs, policy, entropy=True, **options), knobs.micro_batch, *row)  # (B, R)
+    ref_logprobs = in_parts(partial(response_logprobs, reference, **options), knobs.micro_batch, *row)
 
     # 5 values: of the state before each token, so at the position of the token before it
     values = None
     if critic:
-        values = critic.values(sampled.tokens, row[1] + row[2]).float()  # (B, Q+R)
+        values = in_parts(critic.values, knobs.micro_batch, sampled.tokens, row[1] + row[2]).float()  # (B, Q+R)
         values = torch.where(mask, before_response(values, sampled.prompt_lengths, width), 0)
 
     # 4 and 6, of all episodes at once
@@ -240,6 +241,12 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
         stats |= {"ppo/returns/mean": ppo.masked_mean(returns, mask),
                   "ppo/val/explained_variance": ppo.explained_variance(values, returns, mask)}  # fmt: skip
     return Episodes(*row, logprobs, ref_logprobs, advantages, values, returns), stats
+
+
+def in_parts(f, size, *rows):
+    """f(*rows), a tensor (B, ...) or several, of at most `size` rows at a time; 0: all."""
+    found = [f(*part) for part in zip(*(x.split(size or len(x)) for x in rows), strict=True)]
+    return torch.cat(found) if torch.is_tensor(found[0]) else [torch.cat(x) for x in zip(*found, strict=True)]
 
 
 def update(trained, optimizer, episodes, knobs, kl_coef, autocast, nonfinite=None):
@@ -316,9 +323,10 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         ended = hit.any(1)
         seen = torch.where(ended, hit.int().argmax(1) + 1, r)  # up to the first one
         if level == "response":
-            scores = rm(tokens, p + seen).float() if rm else ask(tokens, p, seen)[:, 0]
+            scores = in_parts(rm, knobs.micro_batch, tokens, p + seen).float() if rm else ask(tokens, p, seen)[:, 0]
             return ppo.on_last_token(scores, response_mask(r, R)), ended
-        values = before_response(rm.values(tokens, p + r).float(), p + 1, R) if rm else ask(tokens, p, seen)
+        values = in_parts(rm.values, knobs.micro_batch, tokens, p + r).float() if rm else ask(tokens, p, seen)
+        values = before_response(values, p + 1, R) if rm else values
         values = torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0)
         shift = rm.shift if rm else 0.0  # of the whole response
         return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended

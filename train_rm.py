@@ -86,6 +86,8 @@ def main(knobs):
         model = PreferenceModel.from_base(base, dropout=knobs.dropout).to(device)
     else:
         model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level).to(device)
+        if knobs.level == "response" and knobs.loss != "ratings" and not knobs.center:
+            model.transformer.ln_f.bias.requires_grad_(False)  # in no difference of scores: its gradient is rounding, which Adam blows up
     if knobs.compile:
         compile_trunks(base, model)
     if knobs.shard:

@@ -89,11 +89,11 @@ def stored_logps(model, rows, autocast, dtype):
         return None
     key = hashlib.sha256(repr((model.config, dtype, rows.device.type)).encode())
     for weight in model.state_dict().values():
-        key.update(weight.cpu().numpy())
+        key.update(parallel.full(weight).cpu().numpy())
     for row, prompt_length in zip(rows.tokens, rows.prompt_lengths, strict=True):
         key.update(np.array([prompt_length, len(row), *row], dtype=np.int64))
     path = data.cache_directory() / "ref-logps" / f"{key.hexdigest()}.safetensors"
-    if path.exists():
+    if not parallel.any_process(not path.exists(), rows.device):
         return load_file(path)["logps"].to(rows.device)
     with autocast:
         logps = all_logps(model, rows)

@@ -137,13 +137,12 @@ def shard(*models):
     models = list(filter(None, models))
     mesh = init_device_mesh(next(models[0].parameters()).device.type, (world(),))
     for model in models:
-        gpts = [m for m in model.modules() if hasattr(m, "wte") and not sharded(m)]
-        for gpt in gpts:
+        for gpt in [m for m in model.modules() if hasattr(m, "wte") and not sharded(m)]:
             for block in gpt.h:
                 fully_shard(block, mesh=mesh)
             fully_shard(gpt, mesh=mesh, reshard_after_forward=False)  # the head reads the token embedding after it
             register_fsdp_forward_method(gpt, "hidden")
-        if model not in gpts and not sharded(model):
+        if hasattr(model, "score") and not sharded(model.score):
             fully_shard(model.score, mesh=mesh)
 
 
