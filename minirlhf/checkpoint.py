@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minirlhf import parallel
-from minirlhf.records import read_json
+from minirlhf.records import parse_json, read_json
 from minirlhf.runtime import UserError
 
 try:
@@ -150,7 +150,7 @@ class State:
         for path in self.files():
             try:
                 with safe_open(path, "pt") as file:
-                    facts = json.loads((file.metadata() or {})["state"])
+                    facts = parse_json((file.metadata() or {})["state"], path)
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
                 if facts["checksums"] != {name: checksum(t) for name, t in tensors.items()}:
                     raise ValueError("checksums differ")

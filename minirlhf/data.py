@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minirlhf import parallel
 from minirlhf.records import parse_record, read_lines, read_reviews
 from minirlhf.runtime import UserError
 
@@ -149,7 +150,9 @@ def cache_directory():
 
 def reviews():
     """10,605 movie-review snippets with 15-29 single ratings from -4 to 4 each, and 13,098 sentences of three other kinds."""
-    snippets, ratings, others = read_reviews(fetch_reviews(), INNER, FOLDER)
+    with parallel.first_alone():
+        path = fetch_reviews()
+    snippets, ratings, others = read_reviews(path, INNER, FOLDER)
     ids = sorted(snippets)
     items = Items([""] * len(ids), [snippets[i] for i in ids], [f"reviews snippet {i}" for i in ids], [ratings[i] for i in ids])
     return split(items, [[i] for i in range(len(ids))], "reviews", more_text=others)

@@ -72,16 +72,17 @@ def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_token
     tokens = torch.cat([prompts.where(real, pad), prompts.new_full((B, max_new_tokens), pad)], 1)
     response_lengths, finished = torch.zeros_like(prompt_lengths), torch.zeros(B, dtype=torch.bool, device=prompts.device)
     noise = row_noise(torch.randint(2**62, ()).item(), first_row, B, max_new_tokens).to(prompts.device)
-    for t in range(max_new_tokens):
-        logits = 0  # (B, V); each model's logits are its log-probs up to a constant, which the softmax forgets
-        for model, weight in ((policy, 1 - mu), (reference, mu)):
-            hidden = before_response(model.hidden(tokens[:, : Q + t]), prompt_lengths + t, 1)[:, 0]
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = logits + weight * (hidden.float() @ model.lm_head_weight.float().t())
-        token = draw(logits.softmax(1), noise[:, t]).masked_fill(finished, pad)
-        tokens.scatter_(1, (prompt_lengths + t)[:, None], token[:, None])
-        response_lengths += ~finished
-        finished |= token == eos
-        if finished.all():
-            break
+    with parallel.whole(policy), parallel.whole(reference):  # processes may take unequal numbers of steps
+        for t in range(max_new_tokens):
+            logits = 0  # (B, V); each model's logits are its log-probs up to a constant, which the softmax forgets
+            for model, weight in ((policy, 1 - mu), (reference, mu)):
+                hidden = before_response(model.hidden(tokens[:, : Q + t]), prompt_lengths + t, 1)[:, 0]
+                with torch.autocast(hidden.device.type, enabled=False):
+                    logits = logits + weight * (hidden.float() @ model.lm_head_weight.float().t())
+            token = draw(logits.softmax(1), noise[:, t]).masked_fill(finished, pad)
+            tokens.scatter_(1, (prompt_lengths + t)[:, None], token[:, None])
+            response_lengths += ~finished
+            finished |= token == eos
+            if finished.all():
+                break
     return tokens, response_lengths

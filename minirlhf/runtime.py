@@ -68,19 +68,27 @@ def run_script(main, knobs, doc):
         main(parse(knobs, doc))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (UserError, OSError, torch.OutOfMemoryError, torch.distributed.DistBackendError) as e:
-        print("\nerror: " + " ".join(explained(e).split()), file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except (UserError, OSError, RuntimeError) as e:
+        if not (message := explained(e)):
+            raise
+        print("\nerror: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def explained(error):
+    """What to tell a user about an error, or None where it is a mistake in the program."""
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    first = str(error).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return (f"{str(error).splitlines()[0]} What takes less: a smaller --micro-batch (the same result), --batch-size or "
-                "--response-length, --dtype bfloat16, a base model of a shorter context, or more GPUs and --shard")  # fmt: skip
-    return str(error)
+        return (f"{first} What takes less: a smaller --micro-batch (the same result), --batch-size or --response-length, "
+                "--dtype bfloat16, a base model of a shorter context, or more GPUs and --shard")  # fmt: skip
+    if torch.distributed.is_initialized() and ("gloo" in first or "NCCL" in first):
+        return f"another process of this run has died or cannot be reached; start all of them again, with --resume ({first[:200]})"
+    return None
 
 
 def pick_device(name):
