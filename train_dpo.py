@@ -99,8 +99,7 @@ def main(knobs):
     # Models: the base, made now if it is missing, twice where the loss has a reference; what labels and scores samples
     source = sft.base_model(knobs)
     labeler, reward_summary = find_labeler(knobs)
-    rng = runtime.seed_everything(knobs.seed)
-    tokenizer = sft.load_tokenizer(source)
+    rng, tokenizer = runtime.seed_everything(knobs.seed), sft.load_tokenizer(source)
     policy, base, reference = load_models(source, kind, knobs, device)
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
@@ -118,12 +117,11 @@ def main(knobs):
         plan = plan_of(feedback.train, kind, knobs, rng)
     test_rows = encode(feedback.test, tokenizer, kind, knobs, policy)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
-
+    ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
+    before = None if base else ask(policy)  # a base can be asked at the end
     parts = {"policy": trained, "optimizer": optimizer, "reference": reference if knobs.rounds > 1 else None}
     given = {"data": rows if knobs.online else rows.tokens, "base model": source, "reward": labeler}
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
-    ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
-    before = None if base else ask(policy)  # a base can be asked at the end
 
     # Loop
     for step, batch in run.steps():
@@ -131,28 +129,27 @@ def main(knobs):
         with autocast:  # apart from the loss's: what autocast once cast without a gradient it would use again without one
             if begins := step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round
                 reference.load_state_dict(policy.state_dict())
-            if not knobs.online and knobs.rounds > 1 and (begins or step == run.first):
+            if knobs.rounds > 1 and not knobs.online and (begins or step == run.first):
                 ref_logps = batches.all_logps(reference, rows)
             if knobs.online:
                 bought, *batch = own([rows[i] for i in batch])
             else:
-                index, *labels = batch
-                batch = rows.take(index), None if ref_logps is None else ref_logps[index], *labels
+                batch = rows.take(batch[0]), None if ref_logps is None else ref_logps[batch[0]], *batch[1:]
         with autocast:
             loss, stats = batch_loss(policy, reference, kind, options, knobs, *batch)
         if step == 0 and base:
             run.say(step_0_check(kind, options, knobs, loss.item(), stats))
         trained.backward(loss)
         loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch[0].tokens))
-        stats |= {"online/labels": (step + 1) * bought} if knobs.online else {}
-        run.log(step, {"loss": loss, "grad_norm": norm} | stats, show=("loss", "rewards/accuracies"))
+        stats |= {"loss": loss, "grad_norm": norm} | ({"online/labels": (step + 1) * bought} if knobs.online else {})
+        run.log(step, stats, show=("loss", "rewards/accuracies"))
 
     # Evaluation
     before, after = before or ask(base), ask(policy)
     run.close()
-    accuracy = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)
+    more = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
-    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary, accuracy)
+    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary, more)
 
 
 def load_models(source, kind, knobs, device):

@@ -32,10 +32,7 @@ Left out: entropy bonus, value bootstrapping of cut responses, length filters, A
 """
 
 import copy
-import importlib
 import math
-import runpy
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -310,7 +307,7 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         raise UserError(f"--truncate {knobs.truncate!r}: {len(stop)} tokens of this tokenizer; expected a text of one")
     rm, level, (file, _, name) = None, knobs.reward_level or "response", str(source).rpartition(":")
     if source == "true" or file.endswith(".py") or (name.isidentifier() and file.replace(".", "").isidentifier()):
-        function = labelers.true_reward(feedback) if source == "true" else load_function(file, name)
+        function = labelers.true_reward(feedback) if source == "true" else labelers.load_function(file, name)
         ask = partial(labelers.ask, function, source, level, tokenizer)
     else:
         rm = sft.load_reward_model(source, tokenizer, reference)
@@ -332,18 +329,6 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended
 
     return scorer, rm
-
-
-def load_function(file, name):
-    """A function of FILE.py, or of a module by its dotted name."""
-    sys.path.insert(0, "")  # the current directory
-    try:
-        names = runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
-    except ModuleNotFoundError as e:
-        raise UserError(f"--reward {file}:{name}: {e}") from None
-    if not callable(names.get(name)):
-        raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
-    return names[name]
 
 
 def make_critic(knobs, policy, reference, rm):

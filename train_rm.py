@@ -29,7 +29,8 @@ import torch
 
 from minirlhf import data, parallel, runtime, sft
 from minirlhf.batches import Rows
-from minirlhf.gpt import GPT, PreferenceModel, RewardModel, compile_trunks
+from minirlhf.gpt import GPT, RewardModel, compile_trunks
+from minirlhf.labelers import PreferenceModel
 from minirlhf.log import Run
 from minirlhf.reward import best_of_k_loss, bradley_terry_loss, normalization, plackett_luce_loss, rating_loss, share_positive
 from minirlhf.runtime import UserError, knob
@@ -82,12 +83,7 @@ def main(knobs):
     source = sft.base_model(knobs)
     rng = runtime.seed_everything(knobs.seed)
     base, tokenizer = GPT.from_pretrained(source).to(device), sft.load_tokenizer(source)
-    if knobs.model == "pairwise":
-        model = PreferenceModel.from_base(base, dropout=knobs.dropout).to(device)
-    else:
-        model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level).to(device)
-        if knobs.level == "response" and knobs.loss != "ratings" and not knobs.center:
-            model.transformer.ln_f.bias.requires_grad_(False)  # in no difference of scores: its gradient is rounding, which Adam blows up
+    model = fresh_model(knobs, base).to(device)
     if knobs.compile:
         compile_trunks(base, model)
     if knobs.shard:
@@ -146,6 +142,16 @@ def check(knobs, items):
         raise UserError(f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs")
     if knobs.model == "pairwise" and (knobs.loss != "pairs" or knobs.center or knobs.level != "response"):
         raise UserError("--model pairwise has no scores: expected --loss pairs, --level response and no --center")
+
+
+def fresh_model(knobs, base):
+    """A fresh head on a copy of the base model."""
+    if knobs.model == "pairwise":
+        return PreferenceModel.from_base(base, dropout=knobs.dropout)
+    model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level)
+    if knobs.level == "response" and knobs.loss != "ratings" and not knobs.center:
+        model.transformer.ln_f.bias.requires_grad_(False)  # in no difference of scores: its gradient is rounding, which Adam blows up
+    return model
 
 
 def step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device, n=300):

@@ -1,16 +1,53 @@
-"""Who prefers: a reward model, a preference model, or the toy's own true reward, asked about responses to one prompt.
+"""Who prefers: a reward model, a preference model, a Python function, or the toy's own true reward.
 
 Left out, so far: people, judge models, rules.
 """
 
+import importlib
+import math
+import runpy
+import sys
 from functools import partial
 
 import torch
 
 from minirlhf import sft
-from minirlhf.gpt import PreferenceModel
+from minirlhf.gpt import GPTConfig, HeadedGPT
 from minirlhf.runtime import UserError
-from minirlhf.weights import local_directory, read_config
+from minirlhf.weights import expect_kind, load_strictly, local_directory, read_config, read_directory
+
+
+class PreferenceModel(HeadedGPT):
+    """The general preference model of Zhang et al. 2024 (arXiv 2410.02197): P(a preferred to b) without a score of a or b.
+
+    Each response has an embedding of `dim` = 2k numbers, and logit(a, b) = sum_i a_2i b_2i+1 - a_2i+1 b_2i: k planes, in each of which
+    a beats what lies up to half a turn ahead of it. So logit(b, a) = -logit(a, b), and circles of preference can be held. The head's
+    standard deviation makes fresh logits of independent unit-variance hidden states have one near 1. Raises ValueError for an odd dim.
+    """
+
+    def __init__(self, config, dim=8):
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim {dim}: expected an even number, two for each plane")
+        super().__init__(config, dim, dim**-0.25 / math.sqrt(config.n_embd + 1))
+
+    def embed(self, idx, lengths):
+        """The embedding (B, dim) of each row: the head at its last real token."""
+        hidden = self.transformer.hidden(idx, lengths=lengths)
+        return self.score(hidden[torch.arange(len(idx), device=idx.device), lengths - 1])
+
+    def logit(self, a, b):
+        """The log-odds that a is preferred to b: (...) of embeddings (..., dim), which broadcast."""
+        return (a[..., ::2] * b[..., 1::2] - a[..., 1::2] * b[..., ::2]).sum(-1)
+
+    def save_pretrained(self, directory, tokenizer=None):
+        self.save(directory, {}, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory, *, dropout=0.0):
+        """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
+        sizes, weights, _ = read_directory(directory)
+        dim = expect_kind("preference model", directory, weights)
+        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), dim), weights, directory)
 
 
 def load_labeler(source, feedback, tokenizer, base):
@@ -48,6 +85,18 @@ def load_labeler(source, feedback, tokenizer, base):
         return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
 
     return scorer, prefer
+
+
+def load_function(file, name):
+    """A function of FILE.py, or of a module by its dotted name."""
+    sys.path.insert(0, "")  # the current directory
+    try:
+        names = runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
+    except ModuleNotFoundError as e:
+        raise UserError(f"--reward {file}:{name}: {e}") from None
+    if not callable(names.get(name)):
+        raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
+    return names[name]
 
 
 def true_reward(feedback):

@@ -31,6 +31,7 @@ STAGES = {
     "rm": (train_rm, dict(epochs=2, batch_size=128, save_every=5)),
     "ppo": (train_ppo, dict(steps=8, batch_size=16, response_length=8, eval_samples=16, save_every=2, kl_target=1.0, top_k=0)),
     "dpo": (train_dpo, dict(epochs=2, batch_size=128, response_length=8, eval_samples=16, save_every=5, rounds=3)),
+    "simpo": (train_dpo, dict(loss="simpo", epochs=1, batch_size=128, response_length=8, eval_samples=16, save_every=3)),
     "online": (train_dpo, dict(online=True, steps=10, batch_size=16, response_length=8, eval_samples=16, save_every=3)),
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # a killed run takes nothing of ours with it
