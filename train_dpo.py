@@ -120,7 +120,7 @@ def main(knobs):
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
     before = None if base else ask(policy)  # a base can be asked at the end
     parts = {"policy": trained, "optimizer": optimizer, "reference": reference if knobs.rounds > 1 else None}
-    given = {"data": rows if knobs.online else rows.tokens, "base model": source, "reward": labeler}
+    given = {"data": rows if knobs.online else rows[:2], "base model": source, "reward": labeler}
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
 
     # Loop

@@ -101,7 +101,8 @@ def main(knobs):
     if normalize:
         prompts = data.prompts_of(feedback.train, tokenizer, np.random.default_rng(knobs.seed))[:512]
         prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
-    run = Run("rm", knobs, plan, device, tokenizer, {"model": trained, "optimizer": optimizer}, {"data": rows, "base model": source})
+    given = {"data": (rows, prompt_lengths, feedback.train.margins), "base model": source}
+    run = Run("rm", knobs, plan, device, tokenizer, {"model": trained, "optimizer": optimizer}, given)
     if not run.first:
         run.say(step_0_check(model, test_rows, test_pairs, tokenizer, autocast, device))
 

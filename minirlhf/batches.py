@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf import data, parallel
-from minirlhf.checkpoint import atomic_write
+from minirlhf.checkpoint import save_tensors
 from minirlhf.sampling import before_response, response_logprobs, response_mask
 
 
@@ -92,15 +93,16 @@ def stored_logps(model, rows, autocast, dtype):
         key.update(parallel.full(weight).cpu().numpy())
     for row, prompt_length in zip(rows.tokens, rows.prompt_lengths, strict=True):
         key.update(np.array([prompt_length, len(row), *row], dtype=np.int64))
-    path = data.cache_directory() / "ref-logps" / f"{key.hexdigest()}.safetensors"
-    if not parallel.any_process(not path.exists(), rows.device):
-        return load_file(path)["logps"].to(rows.device)
+    path, stored = data.cache_directory() / "ref-logps" / f"{key.hexdigest()}.safetensors", None
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # what is not there, or broken, is made
+        stored = load_file(path)["logps"].to(rows.device)
+    if not parallel.any_process(stored is None, rows.device):
+        return stored
     with autocast:
         logps = all_logps(model, rows)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as tmp:
-            save_file({"logps": logps.cpu()}, tmp)
+        save_tensors({"logps": logps.cpu()}, path, {})
     return logps
 
 

@@ -41,6 +41,15 @@ def atomic_write(path):
         tmp.unlink(missing_ok=True)
 
 
+def save_tensors(tensors, path, metadata):
+    """A safetensors file, whole or not at all. Raises OSError where it cannot be written."""
+    with atomic_write(path) as tmp:
+        try:
+            save_file(tensors, tmp, metadata=metadata)
+        except SafetensorError as e:  # a full disk
+            raise OSError(f"{path} could not be written ({e})") from None
+
+
 def sync(path):
     """Waits until a file, or what names a directory has, is on the disk."""
     if os.name == "posix" or Path(path).is_file():
@@ -133,12 +142,11 @@ class State:
             return
         numbers = {name: vars(part) for name, part in self.parts.items() if not hasattr(part, "state_dict")}
         facts |= self.origin | {"step": step, "numbers": numbers, "checksums": {name: checksum(t) for name, t in tensors.items()}}
-        path = self.folder / f"{step:08d}.safetensors"
-        with atomic_write(path) as tmp:
-            try:
-                save_file(tensors, tmp, metadata={"state": json.dumps(facts)})
-            except SafetensorError as e:
-                raise OSError(f"{path} could not be written ({e}): make room, and go on from the state before it with --resume") from None
+        text, path = json.dumps(facts), self.folder / f"{step:08d}.safetensors"
+        try:
+            save_tensors(tensors, path, {"state": text, "checksum": str(zlib.crc32(text.encode()))})
+        except OSError as e:
+            raise OSError(f"{e}: make room, and go on from the state before it with --resume") from None
         for old in self.files()[2:]:
             old.unlink()
 
@@ -150,9 +158,11 @@ class State:
         for path in self.files():
             try:
                 with safe_open(path, "pt") as file:
-                    facts = parse_json((file.metadata() or {})["state"], path)
+                    header = file.metadata() or {}
+                    facts = parse_json(header["state"], path)
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-                if facts["checksums"] != {name: checksum(t) for name, t in tensors.items()}:
+                sums = {name: checksum(t) for name, t in tensors.items()}
+                if header["checksum"] != str(zlib.crc32(header["state"].encode())) or facts["checksums"] != sums:
                     raise ValueError("checksums differ")
             except (SafetensorError, ValueError, KeyError, TypeError, OSError) as e:
                 say(f"{path} is broken ({e}): trying the state before it")
@@ -204,14 +214,17 @@ def checksum(tensor):
 
 
 def fingerprint(x):
-    """A short digest of what a run starts from: rows of token ids, a model directory, or anything whose repr says all."""
-    digest = hashlib.sha256()
-    if isinstance(x, list):
-        for row in x:
-            digest.update(np.array([len(row), *row], dtype=np.int64))
-    elif isinstance(x, str | Path) and (Path(x) / "model.safetensors").is_file():
-        with open(Path(x) / "model.safetensors", "rb") as file:
-            digest.update(file.read(1 << 24))  # the header and the first 16 MB: training changes all weights
+    """A short digest of what a run starts from: arrays, in lists or tuples; a model or a function by its path; anything by its repr."""
+    digest, path = hashlib.sha256(), str(x) if isinstance(x, (str, Path)) else ""
+    for file in (Path(path, "model", "model.safetensors"), Path(path, "model.safetensors"), Path(path.rpartition(":")[0])):
+        if path and file.is_file():
+            with open(file, "rb") as f:  # the first 16 MB: training changes all weights
+                return hashlib.sha256(f.read(1 << 24)).hexdigest()[:16]
+    if isinstance(x, (list, tuple)):
+        for part in x:
+            digest.update(fingerprint(part).encode())
+    elif isinstance(x, np.ndarray):
+        digest.update(f"{x.dtype} {x.shape}".encode() + x.tobytes())
     else:
         digest.update(repr(x).encode())
     return digest.hexdigest()[:16]

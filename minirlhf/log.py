@@ -33,13 +33,15 @@ class Run:
         self.name, self.knobs, self.plan, self.device, self.tokenizer = name, knobs, plan, device, tokenizer
         self.out, self.start, self.first, self.rows, self.skipped = Path(knobs.out), time.time(), 0, [], 0
         self.writes = not parallel.rank()  # the first process has the files
-        self.state = State(self.out / "state", name, knobs, parts, given | {"tokenizer": tokenizer.ranks})
+        self.state = State(self.out / "state", name, knobs, parts, given | {"data": (given["data"], plan), "tokenizer": tokenizer.ranks})
         if self.writes:
             try:
                 self.state.folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 raise UserError(f"--out {self.out}: a file, not a directory") from None
             self.lock = lock(self.state.folder)
+            for part in [p for folder in ("", "state", "model") for p in (self.out / folder).glob("*.tmp[0-9]*")]:
+                part.unlink()  # what a killed run was writing
         facts = self.state.load(self.say) if knobs.resume else None
         if facts:
             self.go_on(facts)
@@ -56,7 +58,7 @@ class Run:
         elif self.state.files() and not finished(self.out):
             step = int(self.state.files()[0].stem)
             self.say(f"note: {self.out} held an interrupted run, saved after {step} steps: with --resume it would have gone on from there")
-        for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "state/*.safetensors", "*.tmp*", "*/*.tmp*"):
+        for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "nonfinite-step-*.jsonl", "state/*.safetensors"):
             for path in self.out.glob(old):
                 path.unlink()
         write_json(self.out / "config.json", dataclasses.asdict(self.knobs))
@@ -83,7 +85,7 @@ class Run:
 
         def catch(number, _):
             if caught:  # asked twice: at once
-                raise KeyboardInterrupt
+                raise SystemExit(128 + number)
             caught.append(number)
 
         own = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -122,7 +124,7 @@ class Run:
 
     def nonfinite(self, step, rows, loss, norm):
         """Keeps a batch whose loss or gradient is not finite for study, and ends the run; with --on-nonfinite skip, counts it."""
-        path, rows = self.out / f"nonfinite-step-{step}.jsonl", [row.tolist() for row in rows]
+        path, rows = self.out / f"nonfinite-step-{step}-{self.skipped}.jsonl", [row.tolist() for row in rows]
         if self.writes:
             with atomic_write(path) as tmp:
                 tmp.write_text("".join(json_line({"text": self.tokenizer.decode(row), "ids": row}) for row in rows), "utf-8")

@@ -28,10 +28,9 @@ def start(name):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(name)
     device = pick_device(f"cuda:{local}" if name in ("auto", "cuda") and torch.cuda.is_available() else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        cuda, minutes = device.type == "cuda", datetime.timedelta(minutes=10)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=minutes, device_id=device if cuda else None)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
     return device
@@ -132,8 +131,10 @@ def shard(*models):
     if world() == 1:
         raise UserError("--shard: one process has nothing to share; start with torchrun --nproc-per-node N")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    if not hasattr(FSDPModule, "set_reshard_after_forward"):
+        raise UserError(f"--shard: torch {torch.__version__} cannot yet hold a sharded model whole for a while; expected 2.8 or newer")
     models = list(filter(None, models))
     mesh = init_device_mesh(next(models[0].parameters()).device.type, (world(),))
     for model in models:
@@ -158,10 +159,12 @@ def whole(model):
     for part in parts:
         part.set_reshard_after_forward(False)
         part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(not hasattr(part, "wte"))
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(not hasattr(part, "wte"))
+            part.reshard()
 
 
 def reshard(model):

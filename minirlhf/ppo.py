@@ -185,14 +185,14 @@ def losses(logprobs, values, minibatch, mask, knobs, kl_coef):
 class AdaptiveKL:
     """A KL coefficient that steers `objective/kl` towards a target in nats (Ziegler et al. 2019, 2.2).
 
-    After n episodes: coef *= 1 + clip(kl/target - 1, -0.2, 0.2) * n / horizon.
+    After n episodes: coef *= 1 + clip(kl/target - 1, -0.2, 0.2) * n / horizon. A KL that is not finite changes nothing.
     """
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl, n):
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        error = min(max(kl / self.target - 1, -0.2), 0.2) if math.isfinite(kl) else 0
         self.coef *= 1 + error * n / self.horizon
 
 

@@ -100,6 +100,8 @@ def pick_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -205,7 +207,8 @@ def gradient_norm(parameters):
     """The norm of all gradients together, by way of those of their rows, which sharding leaves whole: to the last digit the same on one
     process and on many."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = [g.to_local() if (sharded := hasattr(g, "to_local")) else g for g in gradients]
+    sharded = any(hasattr(g, "to_local") for g in gradients)
+    parts = [g.to_local() for g in gradients] if sharded else gradients
     squares = sum(torch.linalg.vector_norm(g.flatten(1) if g.dim() > 1 else g[:, None], dim=1).double().square().sum() for g in parts)
     if sharded:
         torch.distributed.all_reduce(squares)

@@ -92,7 +92,11 @@ class Decoder:
         self.rounded = self.graph = None
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if dtype != weight.dtype and weight.is_cuda:  # each step would else read fp32 weights to round them
-            self.rounded, weight = GPT(model.config).to(device).requires_grad_(False), weight.to(dtype)
+            with torch.device("meta"):  # draws no random numbers
+                self.rounded = GPT(model.config).requires_grad_(False).eval()
+            self.rounded.to_empty(device=device)
+            torch._foreach_copy_(list(self.rounded.parameters()), list(model.parameters()))
+            weight = weight.to(dtype)
             for linear in self.rounded.modules():
                 if isinstance(linear, torch.nn.Linear):
                     linear.to(dtype)

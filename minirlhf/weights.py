@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minirlhf import parallel
-from minirlhf.checkpoint import atomic_write
+from minirlhf.checkpoint import atomic_write, save_tensors
 from minirlhf.records import read_json, shown
 from minirlhf.runtime import UserError
 
@@ -45,8 +45,7 @@ def save_directory(directory, config, weights, extra, tokenizer):
         tokenizer.save(directory)
     with atomic_write(directory / "config.json") as tmp:
         tmp.write_text(json.dumps(settings | extra, indent=2) + "\n")
-    with atomic_write(directory / "model.safetensors") as tmp:
-        save_file(weights, tmp, metadata={"format": "pt"})
+    save_tensors(weights, directory / "model.safetensors", {"format": "pt"})
 
 
 FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,

@@ -127,12 +127,16 @@ def damage(path, how):
         raw = raw[: len(raw) // 2]
     elif how == "flipped":
         raw[-100] ^= 16
+    elif how == "another step":
+        assert raw.count(b'\\"step\\": ') == 1
+        at = raw.index(b'\\"step\\": ') + 10
+        raw[at : at + 1] = b"9"
     elif how == "zeros at the end":
         raw[-4096:] = bytes(4096)
     path.write_bytes(raw if how != "empty" else b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "zeros at the end", "empty"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "zeros at the end", "empty", "another step"])
 @pytest.mark.parametrize("stage", ["rm", "ppo"])
 def test_a_damaged_newest_state_falls_back(stage, how, toy, whole, tmp_path, monkeypatch, capsys):
     stopped_after(stage, toy, tmp_path, 4, monkeypatch)
@@ -246,6 +250,40 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path):
     for a, b in zip(state.parts["model"].parameters(), copy.parts["model"].parameters(), strict=True):
         old, new = (s.parts["optimizer"].state[p] for s, p in ((state, a), (copy, b)))
         assert torch.equal(a, b) and old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+
+
+def test_other_labels_are_other_data(toy, tmp_path, monkeypatch):
+    def write(sign):
+        words = [{"prompt": "", "response": f"ab{'h' * i}", "rating": sign * i} for i in range(40)]
+        (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
+        return {"data": str(tmp_path / "words.jsonl"), "epochs": 20, "batch_size": 20, "normalize": False}
+
+    write(1)
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "rm", (train_rm, STAGES["rm"][1] | write(1)))
+        stopped_after("rm", toy, tmp_path / "run", 10, monkeypatch)
+    with pytest.raises(runtime.UserError, match="another data"):
+        train("rm", toy, tmp_path / "run", resume=True, **write(-1))
+    train("rm", toy, tmp_path / "run", resume=True, **write(1))
+
+
+def test_a_reward_model_is_what_it_holds(toy, tmp_path):
+    shutil.copytree(toy / "rm", tmp_path / "copy")
+    (tmp_path / "rule.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    first = checkpoint.fingerprint(f"{tmp_path}/rule.py:score")
+    assert checkpoint.fingerprint(str(toy / "rm")) == checkpoint.fingerprint(tmp_path / "copy" / "model")
+    (tmp_path / "rule.py").write_text("def score(prompts, responses):\n    return [1.0] * len(responses)\n")
+    assert checkpoint.fingerprint(f"{tmp_path}/rule.py:score") != first
+
+
+def test_only_what_a_run_was_writing_is_cleaned_up(toy, tmp_path, monkeypatch):
+    stopped_after("ppo", toy, tmp_path, 4, monkeypatch)
+    (tmp_path / "notes").mkdir()
+    theirs, ours = [tmp_path / "a.tmpfile", tmp_path / "notes" / "b.tmp1"], [tmp_path / "state" / "00000006.safetensors.tmp999"]
+    for path in theirs + ours:
+        path.write_text("x")
+    train("ppo", toy, tmp_path, resume=True)
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in ours)
 
 
 class Evil:
