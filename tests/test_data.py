@@ -304,6 +304,19 @@ def test_bucketed(n, batch_size):
         assert spread < chance / 2
 
 
+@pytest.mark.parametrize("n, batch_size, steps", [(10, 4, 10), (7, 7, 3), (3, 8, 5), (100, 8, 4), (1, 2, 3)])
+def test_endless(n, batch_size, steps):
+    """Every n indices in a row are all of them, each pass in an order of its own; the generator alone decides."""
+    plan = data.endless(n, batch_size, steps, rng(3))
+    assert plan.shape == (steps, batch_size)
+    passes = [plan.flatten()[i : i + n].tolist() for i in range(0, plan.size, n)]
+    assert all(sorted(one) == list(range(n)) for one in passes[: plan.size // n])
+    assert len(set(passes[-1])) == len(passes[-1])
+    assert n < 7 or len({tuple(one) for one in passes}) == len(passes)
+    np.testing.assert_array_equal(plan, data.endless(n, batch_size, steps, rng(3)))
+    assert n < 7 or not np.array_equal(plan, data.endless(n, batch_size, steps, rng(4)))
+
+
 def test_prompts_of():
     items = Items(["q", "p", "q"], ["a", "b", "c"], [""] * 3)
     assert [BYTES.decode(row) for row in data.prompts_of(items, BYTES, rng())] == ["q", "p"]

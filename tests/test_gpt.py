@@ -434,7 +434,12 @@ def test_dropout_is_off_by_default_and_in_eval(tmp_path):
     model.save_pretrained(tmp_path)
     dropped = GPT.from_pretrained(tmp_path, dropout=0.3)
     close(dropped.eval()(tokens), model(tokens), 0)
-    assert not torch.allclose(dropped.train()(tokens), dropped(tokens), atol=1e-2)
+    draws = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        draws.append(dropped.train()(tokens))
+    for a, b in ((draws[0], draws[1]), (draws[0], model(tokens))):
+        assert not torch.allclose(a, b, atol=1e-2)
 
 
 def layered(dropout=0.0):
@@ -488,6 +493,145 @@ def test_dropout_keeps_the_mean_and_its_share():
         close(torch.autograd.grad(out.sum(), x)[0], out.detach(), 0)
     assert gpt.drop_out(x, 0) is x
     assert not torch.equal(gpt.drop_out(x, 0.5), gpt.drop_out(x, 0.5))
+
+
+# Dropout by noise
+
+
+def splitmix64(z):
+    """The finalizer of Steele et al. 2014 as published, on uint64."""
+    z = np.asarray(z, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def test_scramble_is_splitmix64():
+    gamma, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+    states = np.array([(1234567 + i * gamma) & mask for i in range(1, 6)], dtype=np.uint64)
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert splitmix64(states).tolist() == published  # of the generator with seed 1234567
+    more = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
+    numbers = np.concatenate([states, more, np.array([0, 1, 2**63 - 1, 2**63, mask], dtype=np.uint64)])
+    ours = gpt.scramble(torch.from_numpy(numbers.view(np.int64).copy()))
+    np.testing.assert_array_equal(ours.numpy().view(np.uint64), splitmix64(numbers))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**62 + 7, 2**63 - 1])
+def test_noise_of_rows_is_the_loop(seed):
+    rows, mask = torch.randint(0, 50257, (5, 30), generator=torch.Generator().manual_seed(1)), 2**64 - 1
+    torch.manual_seed(seed)
+    noise = gpt.noise_of(rows).numpy().view(np.uint64)
+    for b, row in enumerate(rows.tolist()):
+        total = seed % 2**62
+        for t, token in enumerate(row):
+            total = (total + int(splitmix64((token + 0x632BE59BD9B4E019 * t) & mask))) & mask
+            assert noise[b, t] == splitmix64(total)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
+def test_dropout_by_noise_is_that_of_the_bytes(p):
+    """Each number by one byte of splitmix64: dropped where the byte is below 256 p, rounded, of which there are at most 255."""
+    noise = gpt.noise_of(torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(2)))
+    x = torch.randn(3, 4, 21, requires_grad=True)
+    out, below = gpt.drop_out(x, p, noise), {0.1: 26, 0.2: 51, 0.5: 128, 0.999: 255}[p]
+    for where, number in np.ndenumerate(noise.numpy().view(np.uint64)):
+        eights = [int(splitmix64((int(number) + 0x1E3779B97F4A7C15 * k) & (2**64 - 1))) for k in (1, 2, 3)]
+        bits = b"".join(eight.to_bytes(8, "little") for eight in eights)[:21]
+        factor = torch.tensor([0.0 if byte < below else 256 / (256 - below) for byte in bits])
+        close(out[where], x[where] * factor, 0)
+    close(torch.autograd.grad(out.sum(), x)[0] * x, out, 1e-6)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.35, 0.9])
+@pytest.mark.parametrize("rows", ["random", "alike"])
+def test_dropout_by_noise_keeps_its_share_everywhere(p, rows):
+    """In every row, in every column, and of what is kept the scale; rows of one token repeated are no exception."""
+    generator = torch.Generator().manual_seed(3)
+    idx = torch.randint(0, 300, (40, 25), generator=generator) if rows == "random" else torch.arange(40)[:, None].repeat(1, 25)
+    torch.manual_seed(0)
+    out = gpt.drop_out(torch.ones(40, 25, 1001), p, gpt.noise_of(idx))
+    share = round(256 * p) / 256
+    assert sorted(out.unique().tolist()) == pytest.approx([0, 1 / (1 - share)])
+    kept = (out > 0).flatten(0, 1).double()  # (1000, 1001)
+    for dim in (0, 1):  # six standard deviations: one of 1,001 is further away in one of 500,000
+        assert (kept.mean(dim) - (1 - share)).abs().max() < 6 * (share * (1 - share) / 1000) ** 0.5
+    assert kept.mean().item() == pytest.approx(1 - share, abs=4 * (share * (1 - share) / 1e6) ** 0.5)
+
+
+def test_dropout_by_noise_is_independent():
+    """Between rows, places, columns, layers, heads and seeds: correlations as of that many coins."""
+    V, config = 300, GPTConfig(300, 64, 3, 2, 16)
+
+    def kept(idx, offset=0, seed=0):
+        torch.manual_seed(seed)
+        return 2 * (gpt.drop_out(torch.ones(*idx.shape, 512), 0.5, gpt.noise_of(idx) + offset) > 0).double() - 1
+
+    idx = torch.randint(0, V, (4, 50), generator=torch.Generator().manual_seed(4))
+    x = kept(idx).view(200, 512)
+    for coins in (x, x.t()):  # rows and places, then columns
+        correlation = (coins @ coins.t() / coins.shape[1]).fill_diagonal_(0)
+        assert correlation.abs().max() < 6.5 / coins.shape[1] ** 0.5
+    used = []  # which noise each dropout of a model has, as an offset
+    with pytest.MonkeyPatch.context() as patch:
+        real = gpt.drop_out
+        patch.setattr(gpt, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise))
+        torch.manual_seed(0)
+        GPT(GPTConfig(**{**vars(config), "dropout": 0.5})).train().hidden(idx[:1])
+    first = gpt.noise_of(idx[:1])[0]
+    offsets = {int(d) for noise in used for d in (noise.view(-1, 50) - first).flatten().unique()}
+    assert len(used) == 1 + 3 * 3 and len(offsets) == 1 + 3 * (2 + 2)  # embedding; attention of two heads, its output, MLP
+    flat = torch.stack([kept(idx, offset).flatten() for offset in offsets] + [kept(idx, 0, seed).flatten() for seed in (1, 2)])
+    correlation = (flat @ flat.t() / flat.shape[1]).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5
+
+
+def test_noise_is_of_all_tokens_up_to_each():
+    a = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(5))
+    b = a.clone()
+    b[0, 10] += 1
+    one, other = gpt.noise_of(a)[0], gpt.noise_of(b)[0]
+    assert torch.equal(one[:10], other[:10]) and not (one[10:] == other[10:]).any()
+    swapped = a.clone()
+    swapped[0, [3, 4]] = a[0, [4, 3]]
+    assert a[0, 3] != a[0, 4] and not (gpt.noise_of(swapped)[0, 3:] == one[3:]).any()  # in which order, too
+
+
+@pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [70, 66, 70], [2] * 9 + [40]])
+def test_a_rows_dropout_is_its_own(lengths):
+    """Alone, in a batch, padded further and packed: hidden states and gradients, which without dropout are others."""
+    torch.manual_seed(0)
+    model, T = layered(0.4).train(), max(lengths) + 6
+    tokens = torch.randint(0, 61, (len(lengths), T), generator=torch.Generator().manual_seed(6))
+    upstream = torch.randn(len(lengths), T, 32, generator=torch.Generator().manual_seed(7))
+    real, parameters = torch.arange(T) < torch.tensor(lengths)[:, None], list(model.parameters())
+
+    def read(**options):
+        torch.manual_seed(11)
+        out = torch.where(real[..., None], model.hidden(tokens, **options), 0)
+        return out, torch.autograd.grad((out * upstream).sum(), parameters)
+
+    total, alone = 0, []
+    for i, n in enumerate(lengths):
+        torch.manual_seed(11)
+        torch.rand(i)  # only the seed counts, not what was drawn since
+        alone.append(model.hidden(tokens[i : i + 1, :n])[0])
+        total = total + (alone[-1] * upstream[i, :n]).sum()
+    gradients = torch.autograd.grad(total, parameters)
+    packed = []
+    with pytest.MonkeyPatch.context() as patch:
+        real_layout = gpt.Layout
+        patch.setattr(gpt, "Layout", lambda *args: packed.append(args) or real_layout(*args))
+        results = [read(), read(lengths=torch.tensor(lengths))]
+    assert len(packed) == (sum(lengths) < 0.85 * len(lengths) * T)
+    for out, found in results:
+        for i, n in enumerate(lengths):
+            close(out[i, :n], alone[i], 2e-5)
+        for a, b in zip(found, gradients, strict=True):
+            close(a, b, 1e-4 * max(1.0, b.abs().max().item()))
+    dropped, model = results[0][0], model.eval()
+    assert not torch.isclose(read()[0][real], dropped[real], atol=1e-2).all(1).any()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a run leaves behind, and the figures over sampled answers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ from minirlhf.checkpoint import finished
 from minirlhf.sampling import Answer
 
 CPU = torch.device("cpu")
+
+
+def run(steps=1, **knobs):
+    return log.Run("x", sft.Knobs(**knobs), range(steps), CPU, SimpleNamespace(ranks={b"a": 0}), {}, {})
 
 
 def test_distinct_bigrams_by_hand():
@@ -35,18 +40,22 @@ def test_a_new_run_empties_an_old_one(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").touch()
     for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png"):
-        (tmp_path / old).write_text("{}")
-    assert finished(tmp_path) == {}
-    log.Run("x", sft.Knobs(out=str(tmp_path)), 1, CPU)
+        (tmp_path / old).write_text('{"data": "toy"}')
+    (tmp_path / "state").mkdir()
+    for old in ("state/00000004.safetensors", "state/00000008.safetensors.tmp1", "samples.jsonl.tmp1", "model/model.safetensors.tmp1"):
+        (tmp_path / old).touch()
+    assert finished(tmp_path) == {"data": "toy"}
+    run(out=str(tmp_path))
     assert finished(tmp_path) is None
-    assert not (tmp_path / "samples.jsonl").exists() and not (tmp_path / "curves.png").exists()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"config.json", "metrics.jsonl", "state/lock", "model/model.safetensors"}
 
 
 def test_rows_summary_and_curves(tmp_path):
-    run = log.Run("x", sft.Knobs(out=str(tmp_path), seed=7), 3, CPU)
+    new = run(3, out=str(tmp_path), seed=7)
     for step in range(3):
-        run.log(step, {"loss": torch.tensor(2.0 - step), "eval/np": np.float64(step)}, show=("loss",))
-    summary = run.finish({"eval/x": 1.5})
+        new.log(step, {"loss": torch.tensor(2.0 - step), "eval/np": np.float64(step)}, show=("loss",))
+    summary = new.finish({"eval/x": 1.5})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"], r["eval/np"]) for r in rows] == [(0, 2.0, 0.0), (1, 1.0, 1.0), (2, 0.0, 2.0)]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary and summary["seed"] == 7 and summary["eval/x"] == 1.5
@@ -57,4 +66,4 @@ def test_rows_summary_and_curves(tmp_path):
 def test_out_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(log.UserError, match="not a directory"):
-        log.Run("x", sft.Knobs(out=str(tmp_path / "file")), 1, CPU)
+        run(out=str(tmp_path / "file"))

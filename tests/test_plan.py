@@ -54,7 +54,7 @@ def two_steps(stage, sizes, flags):
     import train_dpo
     import train_ppo
     import train_rm
-    from minirlhf import batches, ppo, reward, sft
+    from minirlhf import batches, parallel, ppo, reward, sft
 
     k, cpu = knobs(flags), torch.device("cpu")
     autocast = runtime.precision(cpu, k.dtype)
@@ -63,36 +63,37 @@ def two_steps(stage, sizes, flags):
     tokens = list(np.random.default_rng(0).integers(1, pad, (k.batch_size, Q + R)))
     rows, pairs = batches.Rows(tokens, np.full(len(tokens), Q), pad, cpu), np.arange(len(tokens)).reshape(-1, 2)
     base = GPT(config)
-    trained = base if stage == "sft" else RewardModel.from_base(base, dropout=plan.DROPOUT) if stage == "rm" else GPT(config)
-    if stage == "ppo":
-        rm, critic = RewardModel(config), RewardModel(config)
-        trained = torch.nn.ModuleList([policy := trained, critic])
+    model = base if stage == "sft" else RewardModel.from_base(base, dropout=plan.DROPOUT) if stage == "rm" else GPT(config)
+    rm, critic = (RewardModel(config), RewardModel(config)) if stage == "ppo" else (None, None)
+    trained = parallel.Together(model, critic)
     optimizer = runtime.make_optimizer(trained, 1e-4)
     ref_logps = torch.zeros(len(tokens))
-    for step in range(2):
+    for _ in range(2):
         if stage == "sft":
-            sft.add_gradient(trained, tokens, k.micro_batch or len(tokens), pad, autocast, cpu)
+            loss = sft.add_gradient(trained, tokens, k.micro_batch, pad, autocast, cpu)
         elif stage == "rm":
             with autocast:
-                scores = train_rm.forward(trained, tokens, rows.prompt_lengths, pad, cpu, k.micro_batch)
-            reward.bradley_terry_loss(*scores[pairs].unbind(1)).backward()
+                scores = train_rm.forward(model, tokens, rows.prompt_lengths, pad, cpu, k.micro_batch)
+            loss = reward.bradley_terry_loss(*scores[pairs].unbind(1))
+            trained.backward(loss)
         elif stage == "dpo":
             with autocast:
-                loss, _ = train_dpo.batch_loss(trained, base, "sigmoid", {}, train_dpo.Knobs(micro_batch=k.micro_batch), rows, ref_logps,
+                loss, _ = train_dpo.batch_loss(model, base, "sigmoid", {}, train_dpo.Knobs(micro_batch=k.micro_batch), rows, ref_logps,
                                                pairs, np.ones(len(pairs)))  # fmt: skip
-            loss.backward()
+            trained.backward(loss)
         else:
             own = train_ppo.Knobs(batch_size=k.batch_size, micro_batch=k.micro_batch, response_length=R, stop_at_eos=False)
             prompts = torch.tensor(np.array(tokens)[:, :Q]), torch.full((len(tokens),), Q)
 
             def scorer(tokens, p, r):
-                return ppo.on_last_token(rm(tokens, p + r), torch.ones(len(tokens), R, dtype=torch.bool)), r == R
+                scores = train_ppo.in_parts(rm, k.micro_batch, tokens, p + r)
+                return ppo.on_last_token(scores, torch.ones(len(tokens), R, dtype=torch.bool)), r == R
 
             with torch.no_grad(), autocast:
-                episodes, _ = train_ppo.rollout(policy, base, scorer, critic, prompts, SimpleNamespace(eos=0, pad=pad), own, 0.03)
-            train_ppo.update(policy, critic, optimizer, episodes, own, 0.03, autocast, step)
+                episodes, _ = train_ppo.rollout(model, base, scorer, critic, prompts, SimpleNamespace(eos=0, pad=pad), own, 0.03)
+            train_ppo.update(trained, optimizer, episodes, own, 0.03, autocast)
         if stage != "ppo":
-            runtime.optimizer_step(optimizer, 1.0)
+            runtime.optimizer_step(optimizer, 1.0, loss)
 
 
 @pytest.fixture(scope="module")

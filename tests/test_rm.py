@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_rm
-from minirlhf import batches, data, sft
+from minirlhf import batches, data, parallel, sft
 from minirlhf.data import Items
 from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
 from minirlhf.records import parse_record
@@ -177,9 +177,10 @@ def test_knobs_that_say_nothing_together(changes, names):
 # Rows and micro-batches
 
 def test_thin_keeps_both_ends_and_counts_the_prompt():
-    row, rng = np.arange(100, 160), np.random.default_rng(0)
+    row = np.arange(100, 160)
+    np.random.seed(0)
     for prompt_length in (1, 20, 59):
-        kept, p = train_rm.thin(row, prompt_length, 0.5, rng)
+        kept, p = train_rm.thin(row, prompt_length, 0.5)
         assert kept[0] == 100 and kept[-1] == 159 and 10 < len(kept) < 50
         assert kept[:p].tolist() == [t for t in kept if t < 100 + prompt_length]
 
@@ -211,14 +212,19 @@ def test_micro_batches_give_the_gradient_of_the_whole(make):
 
 
 def test_micro_batches_repeat_their_dropout_in_backward():
-    """A micro-batch of all 8 rows is the batch that is kept whole: the same random numbers, the same gradient."""
+    """Each row has its own dropout, whatever the rows beside it: the same scores, and the same gradient."""
+    torch.manual_seed(0)
     model, rows = RewardModel(dataclasses.replace(CONFIG, dropout=0.3)), some_rows()
     found = []
-    for micro_batch in (0, 8):
+    for micro_batch in (0, 8, 3, 1):
         torch.manual_seed(1)
         found.append(gradients(model, *rows, micro_batch))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-6)
+    for read, gradient in found[2:]:
+        torch.testing.assert_close(read, found[0][0], rtol=0, atol=1e-5)
+        assert (gradient - found[0][1]).norm() < 1e-6 * found[0][1].norm()
+    assert not torch.allclose(gradients(model.eval(), *rows, 0)[0], found[0][0], atol=1e-2)
 
 
 def test_micro_batch_is_the_number_of_rows_in_memory(monkeypatch):
@@ -229,12 +235,12 @@ def test_micro_batch_is_the_number_of_rows_in_memory(monkeypatch):
     assert max(seen) == 3 and sum(seen) == 16  # 8 rows forward and again in backward
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
 def test_base_model_micro_batches_give_the_gradient_of_the_whole(micro_batch):
     model, (rows, _), found = GPT(CONFIG), some_rows(), []
     for n in (len(rows), micro_batch):
         model.zero_grad()
-        loss = sft.add_gradient(model, rows, n, 0, OFF, "cpu")
+        loss = sft.add_gradient(parallel.Together(model), rows, n, 0, OFF, "cpu")
         found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     (loss, whole), (again, gradient) = found
     logprobs = [model(torch.as_tensor(row)[None])[0, :-1].log_softmax(1)[range(len(row) - 1), row[1:]] for row in rows]
@@ -278,6 +284,17 @@ def test_group_size_and_micro_batch(toy, rated, tmp_path):
         patch.setattr(batches, "checkpoint", checkpoint)
         weights("micro", micro_batch=50)
     assert max(seen) <= 50 and sum(seen) == 360
+
+
+@pytest.mark.parametrize("loss, frozen", [
+    ({"loss": "pairs"}, True), ({"loss": "plackett_luce"}, True), ({"loss": "best_of_k"}, True), ({"loss": "ratings"}, False),
+    ({"center": 0.1}, False), ({"level": "token"}, False), ({"model": "pairwise"}, False)])  # fmt: skip
+def test_a_bias_that_is_in_no_difference_stays(loss, frozen, toy, rated, tmp_path):
+    """The last LayerNorm's bias adds the same to every score: where only differences count it is what it was, else it is learned."""
+    before = load_file(toy / "sft" / "model" / "model.safetensors")
+    _, after = train(rated, toy / "sft", tmp_path, normalize=False, **loss)
+    stays = {key: torch.equal(after[f"transformer.ln_f.{key}"], before[f"transformer.ln_f.{key}"]) for key in ("bias", "weight")}
+    assert stays == {"bias": frozen, "weight": False}
 
 
 def test_token_level_run(toy, rated, tmp_path):

@@ -131,7 +131,7 @@ def test_response_logprobs_gradient(model):
 def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     tokens, lengths = ragged(lengths=[4, 7, 2])
     decoder = sampling.Decoder(model, 3, 12, eos=NEVER, pad=PAD, temperature=1.0, top_k=None)
-    decoder.start(model, tokens, lengths, rng())
+    decoder.start(model, tokens, lengths, 0, 0)
     past = (torch.arange(12) >= lengths[:, None])[None, :, None, :, None]
     for x in (decoder.cache[:, 0], decoder.cache[:, 1]):
         x.masked_fill_(past, 1e4)
@@ -209,6 +209,32 @@ def test_seed_decides(model):
     assert torch.equal(outs[0].tokens, outs[1].tokens) and torch.equal(outs[0].logprobs, outs[1].logprobs)
     assert not torch.equal(outs[0].tokens, outs[2].tokens)
     assert torch.equal(torch.get_rng_state(), state)  # a generator of one's own leaves torch's alone
+
+
+def test_a_rows_noise_is_its_own():
+    """Whatever the first row and the number of rows; and 10,000 numbers that are uniform."""
+    whole = sampling.row_noise(7, 0, 50, 100)
+    assert whole.shape == (50, 100, 2) and whole.dtype == torch.float64 and whole.min() >= 0 and whole.max() < 1
+    for first, rows in ((0, 1), (0, 49), (3, 5), (49, 1)):
+        assert torch.equal(sampling.row_noise(7, first, rows, 100), whole[first : first + rows])
+    assert not torch.isin(sampling.row_noise(8, 0, 50, 100), whole).any()
+    assert len(whole.unique()) == 10_000  # no two places share a number
+    sorted_noise = whole.flatten().sort().values.numpy()
+    distance = np.abs(sorted_noise - (np.arange(10_000) + 0.5) / 10_000).max()  # Kolmogorov-Smirnov; 1.95 / sqrt(n) is one in 1,000
+    assert distance < 0.0195
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_k": 4}])
+def test_a_rows_sample_is_its_own(model, options):
+    """A part of the rows, told which is its first, gives what the whole batch gives them."""
+    prompts, lengths = ragged(LENGTHS * 3)
+    whole = sampled(model, (prompts, lengths), eos=5, **options)
+    assert len({tuple(response) for _, response in rows_of(whole)}) > 9
+    for rows in (slice(0, 5), slice(5, 12), slice(11, 12)):
+        part = sampled(model, (prompts[rows], lengths[rows]), eos=5, first_row=rows.start, **options)
+        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(part.response_lengths, whole.response_lengths[rows])
+        close(part.logprobs, whole.logprobs[rows])
+    assert not torch.equal(sampled(model, (prompts, lengths), eos=5, first_row=1, **options).tokens, whole.tokens)
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (2.0, None), (1.0, 3), (1.0, 99)])
@@ -289,16 +315,21 @@ def test_draws_are_the_distributions(vocab):
     """Chi-square over 40,000 rows of one distribution; tokens of probability 0 never come."""
     n, p = 40_000, torch.rand(vocab, generator=rng(1)) ** 3
     p[vocab // 2] = 0
-    tokens = decode_kernels.draw((p / p.sum()).expand(n, -1), rng(2))
+    noise = torch.rand(n, 2, generator=rng(2), dtype=torch.float64)
+    tokens = decode_kernels.draw((p / p.sum()).expand(n, -1), noise)
     counts, expected = torch.bincount(tokens, minlength=vocab), n * (p / p.sum()).double()
     assert counts[vocab // 2] == 0
     often = expected > 5
     chi2, df = ((counts - expected) ** 2 / expected)[often].sum().item(), often.sum().item() - 1
     assert chi2 < df + 5 * (2 * df) ** 0.5
+    p[[0, -1]] = 0  # the ends of the noise are the first and the last token that can come
+    ends = torch.tensor([[1 - 2.0**-53] * 2, [0.0, 0.0]], dtype=torch.float64)
+    possible = p.nonzero().flatten().tolist()
+    assert not possible or decode_kernels.draw(p.expand(2, -1), ends).tolist() == [possible[0], possible[-1]]
 
 
 def test_draws_from_numbers_that_are_none():
-    assert (decode_kernels.draw(torch.full((2, 100), float("nan")), rng()) < 100).all()
+    assert (decode_kernels.draw(torch.full((2, 100), float("nan")), torch.rand(2, 2)) < 100).all()
 
 
 def test_a_failure_leaves_the_model_in_its_mode(model):

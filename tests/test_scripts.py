@@ -41,13 +41,14 @@ CHANGES = {
     train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
                     loss_options="divergence=js", rounds=2, steps=2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
 }  # fmt: skip
+BESIDE = {"device", "compile", "save_every", "resume", "on_nonfinite", "shard"}
 NOT_IN_WEIGHTS = {
-    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch", "device", "compile"},
-    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch", "device", "compile"},
-    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples", "device", "compile"}
+    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
+    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"} | BESIDE,
+    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples"} | BESIDE
     | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},  # tests/test_switches.py
     train_dpo: {"data", "init", "reward", "out", "overlong", "group_size", "online", "samples", "mixture", "micro_batch",
-                "response_length", "eval_samples", "device", "compile"},
+                "response_length", "eval_samples"} | BESIDE,
 }  # fmt: skip
 
 
@@ -77,6 +78,20 @@ def test_every_flag_is_accounted_for_and_runs_repeat(script, toy, baselines, tmp
     names = {field.name for field in dataclasses.fields(script.Knobs)}
     assert names == CHANGES[script].keys() | NOT_IN_WEIGHTS[script]
     assert same(weights(script, toy, tmp_path), baselines[script])
+
+
+@pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
+def test_states_and_guards_do_not_change_the_model(script, toy, baselines, tmp_path):
+    assert same(weights(script, toy, tmp_path, save_every=1, on_nonfinite="skip", resume=True), baselines[script])
+    steps = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    states = sorted(int(path.stem) for path in (tmp_path / "state").glob("*.safetensors"))
+    assert states == [steps - 1, steps] and steps > 1
+
+
+@pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
+def test_shard_needs_several_processes(script, toy, tmp_path):
+    with pytest.raises(runtime.UserError, match="--shard: one process.*torchrun"):
+        weights(script, toy, tmp_path, shard=True)
 
 
 @pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)

@@ -59,10 +59,12 @@ def test_one_iteration(recipe, dtype, monkeypatch):
     monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)
     monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"]))
     made = {model: torch.where(mask, fixed[model], 0) for model in ("logprobs", "ref_logprobs")}
-    monkeypatch.setattr(train_ppo, "response_logprobs", lambda model, *_, entropy=False: (made[model], mask) if entropy else made[model])
+    monkeypatch.setattr(train_ppo, "response_logprobs",
+                        lambda model, *_, entropy=False, **__: (made[model], mask) if entropy else made[model])  # fmt: skip
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double())
     scorer, _ = train_ppo.make_scorer(knobs, "rm", None, tokenizer, None)
-    episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (), tokenizer, knobs, knobs.kl_coef)
+    episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (tokens[:, :1], prompts), tokenizer, knobs,
+                                        knobs.kl_coef)  # fmt: skip
 
     assert read[0].tolist() == expected["scored_lengths"]
     close(stats["objective/score"], "mean", {"mean": np.mean(expected["scores"])}, dtype)

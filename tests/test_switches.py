@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import data, log, ppo, runtime, sft
+from minirlhf import data, log, parallel, ppo, runtime, sft
 from minirlhf.gpt import GPT
 from minirlhf.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Stage:
                                      self.knobs.kl_coef)  # fmt: skip
 
     def models(self):
-        return torch.nn.ModuleList(filter(None, [self.policy, self.critic]))
+        return parallel.Together(self.policy, self.critic)
 
     def update(self, episodes, **changes):
         """What one update by plain gradient descent takes from each weight, and the statistics."""
@@ -52,7 +52,7 @@ class Stage:
         optimizer = torch.optim.SGD(self.models().parameters(), lr=1.0)
         knobs = train_ppo.Knobs(**vars(self.knobs) | {"max_grad_norm": 0.0, "ppo_epochs": 1, "minibatches": 1} | changes)
         torch.manual_seed(1)
-        stats = train_ppo.update(self.policy, self.critic, optimizer, episodes, knobs, knobs.kl_coef, CPU, 0)
+        stats = train_ppo.update(self.models(), optimizer, episodes, knobs, knobs.kl_coef, CPU)
         return {name: before[name] - w.detach() for name, w in self.models().named_parameters()}, stats
 
 
@@ -128,6 +128,28 @@ def test_temperature_on_one_side_only_moves_the_first_ratio(toy):
     right, wrong = (stage.update(episodes, temperature=t)[1] for t in (0.5, 1.0))
     assert right["ppo/policy/first_ratio"] == pytest.approx(1, abs=1e-4) and right["ppo/policy/first_approxkl"] < 1e-6
     assert abs(wrong["ppo/policy/first_ratio"] - 1) > 1e-2 and wrong["ppo/policy/first_approxkl"] > 0.01
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(critic="shared"), dict(advantage="grpo")], ids=["gae", "shared", "grpo"])
+def test_models_read_a_rollout_in_parts(variant, toy, monkeypatch):
+    """At most --micro-batch rows at a time, which changes no number."""
+    found, hidden = [], GPT.hidden
+    for micro_batch in (0, 5):
+        stage, seen = Stage(toy, micro_batch=micro_batch, **variant), []
+
+        def spy(model, idx, cache=None, lengths=None, seen=seen):
+            seen += [len(idx)] if cache is None else []  # with a cache it is the sampler
+            return hidden(model, idx, cache, lengths)
+
+        monkeypatch.setattr(GPT, "hidden", spy)
+        found.append(stage.rollout())
+        models = 3 if variant.get("advantage") else 4  # policy, reference, reward model and critic
+        assert max(seen) == (micro_batch or 32) and sum(seen) == 32 * models
+    (whole, stats), (parts, same) = found
+    for a, b in zip(whole, parts, strict=True):
+        assert a is b is None or torch.allclose(a.double(), b.double(), atol=1e-5)
+    for key in stats:
+        assert same[key].item() == pytest.approx(stats[key].item(), rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -529,7 +551,7 @@ def test_optimizer_steps_and_shuffles(toy, monkeypatch):
         return losses(logprobs, values, minibatch, *rest)
 
     monkeypatch.setattr(ppo, "losses", spy)
-    monkeypatch.setattr(runtime, "optimizer_step", lambda *args: steps.append([]) or 0.0)
+    monkeypatch.setattr(runtime, "optimizer_step", lambda *args: steps.append([]) or (0.0, 0.0))
     stage.update(episodes, ppo_epochs=3, minibatches=4, micro_batch=3)
     steps.pop()
     assert len(steps) == 12 and all(len(rows) == 8 for rows in steps)

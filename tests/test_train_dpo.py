@@ -388,7 +388,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("kind,samples", [("sigmoid", 2), ("sigmoid", 4), ("nash_md", 2)])
-def test_own_batches(kind, samples):
+def test_own_batch(kind, samples):
     """The labeler likes high tokens: best, worst, win rates and order are recomputed here from the rows it was shown."""
     shown = []
 
@@ -398,15 +398,14 @@ def test_own_batches(kind, samples):
         shown.append((K, [row[: p + r] for row, p, r in zip(tokens.tolist(), prompt_lengths, response_lengths, strict=True)], scores))
         return torch.sigmoid(scores[:, :, None] - scores[:, None])
 
-    prompts = [np.array([0, *range(1, k)]) for k in (2, 3, 4)]
-    knobs = train_dpo.Knobs(batch_size=8, samples=samples, response_length=5)
+    prompts = [np.array([0, *range(1, k)]) for k in (2, 3, 4, 3)]
+    knobs = train_dpo.Knobs(samples=samples, response_length=5)
     policy, reference = tiny(1, scale=2), tiny(2, scale=2)
     torch.manual_seed(0)
-    own = online.own_batches(policy, reference, prefer, prompts, Letters, kind, knobs, np.random.default_rng(0))
-    for count in (1, 2):
-        bought, rows, ref_logps, pairs, labels, wins = next(own)
+    for _ in range(2):
+        bought, rows, ref_logps, pairs, labels, wins = online.own_batch(policy, reference, prefer, Letters, kind, knobs, prompts)
         K, all_rows, scores = shown.pop()
-        assert bought == count * 4 * K * (K - 1) / 2 and len(all_rows) == 4 * K and samples == K
+        assert bought == 4 * K * (K - 1) / 2 and len(all_rows) == 4 * K and samples == K
         expected, expected_wins, expected_labels = [], [], []
         for i in range(4):
             s = scores[i].numpy()
@@ -420,7 +419,8 @@ def test_own_batches(kind, samples):
         assert np.allclose(wins, expected_wins, atol=1e-6) and np.allclose(labels, expected_labels, atol=1e-6)
         k = len(rows.tokens) // 4
         assert pairs.tolist() == [[i * k, i * k + k - 1] for i in range(4)]
-        assert all(row[: p].tolist() in [q.tolist() for q in prompts] for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True))
+        asked = [prompt.tolist() for prompt in prompts for _ in range(k)]
+        assert [row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)] == asked
         assert np.allclose(ref_logps, [np_logp(reference, r, p) for r, p in zip(rows.tokens, rows.prompt_lengths, strict=True)], atol=1e-4)
 
 

@@ -148,6 +148,38 @@ def test_sampler_draws_from_the_softmax():
     assert torch.equal(tokens[:30], again) and not torch.equal(again, other)
 
 
+def test_sampler_noise_is_the_rows():
+    """Rows counted from `first` up, as Decoder.start says it by the seed, are sampled as in the whole batch; steps are no rows."""
+    torch.manual_seed(0)
+    logits, one = torch.randn(40, 50), torch.ones(1, dtype=torch.int64)
+    seed = (2**61 + 12345) * one
+    tokens, _ = decode_kernels.sample_logits(logits, 1.0, seed, one)
+    for first in (1, 7, 39):
+        part, _ = decode_kernels.sample_logits(logits[first:], 1.0, seed + (first << 32), one)
+        assert torch.equal(part, tokens[first:])
+    flat = torch.zeros(40, 50)  # nothing but noise
+    rows, steps = (decode_kernels.sample_logits(flat, 1.0, seed, one * step)[0] for step in (1, 2))
+    assert not torch.equal(rows[1:], steps[:-1]) and not torch.equal(rows, steps) and len(rows.unique()) > 15
+
+
+def test_a_rows_sample_is_its_own():
+    from minirlhf.gpt import GPT, GPTConfig
+    from minirlhf.sampling import generate
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 32, 1, 2, 32)).eval()
+    prompts, lengths = torch.randint(0, 50, (6, 6)), torch.tensor([6, 1, 4, 6, 2, 3])
+
+    def sampled(rows, first_row):
+        generator = torch.Generator().manual_seed(5)
+        return generate(model, prompts[rows], lengths[rows], 4, eos=-1, pad=0, generator=generator, first_row=first_row)
+
+    whole = sampled(slice(0, 6), 0)
+    for rows in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        assert torch.equal(sampled(rows, rows.start).tokens, whole.tokens[rows])
+    assert not torch.equal(sampled(slice(0, 6), 1).tokens, whole.tokens)
+
+
 def test_sampler_over_several_splits_and_greedy():
     torch.manual_seed(0)
     logits = torch.randn(3, 5000)[:, :4999]  # two tiles and a strided row
