@@ -174,7 +174,8 @@ def losses(logprobs, values, minibatch, mask, knobs, kl_coef):
     """
     pg_loss, stats = policy_loss(logprobs, minibatch.logprobs, minibatch.advantages, mask, knobs.clip)
     if knobs.kl_in == "loss":
-        pg_loss = pg_loss + kl_coef * masked_mean(kl_estimate(logprobs, minibatch.ref_logprobs, knobs.kl_kind), mask)
+        inside = (torch.where(mask.bool(), x, 0) for x in (logprobs, minibatch.ref_logprobs))
+        pg_loss = pg_loss + kl_coef * masked_mean(kl_estimate(*inside, knobs.kl_kind), mask)
     stats["ppo/policy/loss"] = pg_loss
     if values is None:
         return pg_loss, stats

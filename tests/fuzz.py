@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 from minirlhf import data, labelers, records  # noqa: E402
-from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel  # noqa: E402
+from minirlhf.gpt import GPT, GPTConfig, RewardModel  # noqa: E402
+from minirlhf.labelers import PreferenceModel  # noqa: E402
 from minirlhf.runtime import UserError  # noqa: E402
 from minirlhf.tokenizer import EOS, Tokenizer  # noqa: E402
 

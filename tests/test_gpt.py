@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minirlhf import gpt
-from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.labelers import PreferenceModel
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD = 61, 24, 7

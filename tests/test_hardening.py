@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minirlhf import data, labelers, records
-from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.labelers import PreferenceModel
 from minirlhf.runtime import UserError
 from minirlhf.tokenizer import BYTE_TO_CHAR, EOS, Tokenizer
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import train_rm
 from minirlhf import batches, data, parallel, sft
 from minirlhf.data import Items
-from minirlhf.gpt import GPT, GPTConfig, PreferenceModel, RewardModel
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.labelers import PreferenceModel
 from minirlhf.records import parse_record
 from minirlhf.runtime import UserError
 

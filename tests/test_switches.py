@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import data, log, parallel, ppo, runtime, sft
+from minirlhf import data, labelers, log, parallel, ppo, runtime, sft
 from minirlhf.gpt import GPT
 from minirlhf.tokenizer import Tokenizer
 
@@ -298,10 +298,10 @@ def test_a_function_of_a_module(tmp_path, monkeypatch):
     (tmp_path / "own_rewards" / "__init__.py").write_text("")
     (tmp_path / "own_rewards" / "rules.py").write_text("def rate(prompts, responses):\n    return [1.0] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
-    assert train_ppo.load_function("own_rewards.rules", "rate")([""], ["x"]) == [1.0]
+    assert labelers.load_function("own_rewards.rules", "rate")([""], ["x"]) == [1.0]
     for module, name, message in (("own_rewards.rules", "nothing", "no function nothing"), ("own_rewards.none", "rate", "No module")):
         with pytest.raises(runtime.UserError, match=message):
-            train_ppo.load_function(module, name)
+            labelers.load_function(module, name)
 
 
 def test_a_module_by_flag(toy, tmp_path, monkeypatch):

@@ -504,7 +504,7 @@ def test_a_preference_model_labels(toy, tmp_path):
     """Its log-odds are of the embeddings at the last tokens, computed here from transformers' view of the saved directory."""
     from transformers import GPT2ForSequenceClassification
 
-    model = gpt.PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
+    model = labelers.PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
     model.save_pretrained(tmp_path, Tokenizer.load(toy / "sft" / "model"))
     scorer, prefer = labelers.load_labeler(str(tmp_path), None, None, tiny())
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 9], [0, 5, 9, 9], [0, 1, 2, 6]])
