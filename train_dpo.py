@@ -6,6 +6,7 @@
     python train_dpo.py --online --loss sppo --rounds 3    # against its own last round
     python train_dpo.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-5 --epochs 1 --micro-batch 16 --out runs/hh/dpo                      # GPU
+    torchrun --nproc-per-node 8 train_dpo.py --shard       # many GPUs; a run that was stopped goes on with --resume
 
 With h = log pi(response) - log pi_ref(response), beta h is the reward for which the policy pi is the best there is at that price of KL
 (Rafailov et al. 2023): so the policy is trained as its own reward model. The reference is the frozen base model, whose log-probs are

@@ -5,6 +5,7 @@
     python train_ppo.py --reward my_rules.py:score                 # any Python function (prompts, responses) -> floats; with
         --reward-level token, each response is a list of its tokens' texts, and gets a list of as many floats
     python train_ppo.py --advantage grpo --kl-in loss --kl-kind k3 # answers to one prompt compete: no critic
+    torchrun --nproc-per-node 8 train_ppo.py --shard               # many GPUs; a run that was stopped goes on with --resume
 
 The policy starts as the base model and learns to write what the reward model scores high, while a penalty on the KL from the frozen
 base model keeps it a language model (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
@@ -153,7 +154,7 @@ def main(knobs):
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
     run = Run("ppo", knobs, plan, device, tokenizer, parts, {"data": prompts, "base model": source, "reward": reward_source})
-    told = set()
+    told = {alarm for n in range(run.first) for alarm in ppo.alarms(run.rows[: n + 1])}
     if knobs.top_k:
         run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
 

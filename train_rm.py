@@ -5,6 +5,7 @@
     python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 --overlong truncate \\
         --dtype bfloat16 --lr 1e-4 --epochs 1 --out runs/hh/rm                                    # GPU
+    torchrun --nproc-per-node 8 train_rm.py --shard          # many GPUs; a run that was stopped goes on with --resume
 
 A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last token a score, trained so that the difference of two
 scores predicts which one people prefer (Bradley and Terry 1952). Where every response has the ratings of several people, all pairs of

@@ -104,7 +104,7 @@ def total(x):
 
 def any_process(flag, device):
     """Whether it is so on any of the processes."""
-    return bool(total(torch.tensor(float(flag), device=device)))
+    return flag if world() == 1 else bool(total(torch.tensor(float(flag), device=device)))
 
 
 class Together(torch.nn.ModuleList):

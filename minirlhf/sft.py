@@ -2,6 +2,7 @@
 
     python -m minirlhf.sft                       # laptop, 2 cores: the reviews, about 1 1/2 minutes
     python -m minirlhf.sft --data my.jsonl --init gpt2 --overlong truncate --n-ctx 512 --dtype bfloat16 --lr 1e-4   # GPU
+    torchrun --nproc-per-node 8 -m minirlhf.sft --shard    # many GPUs; a run that was stopped goes on with --resume
 
 Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS] prompt response EOS`, the prompt
 included. The further text of a source takes part in the first --text-epochs. Leaves runs/sft.
