@@ -79,11 +79,13 @@ def scramble(h):
     return h
 
 
-def noise_of(idx):
-    """(B, T) int64 of token ids (B, T), for dropout: of torch's seed and all tokens up to each, so that a row has the same noise in any
-    batch and on any number of processes."""
+def noise_of(idx, lengths=None):
+    """(B, T) int64 of right-padded token ids (B, T), for dropout: of torch's seed, all real tokens of the row, and the place in it. So a
+    row has the same noise in any batch and on any number of processes, and no two rows have the same."""
     places = torch.arange(idx.shape[1])
-    return scramble(scramble(idx + 0x632BE59BD9B4E019 * places).cumsum(1) + (torch.initial_seed() & (1 << 62) - 1))
+    rows = scramble(idx + 0x632BE59BD9B4E019 * places)
+    rows = (rows if lengths is None else rows * (places < lengths[:, None])).sum(1, keepdim=True)
+    return scramble(rows + (torch.initial_seed() & (1 << 62) - 1) + 0x4F1BBCDCBFA53E0B * places)
 
 
 class Attention(nn.Module):
@@ -200,15 +202,14 @@ class GPT(nn.Module):
         if self.compiled and cache is None:  # one row, or one token, would be compiled for itself
             padded = F.pad(idx, (0, min(-T % 8, self.config.n_ctx - T), 0, int(B == 1)))
             return compiled_trunk()(self, padded)[:B, :T]
+        noise = noise_of(idx, lengths) if self.training and self.config.dropout and idx.device.type == "cpu" else None
         if lengths is not None and lengths.sum() < 0.85 * B * T:
-            return self.trunk(idx, layout=Layout(lengths, T))
-        return self.trunk(idx, cache)
+            return self.trunk(idx, layout=Layout(lengths, T), noise=noise)
+        return self.trunk(idx, cache, noise=noise)
 
-    def trunk(self, idx, cache=None, layout=None):
+    def trunk(self, idx, cache=None, layout=None, noise=None):
         """`hidden` without its checks: what --compile compiles."""
-        p, noise = self.config.dropout if self.training else 0.0, None
-        if p and idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            noise = noise_of(idx)  # (B, T)
+        p = self.config.dropout if self.training else 0.0
         places = torch.arange(idx.shape[1], device=idx.device)
         if layout is not None:
             noise = None if noise is None else noise.flatten()[layout.where]  # (N,)

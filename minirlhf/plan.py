@@ -96,12 +96,12 @@ def memory(stage, c, k):
         alive, gradients = alive - graph, min(gradients + gradient, gradient * trained)
     most = whole + max(trained * casts + most, gradients + embedding * (stage != "rm" or parts * passes > 1))
     cache = 0
-    if stage == "ppo":  # sampling, by weights of the decoder's own on a GPU; then all four models read all rows
+    if stage == "ppo":  # sampling, by weights of the decoder's own on a GPU; then all four models read the rows
         cache = 2 * c.n_layer * rows * (T if cpu else -(-T // 64) * 64) * C * s
         cache += 0 if cpu else embedding if s == 4 else 4 * P - 2 * linear + embedding / 2
         reading = 8 * C + max(9 * C * s, (2 * c.n_head * T + 6 * C) * s if cpu and T <= 256 else 0)  # a token
         sampling, stays = cache + casts + (4 * P if share > 1 else 0), 0 if cpu else cache
-        most = max(sampling, stays + most, stays + rows * T * reading + 4 * casts + whole)
+        most = max(sampling, stays + most, stays + min(k.micro_batch or rows, rows) * T * reading + 4 * casts + whole)
     weights, others, most = (16 * P / share + ddp) * trained, 4 * P * frozen / share, most - gradient * trained  # no gradient counts twice
     return {"trained": weights, "frozen": others, "activations": max(0, most - cache), "cache": cache, "peak": weights + others + most}
 

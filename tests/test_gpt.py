@@ -523,12 +523,12 @@ def test_scramble_is_splitmix64():
 def test_noise_of_rows_is_the_loop(seed):
     rows, mask = torch.randint(0, 50257, (5, 30), generator=torch.Generator().manual_seed(1)), 2**64 - 1
     torch.manual_seed(seed)
-    noise = gpt.noise_of(rows).numpy().view(np.uint64)
+    lengths = [30, 1, 17, 29, 2]
+    noise = gpt.noise_of(rows, torch.tensor(lengths)).numpy().view(np.uint64)
     for b, row in enumerate(rows.tolist()):
-        total = seed % 2**62
-        for t, token in enumerate(row):
-            total = (total + int(splitmix64((token + 0x632BE59BD9B4E019 * t) & mask))) & mask
-            assert noise[b, t] == splitmix64(total)
+        total = seed % 2**62 + sum(int(splitmix64((token + 0x632BE59BD9B4E019 * t) & mask)) for t, token in enumerate(row[: lengths[b]]))
+        for t in range(30):
+            assert noise[b, t] == splitmix64((total + 0x4F1BBCDCBFA53E0B * t) & mask)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
@@ -588,15 +588,15 @@ def test_dropout_by_noise_is_independent():
     assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5
 
 
-def test_noise_is_of_all_tokens_up_to_each():
+def test_noise_is_of_all_real_tokens_of_a_row():
     a = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(5))
-    b = a.clone()
-    b[0, 10] += 1
-    one, other = gpt.noise_of(a)[0], gpt.noise_of(b)[0]
-    assert torch.equal(one[:10], other[:10]) and not (one[10:] == other[10:]).any()
-    swapped = a.clone()
+    other, swapped, padded = a.clone(), a.clone(), a.clone()
+    other[0, 10] += 1
     swapped[0, [3, 4]] = a[0, [4, 3]]
-    assert a[0, 3] != a[0, 4] and not (gpt.noise_of(swapped)[0, 3:] == one[3:]).any()  # in which order, too
+    padded[0, 25:] += 1
+    assert a[0, 3] != a[0, 4] and not any((gpt.noise_of(x) == gpt.noise_of(a)).any() for x in (other, swapped, padded))
+    lengths = torch.tensor([25])
+    assert torch.equal(gpt.noise_of(a, lengths), gpt.noise_of(padded, lengths))
 
 
 @pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [70, 66, 70], [2] * 9 + [40]])
@@ -608,9 +608,9 @@ def test_a_rows_dropout_is_its_own(lengths):
     upstream = torch.randn(len(lengths), T, 32, generator=torch.Generator().manual_seed(7))
     real, parameters = torch.arange(T) < torch.tensor(lengths)[:, None], list(model.parameters())
 
-    def read(**options):
+    def read(hidden):
         torch.manual_seed(11)
-        out = torch.where(real[..., None], model.hidden(tokens, **options), 0)
+        out = torch.where(real[..., None], hidden(tokens), 0)
         return out, torch.autograd.grad((out * upstream).sum(), parameters)
 
     total, alone = 0, []
@@ -624,7 +624,8 @@ def test_a_rows_dropout_is_its_own(lengths):
     with pytest.MonkeyPatch.context() as patch:
         real_layout = gpt.Layout
         patch.setattr(gpt, "Layout", lambda *args: packed.append(args) or real_layout(*args))
-        results = [read(), read(lengths=torch.tensor(lengths))]
+        ends = torch.tensor(lengths)
+        results = [read(lambda x: model.trunk(x, noise=gpt.noise_of(x, ends))), read(lambda x: model.hidden(x, lengths=ends))]
     assert len(packed) == (sum(lengths) < 0.85 * len(lengths) * T)
     for out, found in results:
         for i, n in enumerate(lengths):
@@ -632,7 +633,7 @@ def test_a_rows_dropout_is_its_own(lengths):
         for a, b in zip(found, gradients, strict=True):
             close(a, b, 1e-4 * max(1.0, b.abs().max().item()))
     dropped, model = results[0][0], model.eval()
-    assert not torch.isclose(read()[0][real], dropped[real], atol=1e-2).all(1).any()
+    assert not torch.isclose(read(model.hidden)[0][real], dropped[real], atol=1e-2).all(1).any()
 
 
 @pytest.fixture
