@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def run(steps=1, **knobs):
-    return log.Run("x", sft.Knobs(**knobs), range(steps), CPU, SimpleNamespace(ranks={b"a": 0}), {}, {})
+    return log.Run("x", sft.Knobs(**knobs), range(steps), CPU, SimpleNamespace(ranks={b"a": 0}), {}, {"data": None})
 
 
 def test_distinct_bigrams_by_hand():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = {
     "sft": ["-m", "minirlhf.sft", "--n-embd", "32", "--epochs", "1", "--batch-size", "63"],
     "rm": ["train_rm.py", "--epochs", "1"],
-    "ppo": ["train_ppo.py", "--steps", "20", "--eval-samples", "33"],
+    "ppo": ["train_ppo.py", "--steps", "20", "--batch-size", "64", "--micro-batch", "16", "--eval-samples", "33"],
     "dpo": ["train_dpo.py", "--epochs", "1", "--eval-samples", "33"],
     "grpo": ["train_ppo.py", "--steps", "6", "--eval-samples", "16", "--advantage", "grpo", "--kl-in", "loss", "--kl-kind", "k3"],
     "shared": ["train_ppo.py", "--steps", "6", "--eval-samples", "16", "--critic", "shared"],
