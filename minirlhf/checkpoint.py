@@ -101,8 +101,8 @@ def lock(directory):
 # States
 
 
-MAY_DIFFER = {"out", "resume", "save_every", "on_nonfinite", "device", "shard", "compile", "micro_batch", "eval_samples",
-              "data", "init", "reward"}  # fmt: skip  # of these three, the content counts
+MAY_DIFFER = {"out", "resume", "save_every", "on_nonfinite", "device", "shard", "compile", "micro_batch", "eval_samples"}
+MAY_DIFFER |= {"data", "init", "reward"}  # of these the content counts
 
 
 class State:
@@ -121,7 +121,7 @@ class State:
         return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
 
     def tensors(self):
-        """All tensors by name; those of sharded models are put together on the first process, the others get them empty."""
+        """All tensors by name, those of sharded models as they are spread."""
         found = {}
         for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module):

@@ -63,7 +63,7 @@ def run_script(main, knobs, doc):
     def stop(number, _):
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         main(parse(knobs, doc))
         if torch.distributed.is_initialized():
@@ -76,13 +76,15 @@ def run_script(main, knobs, doc):
             raise
         print("\nerror: " + " ".join(message.split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def explained(error):
     """What to tell a user about an error, or None where it is a mistake in the program."""
     if isinstance(error, (UserError, OSError)):
         return str(error)
-    first = str(error).splitlines()[0]
+    first = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
         return (f"{first} What takes less: a smaller --micro-batch (the same result), --batch-size or --response-length, "
                 "--dtype bfloat16, a base model of a shorter context, or more GPUs and --shard")  # fmt: skip
