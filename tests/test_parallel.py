@@ -115,7 +115,8 @@ def one(toy, tmp_path_factory):
 
 
 CASES = [(stage, shard) for stage in ("sft", "rm", "dpo") for shard in (False, True)]  # PPO: test_torchrun
-CASES += [("grpo", False), ("shared", True), ("online", False), ("nash_md", True), ("kto", True), ("token", False)]
+CASES += [pytest.param(stage, sharded, marks=pytest.mark.slow) for stage, sharded in
+          (("grpo", False), ("shared", True), ("online", False), ("nash_md", True), ("kto", True), ("token", False))]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage,sharded", CASES)
@@ -134,12 +135,13 @@ def test_torchrun(shard, toy, one, tmp_path):
     same(one("ppo"), tmp_path)
 
 
+@pytest.mark.slow
 def test_three_processes_and_batches_that_are_no_multiple(toy, one, tmp_path):
     run("rm", toy, tmp_path, 3)
     same(one("rm"), tmp_path)
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "shard"])
+@pytest.mark.parametrize("shard", [pytest.param([], marks=pytest.mark.slow), ["--shard"]], ids=["ddp", "shard"])
 def test_resume_on_another_number_of_processes(shard, toy, one, tmp_path):
     process = start("ppo", toy, tmp_path, 2, "--save-every", "3", *shard)
     while not list(tmp_path.glob("state/0*.safetensors")):
@@ -152,7 +154,7 @@ def test_resume_on_another_number_of_processes(shard, toy, one, tmp_path):
     same(one("ppo"), tmp_path)
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "shard"])
+@pytest.mark.parametrize("shard", [[], pytest.param(["--shard"], marks=pytest.mark.slow)], ids=["ddp", "shard"])
 def test_a_dead_process_ends_the_run(shard, toy, tmp_path):
     process = start("rm", toy, tmp_path, 2, "--epochs", "500", *shard)
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():

@@ -86,15 +86,17 @@ def whole(toy, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("stage", STAGES)
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("simpo", "online")]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo", *SLOW])
 def test_killed_ten_times(stage, toy, whole, tmp_path):
     expected, seconds, _ = whole(stage)
     rng, kills, lives, out, log = random.Random(stage), 0, 0, tmp_path / "run", tmp_path / "log"
-    most = 3 if stage in ("simpo", "online") else 10
-    while kills < most or not lives:
+    while kills < 10 or not lives:
         process = PROCESSES.Process(target=in_a_process, args=(stage, toy, out, {"resume": True}, log))
         process.start()
-        process.join(rng.uniform(0, seconds) if kills < most else None)
+        process.join(rng.uniform(0, seconds / 2) if kills < 10 else None)  # lives grow longer by what is saved
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -104,7 +106,7 @@ def test_killed_ten_times(stage, toy, whole, tmp_path):
             assert left(out) == expected
             lives += 1
             shutil.rmtree(out)
-    assert kills == most
+    assert kills == 10
 
 
 def stopped_after(stage, toy, out, steps, monkeypatch):
@@ -138,7 +140,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "zeros at the end", "empty", "another step"])
-@pytest.mark.parametrize("stage", ["rm", "ppo"])
+@pytest.mark.parametrize("stage", ["rm", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_damaged_newest_state_falls_back(stage, how, toy, whole, tmp_path, monkeypatch, capsys):
     stopped_after(stage, toy, tmp_path, 4, monkeypatch)
     if stage == "rm":
