@@ -86,10 +86,10 @@ def whole(toy, tmp_path_factory):
     return get
 
 
-SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("simpo", "online")]
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "dpo", "simpo", "online")]
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo", *SLOW])
+@pytest.mark.parametrize("stage", ["rm", "ppo", *SLOW])
 def test_killed_ten_times(stage, toy, whole, tmp_path):
     expected, seconds, _ = whole(stage)
     rng, kills, lives, out, log = random.Random(stage), 0, 0, tmp_path / "run", tmp_path / "log"
@@ -355,7 +355,7 @@ cp -r {folder}/run {kept}
 """
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["rm", "ppo", *SLOW[:2]])
 def test_full_disk(stage, toy, whole, tmp_path):
     (tmp_path / "disk").mkdir()
     states = [p.stat().st_size for p in (whole(stage)[2] / "state").glob("0*")]
