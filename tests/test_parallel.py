@@ -115,8 +115,9 @@ def one(toy, tmp_path_factory):
 
 
 CASES = [("rm", False), ("dpo", True)]  # PPO: test_torchrun
-CASES += [pytest.param(stage, sharded, marks=pytest.mark.slow) for stage, sharded in
-          (("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("grpo", False), ("shared", True), ("online", False), ("nash_md", True), ("kto", True), ("token", False))]  # fmt: skip
+LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("grpo", False), ("shared", True), ("online", False), ("nash_md", True),
+          ("kto", True), ("token", False)]  # fmt: skip
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONGER]
 
 
 @pytest.mark.parametrize("stage,sharded", CASES)
