@@ -115,8 +115,8 @@ def one(toy, tmp_path_factory):
 
 
 CASES = [("rm", False), ("dpo", True)]  # PPO: test_torchrun
-LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("grpo", False), ("shared", True), ("online", False), ("nash_md", True),
-          ("kto", True), ("token", False)]  # fmt: skip
+LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("grpo", False), ("shared", True), ("online", False)]
+LONGER += [("nash_md", True), ("kto", True), ("token", False)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONGER]
 
 
