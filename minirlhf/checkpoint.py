@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from minirlhf import parallel
 from minirlhf.records import parse_json, read_json
-from minirlhf.runtime import UserError
+from minirlhf.runtime import UserError, parameters_of
 
 try:
     import fcntl
@@ -128,7 +128,7 @@ class State:
                 parallel.reshard(part)
                 found |= {f"{name}/{key}": p for key, p in part.named_parameters()}
             elif isinstance(part, torch.optim.Optimizer):
-                found |= {f"{name}/{i}/{key}": t for i, p in enumerate(parameters(part)) for key, t in part.state[p].items()}
+                found |= {f"{name}/{i}/{key}": t for i, p in enumerate(parameters_of(part)) for key, t in part.state[p].items()}
         return found
 
     def save(self, step, **facts):
@@ -191,7 +191,7 @@ class State:
         for name, t in tensors.items():  # an optimizer has no tensors before its first step
             part, *index, key = name.split("/")
             if isinstance(self.parts.get(part), torch.optim.Optimizer):
-                p = parameters(self.parts[part])[int(index[0])]
+                p = parameters_of(self.parts[part])[int(index[0])]
                 self.parts[part].state[p][key] = torch.zeros_like(p) if t.shape == p.shape else torch.zeros_like(t, device=p.device)
         expected = self.tensors()
         for name in sorted(expected.keys() | tensors.keys()):
@@ -203,10 +203,6 @@ class State:
                 parallel.copy_into(t, tensors[name])
         for name, numbers in facts["numbers"].items():
             vars(self.parts[name]).update(numbers)
-
-
-def parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def checksum(tensor):

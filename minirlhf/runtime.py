@@ -205,6 +205,10 @@ def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
         group["lr"] = lr * group.get("scale", 1.0) * scale
 
 
+def parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def gradient_norm(parameters):
     """The norm of all gradients together, by way of those of their rows, which sharding leaves whole: to the last digit the same on one
     process and on many."""
@@ -222,7 +226,7 @@ def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=None):
 
     Where one of them is not finite no step is made: that is an error, or what `nonfinite(loss, norm)` makes of it.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     norm = gradient_norm(parameters)
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

@@ -58,6 +58,12 @@ def start(stage, toy, out, processes, *flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
+def wait_for(process, ready):
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 def one_of_them(module, flags, rank, processes, port, log):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -145,9 +151,7 @@ def test_three_processes_and_batches_that_are_no_multiple(toy, one, tmp_path):
 @pytest.mark.parametrize("shard", [pytest.param([], marks=pytest.mark.slow), ["--shard"]], ids=["ddp", "shard"])
 def test_resume_on_another_number_of_processes(shard, toy, one, tmp_path):
     process = start("ppo", toy, tmp_path, 2, "--save-every", "3", *shard)
-    while not list(tmp_path.glob("state/0*.safetensors")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(process, lambda: list(tmp_path.glob("state/0*.safetensors")))
     process.kill()
     subprocess.run(["pkill", "-9", "-f", str(tmp_path)])
     process.communicate()
@@ -158,9 +162,7 @@ def test_resume_on_another_number_of_processes(shard, toy, one, tmp_path):
 @pytest.mark.parametrize("shard", [[], pytest.param(["--shard"], marks=pytest.mark.slow)], ids=["ddp", "shard"])
 def test_a_dead_process_ends_the_run(shard, toy, tmp_path):
     process = start("rm", toy, tmp_path, 2, "--epochs", "500", *shard)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(process, lambda: list(tmp_path.glob("metrics.jsonl")) and (tmp_path / "metrics.jsonl").read_text())
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     killed = time.time()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -171,9 +173,7 @@ def test_a_dead_process_ends_the_run(shard, toy, tmp_path):
 
 def test_a_signal_saves_on_all(toy, one, tmp_path):
     process = start("ppo", toy, tmp_path, 2)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(process, lambda: list(tmp_path.glob("metrics.jsonl")) and (tmp_path / "metrics.jsonl").read_text())
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "go on with --resume" in out
