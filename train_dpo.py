@@ -38,14 +38,20 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import batches, data, dpo, labelers, online, parallel, runtime, sft
-from minirlhf.checkpoint import finished
-from minirlhf.feedback import lists_epoch, thumbs, thumbs_epoch
+from minirlhf import data, dpo, sft
+from minirlhf.data import all_logps, prefix_kl, stored_logps, total
+from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.files import finished
+from minirlhf.engine.log import Run
+from minirlhf.engine.rows import Rows, endless
+from minirlhf.feedback import labelers
+from minirlhf.feedback.kinds import lists_epoch, thumbs, thumbs_epoch
 from minirlhf.gpt import GPT, compile_trunks
-from minirlhf.log import Run
+from minirlhf.look.answers import answers, compare
+from minirlhf.online import samples
 from minirlhf.reward import pair_accuracy, share_positive
-from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import answers
+from minirlhf.tokenizer import load_tokenizer
 
 THUMBS = {"kto": dpo.kto_loss, "una": dpo.una_loss}
 LISTS = {"rrhf": dpo.rrhf_loss, "pro": dpo.pro_loss, "lipo": dpo.lipo_loss}
@@ -54,7 +60,7 @@ PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compa
 
 
 @dataclass
-class Knobs(runtime.Ranges):
+class Knobs(cli.Ranges):
     data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     reward: str = knob("", "reward or preference model that labels online samples and scores samples before and after: a run, a directory, "
@@ -83,7 +89,7 @@ class Knobs(runtime.Ranges):
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1)
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
     save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
     resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
@@ -94,27 +100,27 @@ class Knobs(runtime.Ranges):
 def main(knobs):
     kind, options = loss_of(knobs)
     device = parallel.start(knobs.device)
-    autocast = runtime.precision(device, knobs.dtype)
+    autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
 
     # Models: the base, made now if it is missing, twice where the loss has a reference; what labels and scores samples
     source = sft.base_model(knobs)
     labeler, reward_summary = find_labeler(knobs)
-    rng, tokenizer = runtime.seed_everything(knobs.seed), sft.load_tokenizer(source)
+    rng, tokenizer = machine.seed_everything(knobs.seed), load_tokenizer(source)
     policy, base, reference = load_models(source, kind, knobs, device)
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
-    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
+    optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
 
     # Data: stored rows, their reference log-probs and the plan of all batches, or batches of own samples
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
         rows = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
-        plan = data.endless(len(rows), knobs.batch_size // 2, knobs.steps or 100, rng)
-        own = partial(online.own_batch, policy, reference, prefer, tokenizer, kind, knobs)
+        plan = endless(len(rows), knobs.batch_size // 2, knobs.steps or 100, rng)
+        own = partial(samples.own_batch, policy, reference, prefer, tokenizer, kind, knobs)
     else:
         rows = encode(feedback.train, tokenizer, kind, knobs, policy)
-        ref_logps = batches.stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
+        ref_logps = stored_logps(base, rows, autocast, knobs.dtype)  # (N,)
         plan = plan_of(feedback.train, kind, knobs, rng)
     test_rows = encode(feedback.test, tokenizer, kind, knobs, policy)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
@@ -126,12 +132,12 @@ def main(knobs):
 
     # Loop
     for step, batch in run.steps():
-        runtime.set_lr(optimizer, step, len(plan), knobs.lr)
+        optim.set_lr(optimizer, step, len(plan), knobs.lr)
         with autocast:  # apart from the loss's: what autocast once cast without a gradient it would use again without one
             if begins := step and step * knobs.rounds // len(plan) > (step - 1) * knobs.rounds // len(plan):  # a round
                 reference.load_state_dict(policy.state_dict())
             if knobs.rounds > 1 and not knobs.online and (begins or step == run.first):
-                ref_logps = batches.all_logps(reference, rows)
+                ref_logps = all_logps(reference, rows)
             if knobs.online:
                 bought, *batch = own([rows[i] for i in batch])
             else:
@@ -141,7 +147,7 @@ def main(knobs):
         if step == 0 and base:
             run.say(step_0_check(kind, options, knobs, loss.item(), stats))
         trained.backward(loss)
-        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch[0].tokens))
+        loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch[0].tokens))
         stats |= {"loss": loss, "grad_norm": norm} | ({"online/labels": (step + 1) * bought} if knobs.online else {})
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
@@ -150,7 +156,7 @@ def main(knobs):
     run.close()
     more = implicit_accuracy(policy, base, feedback.test, test_rows, kind, options, knobs, autocast)
     policy.save_pretrained(run.out / "model", tokenizer)
-    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary, more)
+    return compare(run, before, after, (finished(Path(source).parent) or {}) | reward_summary, more)
 
 
 def load_models(source, kind, knobs, device):
@@ -223,7 +229,7 @@ def encode(items, tokenizer, kind, knobs, policy):
         raise UserError(f"{knobs.data}: no two rated responses share a prompt, so DPO has no pairs; --loss kto needs none")
     texts = zip(items.prompts, items.responses, items.where, strict=True)
     encoded = data.encode(texts, tokenizer, policy.config.n_ctx, sft.overlong_rule(knobs.overlong, knobs.data))
-    return batches.Rows(*encoded, tokenizer.pad, policy.wte.weight.device)
+    return Rows(*encoded, tokenizer.pad, policy.wte.weight.device)
 
 
 def plan_of(items, kind, knobs, rng):
@@ -249,7 +255,7 @@ def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels
 
     ref_logps (b,) or None; labels as `plan_of` and `own_batches` give them after the rows.
     """
-    logps = rows.by_parts(batches.total(policy), knobs.micro_batch)  # (b,)
+    logps = rows.by_parts(total(policy), knobs.micro_batch)  # (b,)
     lengths, tensor = rows.lengths().float(), partial(torch.as_tensor, device=rows.device)
     if kind in dpo.KINDS:
         losses, chosen, rejected = pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps, *labels)
@@ -267,7 +273,7 @@ def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels
         given = [tensor(labels[-1])]
         if kind == "kto":
             other = rows.mismatched(policy.config.n_ctx)
-            given = [tensor(scores > 0), batches.all_logps(policy, other) - batches.all_logps(reference, other)]
+            given = [tensor(scores > 0), all_logps(policy, other) - all_logps(reference, other)]
         losses = LOSSES[kind](logps, ref_logps, *given, beta=knobs.beta, **options)
     with torch.no_grad():
         rewards = knobs.beta * rewards_of(kind, options, logps, ref_logps, lengths)
@@ -298,14 +304,14 @@ def pair_losses(policy, reference, kind, options, knobs, rows, logps, ref_logps,
         won = (wins[chosen], wins[rejected]) if soft and wins is not None else (1 - flipped, flipped)
         options = options | {"chosen_win": won[0], "rejected_win": won[1]}
     if kind in ("tdpo1", "tdpo2"):
-        kl = rows.by_parts(partial(batches.prefix_kl, policy, reference), knobs.micro_batch)
+        kl = rows.by_parts(partial(prefix_kl, policy, reference), knobs.micro_batch)
         options = options | {"chosen_kl": kl[chosen], "rejected_kl": kl[rejected]}
     lengths = rows.lengths()
     sides = [None if x is None else x[side] for x in (logps, ref_logps) for side in (chosen, rejected)]
     try:
         if kind == "d2o":  # in the place of the preferred: what the policy itself answers to the prompt of the rejected
-            own = online.own_answers(policy, rows, knobs.samples, knobs.response_length)
-            for side, own_logps in ((0, own.by_parts(batches.total(policy), knobs.micro_batch)), (2, batches.all_logps(reference, own))):
+            own = samples.own_answers(policy, rows, knobs.samples, knobs.response_length)
+            for side, own_logps in ((0, own.by_parts(total(policy), knobs.micro_batch)), (2, all_logps(reference, own))):
                 sides[side] = own_logps.view(-1, knobs.samples).mean(1)[rejected]
         losses = dpo.pair_loss(kind, *sides, beta=knobs.beta, label_smoothing=smoothing, chosen_lengths=lengths[chosen],
                                rejected_lengths=lengths[rejected], **options)  # fmt: skip
@@ -334,12 +340,12 @@ def implicit_accuracy(policy, base, items, rows, kind, options, knobs, autocast)
         return {}
     pairs, _ = items.comparisons(20_000, seed=1)
     with autocast:
-        logps = batches.all_logps(policy, rows)
-    rewards = rewards_of(kind, options, logps, batches.stored_logps(base, rows, autocast, knobs.dtype), rows.lengths())
+        logps = all_logps(policy, rows)
+    rewards = rewards_of(kind, options, logps, stored_logps(base, rows, autocast, knobs.dtype), rows.lengths())
     accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
     print(f"\nthe policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs as people do")
     return {"eval/implicit_accuracy": accuracy}
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, Knobs, __doc__)
+    cli.run_script(main, Knobs, __doc__)

@@ -43,16 +43,21 @@ import numpy as np
 import torch
 
 import train_rm
-from minirlhf import data, labelers, parallel, ppo, runtime, sft
-from minirlhf.checkpoint import finished
+from minirlhf import data, ppo, sft
+from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.files import finished
+from minirlhf.engine.log import Run
+from minirlhf.engine.rows import endless, pad_rows
+from minirlhf.feedback import labelers
 from minirlhf.gpt import GPT, RewardModel, compile_trunks
-from minirlhf.log import Run
-from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
+from minirlhf.look.answers import answers, compare
+from minirlhf.sampling import before_response, generate, response_logprobs, response_mask
+from minirlhf.tokenizer import load_tokenizer
 
 
 @dataclass
-class Knobs(runtime.Ranges):
+class Knobs(cli.Ranges):
     data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION or "
@@ -95,7 +100,7 @@ class Knobs(runtime.Ranges):
     eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1)
     seed: int = knob(0, "seed of order and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
     save_every: int = knob(10, "steps between states to resume from; the last one is always saved; 0: no others")
     resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
@@ -122,14 +127,14 @@ class Episodes(NamedTuple):
 def main(knobs):
     check(knobs)
     device = parallel.start(knobs.device)
-    autocast = runtime.precision(device, knobs.dtype)
+    autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
 
     # Models: what earlier stages should have made and have not is made now
     source = sft.base_model(knobs)
     reward_source, reward_summary = reward_model(knobs)
-    rng = runtime.seed_everything(knobs.seed)
-    tokenizer = sft.load_tokenizer(source)
+    rng = machine.seed_everything(knobs.seed)
+    tokenizer = load_tokenizer(source)
     policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
     scorer, rm = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
     critic = make_critic(knobs, policy, reference, rm)
@@ -138,7 +143,7 @@ def main(knobs):
     if knobs.shard:
         parallel.shard(policy, reference, rm, critic)
     trained = parallel.Together(policy, critic)
-    optimizer = runtime.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
+    optimizer = optim.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
     # Data: prompts, and which of them each step takes
@@ -146,7 +151,7 @@ def main(knobs):
     prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
     held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
     group = 1 if knobs.advantage == "gae" else knobs.group_size
-    plan = data.endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
+    plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
 
     def sample(model):
         return answers(model, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
@@ -159,8 +164,8 @@ def main(knobs):
         run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
 
     for step, batch in run.steps():
-        runtime.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
-        batch = data.pad_rows([prompts[i] for i in batch.repeat(group)], tokenizer.pad, device)
+        optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
+        batch = pad_rows([prompts[i] for i in batch.repeat(group)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)
         stats |= update(trained, optimizer, episodes, knobs, controller.coef, autocast, partial(run.nonfinite, step))
@@ -176,7 +181,7 @@ def main(knobs):
     before, after = sample(reference), sample(policy)  # the reference is what the policy was before
     run.close()
     policy.save_pretrained(run.out / "model", tokenizer)
-    return run.compare(before, after, (finished(Path(source).parent) or {}) | reward_summary)
+    return compare(run, before, after, (finished(Path(source).parent) or {}) | reward_summary)
 
 
 def check(knobs):
@@ -256,7 +261,7 @@ def update(trained, optimizer, episodes, knobs, kl_coef, autocast, nonfinite=Non
             means = add_gradient(trained, minibatch, knobs, kl_coef, autocast)
             loss = means["ppo/policy/loss"] + means.get("ppo/val/loss", 0)
             skip = nonfinite and partial(nonfinite, minibatch.tokens)
-            _, means["ppo/grad_norm"] = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
+            _, means["ppo/grad_norm"] = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
             history.append(means)
     stats = {key: torch.stack([torch.as_tensor(h[key]) for h in history]).mean() for key in history[0]}
     return stats | {f"ppo/policy/first_{key}": history[0][f"ppo/policy/{key}"] for key in ("ratio", "approxkl")}
@@ -311,7 +316,7 @@ def make_scorer(knobs, source, feedback, tokenizer, reference):
         function = labelers.true_reward(feedback) if source == "true" else labelers.load_function(file, name)
         ask = partial(labelers.ask, function, source, level, tokenizer)
     else:
-        rm = sft.load_reward_model(source, tokenizer, reference)
+        rm = labelers.load_reward_model(source, tokenizer, reference)
         if knobs.reward_level not in ("", level := rm.level):
             raise UserError(f"--reward-level {knobs.reward_level}: the reward model {source} scores by the {level}")
 
@@ -346,4 +351,4 @@ def make_critic(knobs, policy, reference, rm):
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, Knobs, __doc__)
+    cli.run_script(main, Knobs, __doc__)

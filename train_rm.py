@@ -28,20 +28,29 @@ from functools import partial
 import numpy as np
 import torch
 
-from minirlhf import data, parallel, runtime, sft
-from minirlhf.batches import Rows
+from minirlhf import data, sft
+from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.log import Run
+from minirlhf.engine.rows import Rows, pad_rows
+from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, RewardModel, compile_trunks
-from minirlhf.labelers import PreferenceModel
-from minirlhf.log import Run
-from minirlhf.reward import best_of_k_loss, bradley_terry_loss, normalization, plackett_luce_loss, rating_loss, share_positive
-from minirlhf.runtime import UserError, knob
+from minirlhf.reward import (
+    best_of_k_loss,
+    bradley_terry_loss,
+    normalization,
+    plackett_luce_loss,
+    rating_loss,
+    share_positive,
+)
 from minirlhf.sampling import generate_all
+from minirlhf.tokenizer import load_tokenizer
 
 LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
 
 
 @dataclass
-class Knobs(runtime.Ranges):
+class Knobs(cli.Ranges):
     data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
     out: str = knob("runs/rm", "run directory")
@@ -66,7 +75,7 @@ class Knobs(runtime.Ranges):
     response_length: int = knob(24, "most tokens of a base sample for the normalisation", least=1)
     seed: int = knob(0, "seed of head, order, dropout and samples")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
     save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
     resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
@@ -76,21 +85,21 @@ class Knobs(runtime.Ranges):
 
 def main(knobs):
     device = parallel.start(knobs.device)
-    autocast = runtime.precision(device, knobs.dtype)
+    autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     check(knobs, feedback.train)
 
     # Models: the base, made now if it is missing, and a fresh head on a copy of its trunk
     source = sft.base_model(knobs)
-    rng = runtime.seed_everything(knobs.seed)
-    base, tokenizer = GPT.from_pretrained(source).to(device), sft.load_tokenizer(source)
+    rng = machine.seed_everything(knobs.seed)
+    base, tokenizer = GPT.from_pretrained(source).to(device), load_tokenizer(source)
     model = fresh_model(knobs, base).to(device)
     if knobs.compile:
         compile_trunks(base, model)
     if knobs.shard:
         parallel.shard(base, model)
     trained = parallel.Together(model)
-    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
+    optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
 
     # Data: rows, and the fixed test pairs
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)
@@ -109,13 +118,13 @@ def main(knobs):
 
     # Loop
     for step, (batch, pairs, labels) in run.steps():
-        runtime.set_lr(optimizer, step, len(plan), knobs.lr)
+        optim.set_lr(optimizer, step, len(plan), knobs.lr)
         thinned = zip(*(thin(rows[i], prompt_lengths[i], knobs.delete) for i in batch), strict=True)
         with autocast:
             read = forward(model, *thinned, tokenizer.pad, device, knobs.micro_batch)  # (b,) or (b, dim)
         loss = batch_loss(knobs, model, read, feedback.train, batch, pairs, labels)
         trained.backward(loss)
-        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, [rows[i] for i in batch]))
+        loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, [rows[i] for i in batch]))
         agree = ((differences(model, read, pairs) > 0) == (torch.as_tensor(labels).float() > 0.5).to(device)).float().mean()
         run.log(step, {"loss": loss, "rewards/accuracies": agree, "grad_norm": norm}, show=("loss", "rewards/accuracies"))
 
@@ -256,7 +265,7 @@ def read_all(model, rows, prompt_lengths, tokenizer, autocast, device, batch_siz
 def sample_scores(base, rm, prompts, response_length, tokenizer, autocast):
     """Scores of one response of the base model to each prompt."""
     device = base.wte.weight.device
-    tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)
+    tokens, lengths = pad_rows(prompts, tokenizer.pad, device)
     with autocast:
         rollout = generate_all(base, tokens, lengths, response_length, eos=tokenizer.eos, pad=tokenizer.pad)
     whole = rollout.prompt_lengths + rollout.response_lengths
@@ -328,4 +337,4 @@ def evaluate(feedback, ahead, pairs, gaps):
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, Knobs, __doc__)
+    cli.run_script(main, Knobs, __doc__)

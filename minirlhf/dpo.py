@@ -60,10 +60,6 @@ def f_divergence(u, divergence="reverse_kl", alpha_divergence=None):
     return forms[divergence]()
 
 
-# One function a kind. c, r: log-ratios of the chosen and the rejected response; pc, pr, rc, rr: log-probs under policy and
-# reference; nc, nr: lengths; e: label smoothing.
-
-
 def sigmoid(c, r, beta, e):
     """DPO (Rafailov et al. 2023, eq. 7); with e, conservative DPO (Mitchell 2023)."""
     logit = beta * (c - r)
@@ -200,6 +196,8 @@ def d2o(c, r, beta, *, alpha=0.1):
 KINDS = {f.__name__: f for f in (
     sigmoid, robust, hinge, ipo, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, sppo, apo_zero, apo_down, aot, aot_unpaired,
     discopop, simpo, orpo, cpo, slic, r_dpo, tdpo1, tdpo2, npo, d2o)}  # fmt: skip
+
+
 REFERENCE_FREE = ("simpo", "orpo", "cpo", "slic")
 
 
@@ -290,7 +288,11 @@ def token_rewards(logprobs, ref_logprobs, *, beta=0.1):
 # training (as PPO's may be too). The survey differs from the papers: RLOO off-policy and offline, GRPO implicit, SimPO and RRHF blank.
 PAIRS = {"RM1": "implicit", "RM2": "point", "RM3": "response", "RM4": "positive", "F": "human",
          "RL1": "reference", "RL2": "off", "O": "offline"}  # fmt: skip
+
+
 ONLINE = {"F": "AI", "RL2": "on", "O": "online"}
+
+
 AXES = {name: PAIRS | differs for names, differs in (
     (("dpo", "cdpo", *KINDS, "kto", "una", "lipo"), {}), ((*REFERENCE_FREE, "rrhf", "pro"), {"RL1": "free"}),
     (("ipo", "sppo_hard"), {"RM2": "preference"}), (("tdpo", "tdpo1", "tdpo2", "dpo_as_q"), {"RM3": "token"}),

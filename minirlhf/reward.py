@@ -1,5 +1,6 @@
 """The maths of stage 1: what a set of scores says about human choices. Tensors in, tensors out."""
 
+
 import torch
 import torch.nn.functional as F
 

@@ -18,21 +18,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf import data, parallel, runtime
-from minirlhf.checkpoint import finished
-from minirlhf.gpt import GPT, GPTConfig, RewardModel, compile_trunks
+from minirlhf import data
+from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.files import finished
+from minirlhf.engine.log import Run
+from minirlhf.engine.rows import bucketed, pad_rows
+from minirlhf.engine.weights import model_directory
+from minirlhf.gpt import GPT, GPTConfig, compile_trunks
 from minirlhf.kernels import token_logprobs
-from minirlhf.log import Run
-from minirlhf.runtime import UserError, knob
-from minirlhf.sampling import answers
-from minirlhf.tokenizer import Tokenizer
-from minirlhf.weights import local_directory
+from minirlhf.look.answers import answers
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 OVERLONG = ("", "error", "truncate")
 
 
 @dataclass
-class Knobs(runtime.Ranges):
+class Knobs(cli.Ranges):
     data: str = knob("reviews", "source of text: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
     init: str = knob("", "model to start from: a run, a model directory or a name on the hub; none: fresh weights")
     out: str = knob("runs/sft", "run directory")
@@ -52,7 +54,7 @@ class Knobs(runtime.Ranges):
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     seed: int = knob(0, "seed of weights and order")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", runtime.DTYPES)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
     compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
     save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
     resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
@@ -62,9 +64,9 @@ class Knobs(runtime.Ranges):
 
 def main(knobs):
     device = parallel.start(knobs.device)
-    autocast = runtime.precision(device, knobs.dtype)
+    autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
-    rng = runtime.seed_everything(knobs.seed)
+    rng = machine.seed_everything(knobs.seed)
 
     # Data: rows of token ids; the responses first, then the further text
     texts = feedback.texts()
@@ -86,23 +88,23 @@ def main(knobs):
     plan = []  # every batch of every epoch, so that the schedule knows the number of steps
     for epoch in range(knobs.epochs):
         part = len(rows) if epoch < knobs.text_epochs else n_responses
-        plan += data.bucketed(lengths[:part], knobs.batch_size, rng)
+        plan += bucketed(lengths[:part], knobs.batch_size, rng)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
     if knobs.compile:
         compile_trunks(model)
     if knobs.shard:
         parallel.shard(model)
     trained = parallel.Together(model)
-    optimizer = runtime.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
+    optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay, embedding_lr=knobs.embedding_lr)
     run = Run("sft", knobs, plan, device, tokenizer, {"model": trained, "optimizer": optimizer}, {"data": rows, "init": source})
     run.say(f"base model: {n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}, {lengths.sum():,} tokens of text")
 
     # Loop
     for step, batch in run.steps():
-        runtime.set_lr(optimizer, step, len(plan), knobs.lr)
+        optim.set_lr(optimizer, step, len(plan), knobs.lr)
         batch = [rows[i] for i in batch]
         loss = add_gradient(trained, batch, knobs.micro_batch, tokenizer.pad, autocast, device)
-        loss, norm = runtime.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch))
+        loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, partial(run.nonfinite, step, batch))
         run.log(step, {"loss": loss, "grad_norm": norm}, show=("loss",))
 
     # Evaluation
@@ -131,7 +133,7 @@ def add_gradient(trained, rows, micro_batch, pad, autocast, device):
     mine, counts = parallel.share(len(rows))
     size = micro_batch or len(mine)
     for start in range(0, len(mine), size):
-        tokens, lengths = data.pad_rows([rows[i] for i in mine[start : start + size]], pad, device)
+        tokens, lengths = pad_rows([rows[i] for i in mine[start : start + size]], pad, device)
         with autocast:
             logprobs = row_logprobs(model, tokens, lengths)
         real = torch.as_tensor(counts[start : start + size], device=device).repeat_interleave(lengths - 1)
@@ -148,7 +150,7 @@ def evaluate(model, rows, tokenizer, autocast, device):
     total, n_tokens = torch.zeros((), device=device, dtype=torch.float64), sum(len(row) - 1 for row in rows)
     mine, counts = parallel.share(len(rows))
     for start in range(0, len(mine), 64):
-        tokens, lengths = data.pad_rows([rows[i] for i in mine[start : start + 64]], tokenizer.pad, device)
+        tokens, lengths = pad_rows([rows[i] for i in mine[start : start + 64]], tokenizer.pad, device)
         with autocast:
             logprobs = row_logprobs(model, tokens, lengths)
         total -= logprobs[torch.as_tensor(counts[start : start + 64], device=device).repeat_interleave(lengths - 1)].double().sum()
@@ -158,32 +160,8 @@ def evaluate(model, rows, tokenizer, autocast, device):
     return {"eval/perplexity": math.exp(total / n_tokens), "eval/bits_per_byte": total / math.log(2) / n_bytes}
 
 
-# For the scripts: where the base model is, and how to get one
-
-
 def overlong_rule(given, source):
     return given or ("truncate" if source == "reviews" else "error")
-
-
-def model_directory(path):
-    """The model directory of a run, or the directory or hub name as it is."""
-    inner = Path(path) / "model"
-    return inner if inner.is_dir() else path
-
-
-def load_tokenizer(source):
-    """The tokenizer of a model directory or of a model on the hub; GPT-2's for a directory without one."""
-    source = local_directory(source)
-    return Tokenizer.load(source if (source / "tokenizer.json").exists() else "gpt2")
-
-
-def load_reward_model(path, tokenizer, base):
-    """The reward model of a run or a directory, on the base model's device. Raises UserError when the two do not fit together."""
-    rm = RewardModel.from_pretrained(model_directory(path)).to(base.wte.weight.device).eval()
-    if rm.config.vocab_size != tokenizer.vocab_size or rm.config.n_ctx < base.config.n_ctx:
-        raise UserError(f"reward model {path}: vocabulary {rm.config.vocab_size} and context {rm.config.n_ctx}, but the base model "
-                        f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model")  # fmt: skip
-    return rm
 
 
 def stage_before(name, main, knobs):
@@ -222,4 +200,4 @@ def base_model(knobs):
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, Knobs, __doc__)
+    cli.run_script(main, Knobs, __doc__)

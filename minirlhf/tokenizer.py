@@ -15,17 +15,26 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from minirlhf.checkpoint import atomic_write
-from minirlhf.records import read_json
-from minirlhf.runtime import UserError
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import atomic_write, read_json
 
 EOS = "<|endoftext|>"
+from minirlhf.engine.weights import local_directory
+
 # GPT-2's split of a text into words: a merge never crosses these.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
 # GPT-2's order of the bytes: the printable ones first. The others are written as characters from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+
+
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
+
+
 BYTE_TO_CHAR = {b: chr(b if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}
+
+
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
@@ -176,3 +185,9 @@ def train_ranks(texts, size):
         for fresh in changed:
             heapq.heappush(heap, (-count[fresh], fresh))
     return ranks
+
+
+def load_tokenizer(source):
+    """The tokenizer of a model directory or of a model on the hub; GPT-2's for a directory without one."""
+    source = local_directory(source)
+    return Tokenizer.load(source if (source / "tokenizer.json").exists() else "gpt2")

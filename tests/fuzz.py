@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
-from minirlhf import data, labelers, records  # noqa: E402
-from minirlhf.gpt import GPT, GPTConfig, RewardModel  # noqa: E402
-from minirlhf.labelers import PreferenceModel  # noqa: E402
-from minirlhf.runtime import UserError  # noqa: E402
-from minirlhf.tokenizer import EOS, Tokenizer  # noqa: E402
+from minirlhf import data
+from minirlhf.engine.cli import UserError
+from minirlhf.feedback import labelers
+from minirlhf.feedback.preference_model import PreferenceModel
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.tokenizer import EOS, Tokenizer
 
 SECONDS = 2  # a record may take
 
@@ -54,7 +55,9 @@ reading, forbidden = [False], []
 
 def audit(event, args):
     flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    writes = event == "open" and (any(c in str(args[1]) for c in "wax+") or args[1] is None and args[2] & flags)
+    writes = event == "open" and (
+        any(c in str(args[1]) for c in "wax+") or args[1] is None and args[2] & flags
+    )
     if reading[0] and (event in FORBIDDEN or writes):
         forbidden.append(f"{event} {args!r}"[:200])
 
@@ -117,7 +120,9 @@ def damage_json(rng, value):
             elif kind == 3 and isinstance(node, dict):
                 node[rng.choice(TEXTS)] = node.pop(key)
             elif kind == 4:
-                node[key] = node[rng.choice(list(node) if isinstance(node, dict) else range(len(node)))]
+                node[key] = node[
+                    rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+                ]
             elif kind == 5 and type(node[key]) in (int, float) and abs(node[key]) < 1e300:
                 n = node[key]
                 node[key] = rng.choice((n + 1, n - 1, -n, n * 2, float(n), str(n), bool(n)))
@@ -136,11 +141,14 @@ def damage_json(rng, value):
 
 # JSONL: a second reading
 
+
 def plain(text):
     """JSON without a key twice."""
+
     def once(pairs):
         assert len({k for k, _ in pairs}) == len(pairs)
         return dict(pairs)
+
     return json.loads(text, object_pairs_hook=once)
 
 
@@ -148,7 +156,9 @@ def as_text(value):
     names = {"user": "Human", "assistant": "Assistant"}
     if isinstance(value, str):
         return value
-    return "".join("\n\n" + names.get(m["role"], m["role"].capitalize()) + ": " + m["content"] for m in value)
+    return "".join(
+        "\n\n" + names.get(m["role"], m["role"].capitalize()) + ": " + m["content"] for m in value
+    )
 
 
 def check_record(text, prompt, responses, number):
@@ -161,11 +171,17 @@ def check_record(text, prompt, responses, number):
         assert responses == given and "prompt" in record or [prompt + r for r in responses] == given
         assert given[0] != given[1] and number == record.get("margin")
     elif "responses" in record and "ranking" in record:
-        assert responses == [as_text(record["responses"][i]) for i in record["ranking"]] and number == record.get("margin")
+        assert responses == [
+            as_text(record["responses"][i]) for i in record["ranking"]
+        ] and number == record.get("margin")
         assert sorted(record["ranking"]) == list(range(len(record["responses"])))
     else:
         label = record["rating"] if "rating" in record else record["label"]
-        assert responses == [as_text(record["response"])] and number == float(label) and abs(number) < 1e301
+        assert (
+            responses == [as_text(record["response"])]
+            and number == float(label)
+            and abs(number) < 1e301
+        )
         assert type(number) is (float if "rating" in record else bool)
 
 
@@ -174,7 +190,9 @@ def check_feedback(raw, feedback):
     lines = {n: line for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()}
     found = {n: [] for n in lines}
     for items in (feedback.train, feedback.test):
-        for prompt, response, where in zip(items.prompts, items.responses, items.where, strict=True):
+        for prompt, response, where in zip(
+            items.prompts, items.responses, items.where, strict=True
+        ):
             found[int(where.rsplit(" ", 1)[1])].append((prompt, response))
     for n, line in lines.items():
         record, (prompts, responses) = plain(line.decode("utf-8-sig")), zip(*found[n], strict=True)
@@ -208,7 +226,11 @@ def form(rng, kind, i):
     a, b = rng.choice(texts), f"{rng.choice(texts)}{i}"
     say = [{"role": "user", "content": f"{a}{i}"}, {"role": "assistant", "content": b}]
     if kind == "rating":
-        return {"prompt": rng.choice((f"p{i}", "")), "response": a, "rating": rng.choice((1, -2.5, i, 1e99))}
+        return {
+            "prompt": rng.choice((f"p{i}", "")),
+            "response": a,
+            "rating": rng.choice((1, -2.5, i, 1e99)),
+        }
     if kind == "label":
         return {"prompt": f"p{i}", "response": a, "label": rng.random() < 0.5}
     return rng.choice((
@@ -222,6 +244,7 @@ def form(rng, kind, i):
 
 # The readers, each a class: `make(rng)` -> what to read and whether it is undamaged; `read`; `check` against the second reading
 
+
 class Line:
     share, name = 40, "JSONL line"
 
@@ -234,11 +257,13 @@ class Line:
             return json.dumps(record, ensure_ascii=rng.random() < 0.5), True
         if rng.random() < 0.6:
             return damage_json(rng, record), False
-        raw = damage_bytes(rng, json.dumps(record).encode(), b'{"prompt": "", "response": "b", "rating": 1}')
+        raw = damage_bytes(
+            rng, json.dumps(record).encode(), b'{"prompt": "", "response": "b", "rating": 1}'
+        )
         return raw.decode(errors="replace"), False
 
     def read(self, text):
-        return records.parse_record(text, "line 7")
+        return data.parse_record(text, "line 7")
 
     def check(self, text, found):
         check_record(text, *found)
@@ -252,11 +277,22 @@ class File:
 
     def make(self, rng):
         kind = rng.choice(("pair", "rating", "label"))
-        lines = [json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5) for i in range(rng.choice((11, 14)))]
+        lines = [
+            json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5)
+            for i in range(rng.choice((11, 14)))
+        ]
         whole = rng.random() < 0.1 and kind == "pair"
         if not whole and rng.random() < 0.5:
             i = rng.randrange(len(lines))
-            lines[i] = rng.choice((damage_json(rng, json.loads(lines[i])), "", " ", "\ufeff" + lines[i], lines[i] + "\r"))
+            lines[i] = rng.choice(
+                (
+                    damage_json(rng, json.loads(lines[i])),
+                    "",
+                    " ",
+                    "\ufeff" + lines[i],
+                    lines[i] + "\r",
+                )
+            )
         raw = "\n".join(lines).encode(errors="surrogatepass") + rng.choice((b"", b"\n", b"\r\n\n"))
         if not whole and rng.random() < 0.5:
             raw = damage_bytes(rng, raw, raw)
@@ -292,10 +328,18 @@ class TokenizerFile:
 
     def __init__(self, folder):
         self.path, self.seeds = folder / "tokenizer.json", []
-        for texts, size in ((["the film, the films"], 257), (["the film, the films", "日本 \n\n aaaa"], 290), (["aaaaaaaa bbbb"], 262)):
+        for texts, size in (
+            (["the film, the films"], 257),
+            (["the film, the films", "日本 \n\n aaaa"], 290),
+            (["aaaaaaaa bbbb"], 262),
+        ):
             Tokenizer.train(texts, size).save(folder)
             self.seeds.append(json.loads(self.path.read_text()))
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as in GPT-2's bytes_to_unicode
+        printable = [
+            *range(33, 127),
+            *range(161, 173),
+            *range(174, 256),
+        ]  # as in GPT-2's bytes_to_unicode
         others = [b for b in range(256) if b not in printable]
         self.byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -311,7 +355,9 @@ class TokenizerFile:
         model = seed["model"]
         part = rng.choice(("vocab", "merges"))
         whole = json.dumps(seed | {"model": model | {part: "@part@"}})
-        return whole.replace('"@part@"', damage_json(rng, model[part])).encode(errors="surrogatepass"), False
+        return whole.replace('"@part@"', damage_json(rng, model[part])).encode(
+            errors="surrogatepass"
+        ), False
 
     def read(self, raw):
         self.path.write_bytes(raw)
@@ -322,8 +368,12 @@ class TokenizerFile:
     def check(self, raw, found):
         tokenizer, ids = found
         vocab = dict(json.loads(raw)["model"]["vocab"])
-        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab) and all(type(i) is int for i in vocab.values())
-        assert tokenizer.ranks == {bytes(self.byte[c] for c in token): i for token, i in vocab.items()}
+        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab) and all(
+            type(i) is int for i in vocab.values()
+        )
+        assert tokenizer.ranks == {
+            bytes(self.byte[c] for c in token): i for token, i in vocab.items()
+        }
         assert sorted(vocab.values()) == list(range(len(vocab))) and max(ids) < tokenizer.eos
         assert tokenizer.decode(ids) == "the film 日本 \0" + EOS
 
@@ -337,8 +387,12 @@ def parse_safetensors(raw):
         if name != "__metadata__":
             a, b = t["data_offsets"]
             part = raw[8 + n + a : 8 + n + b]
-            numbers = np.frombuffer(part, "<u2").astype("<u4") << 16 if t["dtype"] == "BF16" else None
-            out[name] = (np.frombuffer(part, types[t["dtype"]]) if numbers is None else numbers.view("<f4")).reshape(t["shape"])
+            numbers = (
+                np.frombuffer(part, "<u2").astype("<u4") << 16 if t["dtype"] == "BF16" else None
+            )
+            out[name] = (
+                np.frombuffer(part, types[t["dtype"]]) if numbers is None else numbers.view("<f4")
+            ).reshape(t["shape"])
     return out
 
 
@@ -349,7 +403,12 @@ class Model:
         self.folder, self.seeds = folder, []
         config = GPTConfig(vocab_size=258, n_ctx=8, n_layer=1, n_head=2, n_embd=4)
         self.tokenizer, self.base = Tokenizer.train(["ab"], 258), GPT(config)
-        models = GPT(config), RewardModel(config), RewardModel(config, level="token", shift=0.5), PreferenceModel(config, 4)
+        models = (
+            GPT(config),
+            RewardModel(config),
+            RewardModel(config, level="token", shift=0.5),
+            PreferenceModel(config, 4),
+        )
         for model in models:
             model.save_pretrained(folder)
             files = [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
@@ -361,7 +420,9 @@ class Model:
         (self.folder / "model.safetensors").write_bytes(weights)
         reading[0] = True
         try:
-            labels = cls is not GPT and labelers.load_labeler(str(self.folder), None, self.tokenizer, self.base)
+            labels = cls is not GPT and labelers.load_labeler(
+                str(self.folder), None, self.tokenizer, self.base
+            )
         except UserError:
             labels = None
         return cls.from_pretrained(self.folder), labels
@@ -369,19 +430,27 @@ class Model:
     def check(self, case, found):
         (cls, config, weights), (model, labels) = case, found
         settings, c = plain(config), model.config
-        assert [settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")] == [*vars(c).values()][:5]
+        assert [
+            settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        ] == [*vars(c).values()][:5]
         expected = {}
         for name, w in parse_safetensors(weights).items():
             name = name.removeprefix("transformer.") if cls is GPT else name
-            linear = name.endswith(("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"))
+            linear = name.endswith(
+                ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+            )
             if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 expected[name] = w.T if linear else w
         state = model.state_dict()
         assert state.keys() == expected.keys()
         for name, w in expected.items():
-            assert state[name].dtype == torch.float32 and np.array_equal(state[name].numpy(), w.astype(np.float32))
+            assert state[name].dtype == torch.float32 and np.array_equal(
+                state[name].numpy(), w.astype(np.float32)
+            )
         if cls is RewardModel:
-            assert model.level == settings.get("reward_level", "response") and model.shift == settings.get("reward_shift", 0.0)
+            assert model.level == settings.get(
+                "reward_level", "response"
+            ) and model.shift == settings.get("reward_shift", 0.0)
         if labels:
             assert (labels[0] is None) == (settings.get("num_labels", 1) > 1)
 
@@ -397,8 +466,23 @@ class Config(Model):
         if kind < 0.4:
             return (cls, damage_bytes(rng, config, self.seeds[1][1]), weights), False
         if kind < 0.7:
-            return (cls, damage_json(rng, json.loads(config)).encode(errors="surrogatepass"), weights), False
-        key = rng.choice(("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "num_labels", "reward_level", "reward_shift"))
+            return (
+                cls,
+                damage_json(rng, json.loads(config)).encode(errors="surrogatepass"),
+                weights,
+            ), False
+        key = rng.choice(
+            (
+                "vocab_size",
+                "n_positions",
+                "n_layer",
+                "n_head",
+                "n_embd",
+                "num_labels",
+                "reward_level",
+                "reward_shift",
+            )
+        )
         value = rng.choice((*ODD, 10**9, 2**30, 3, 6, 1000, "token", "1"))
         text = json.dumps(json.loads(config) | {key: value})
         for name, raw in RAW.items():
@@ -434,12 +518,34 @@ class Safetensors(Model):
                 {"data_offsets": rng.choice(([0, 2**63], [-4, 0], [0, 0], [8, 4], [0, len(body)], offsets[::-1], [0], [0.0, 16]))},
             ))  # fmt: skip
             if rng.random() < 0.3:  # one that fits its type again
-                size = {"F16": 2, "BF16": 2, "BOOL": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4, "F64": 8, "C64": 8}
+                size = {
+                    "F16": 2,
+                    "BF16": 2,
+                    "BOOL": 1,
+                    "U8": 1,
+                    "F8_E4M3": 1,
+                    "F8_E8M0": 1,
+                    "I32": 4,
+                    "F64": 8,
+                    "C64": 8,
+                }
                 dtype, at, new = rng.choice(list(size)), 0, b""
                 for name, t in header.items():
                     if name != "__metadata__":
-                        count = int(np.prod(np.array(t["shape"] if isinstance(t["shape"], list) else [1], dtype=np.float64)) % 1000)
-                        new += rng.randbytes(count * size[dtype]) if rng.random() < 0.1 else bytes(count * size[dtype])
+                        count = int(
+                            np.prod(
+                                np.array(
+                                    t["shape"] if isinstance(t["shape"], list) else [1],
+                                    dtype=np.float64,
+                                )
+                            )
+                            % 1000
+                        )
+                        new += (
+                            rng.randbytes(count * size[dtype])
+                            if rng.random() < 0.1
+                            else bytes(count * size[dtype])
+                        )
                         t |= {"dtype": dtype, "data_offsets": [at, len(new)]}
                         at = len(new)
                 body = new
@@ -450,14 +556,21 @@ class Safetensors(Model):
 
 class Archive:
     share, name = 10, "reviews archive"
-    others = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth", "tweets_GroundTruth")
+    others = (
+        "amazonReviewSnippets_GroundTruth",
+        "nytEditorialSnippets_GroundTruth",
+        "tweets_GroundTruth",
+    )
 
     def __init__(self, folder):
         self.path = folder / "reviews.tar.gz"
         self.files = {"movieReviewSnippets_GroundTruth": [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)],
                       "movieReviewSnippets_anonDataRatings": [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 13)],
                       **{name: [f"1_1\t0\t{name} one", "1_2\t0\ttwo\r"] for name in self.others}}  # fmt: skip
-        self.files = {f"{data.FOLDER}{name}.txt": "\n".join(lines).encode() for name, lines in self.files.items()}
+        self.files = {
+            f"{data.FOLDER}{name}.txt": "\n".join(lines).encode()
+            for name, lines in self.files.items()
+        }
 
     @staticmethod
     def tar(files, odd=None):
@@ -480,14 +593,27 @@ class Archive:
         elif kind < 0.5 and kind > 0.1:
             type_ = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.REGTYPE,
                                 tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME))  # fmt: skip
-            odd = name, type_, rng.choice(("/etc/passwd", "../../x", name)), rng.choice((None, None, "../x", "/tmp/x", "a" * 300))
+            odd = (
+                name,
+                type_,
+                rng.choice(("/etc/passwd", "../../x", name)),
+                rng.choice((None, None, "../x", "/tmp/x", "a" * 300)),
+            )
         inner = self.tar(files, odd)
         if 0.5 < kind < 0.7:
             inner = damage_bytes(rng, inner, inner)
         elif 0.7 < kind < 0.75:  # a header whose checksum is right
             at = rng.choice([i for i in range(0, len(inner), 512) if inner[i : i + 4] == b"hutt"])
             head = bytearray(inner[at : at + 512])
-            head[124:136] = rng.choice((b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000512\0", bytes(12)))
+            head[124:136] = rng.choice(
+                (
+                    b"\xff" * 12,
+                    b"\x80" + b"\xff" * 11,
+                    b"77777777777\0",
+                    b"-0000000512\0",
+                    bytes(12),
+                )
+            )
             head[148:156] = b" " * 8
             head[148:156] = b"%06o\0 " % sum(head)
             inner = inner[:at] + bytes(head) + inner[at + 512 :]
@@ -503,7 +629,7 @@ class Archive:
     def read(self, raw):
         self.path.write_bytes(raw)
         reading[0] = True
-        return records.read_reviews(self.path, data.INNER, data.FOLDER)
+        return data.read_reviews(self.path, data.INNER, data.FOLDER)
 
     def walk(self, raw):
         """{name: bytes} of a tar archive, from the fields of its headers (POSIX ustar)."""
@@ -511,11 +637,16 @@ class Archive:
         while at + 512 <= len(raw) and raw[at]:
             head = raw[at : at + 512]
             given = re.match(rb" *([0-7]*)", head[148:156])[1]
-            if int(given or b"0", 8) != sum(head[:148]) + 8 * 32 + sum(head[156:]):  # the checksum; an archive ends at a wrong one
+            if int(given or b"0", 8) != sum(head[:148]) + 8 * 32 + sum(
+                head[156:]
+            ):  # the checksum; an archive ends at a wrong one
                 break
             size = int(head[124:136].strip(b" \0") or b"0", 8)
             if head[156:157] in (b"0", b"\0"):
-                out.setdefault(head[:100].rstrip(b"\0").split(b"\0")[0].decode(), raw[at + 512 : at + 512 + size])
+                out.setdefault(
+                    head[:100].rstrip(b"\0").split(b"\0")[0].decode(),
+                    raw[at + 512 : at + 512 + size],
+                )
             at += 512 + -(-size // 512) * 512
         return out
 
@@ -524,18 +655,27 @@ class Archive:
         rows = {name.removeprefix(data.FOLDER)[:-4]: [line.rstrip(b"\r").split(b"\t") for line in raw.split(b"\n") if line.strip()]
                 for name, raw in files.items()}  # fmt: skip
         snippets, ratings, others = found
-        assert snippets == {int(i): t.decode(errors="replace").strip() for i, _, t in rows["movieReviewSnippets_GroundTruth"]}
-        given = {int(row[0]): json.loads(row[3]) for row in rows["movieReviewSnippets_anonDataRatings"]}
-        assert given == {i: r.tolist() for i, r in ratings.items()} and given.keys() == snippets.keys()
+        assert snippets == {
+            int(i): t.decode(errors="replace").strip()
+            for i, _, t in rows["movieReviewSnippets_GroundTruth"]
+        }
+        given = {
+            int(row[0]): json.loads(row[3]) for row in rows["movieReviewSnippets_anonDataRatings"]
+        }
+        assert (
+            given == {i: r.tolist() for i, r in ratings.items()} and given.keys() == snippets.keys()
+        )
         assert len(given) == len(rows["movieReviewSnippets_anonDataRatings"])
-        assert others == [row[2].decode("latin-1").strip() for name in self.others for row in rows[name]]
+        assert others == [
+            row[2].decode("latin-1").strip() for name in self.others for row in rows[name]
+        ]
 
 
 READERS = Line, File, Gzip, TokenizerFile, Config, Safetensors, Archive
 
 
 def attempt(reader, case, whole):
-    """"correct", "error", or what went wrong."""
+    """ "correct", "error", or what went wrong."""
     try:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
@@ -548,7 +688,9 @@ def attempt(reader, case, whole):
     except UserError as e:
         if forbidden:
             return f"did what no reader may do: {forbidden.pop()}"
-        if not 10 < len(str(e)) < 900 or not any(where in str(e) for where in ("line 7", "/dev/shm", tempfile.gettempdir())):
+        if not 10 < len(str(e)) < 900 or not any(
+            where in str(e) for where in ("line 7", "/dev/shm", tempfile.gettempdir())
+        ):
             return f"an unclear error: {str(e)[:300]}"
         return f"refused what is right: {e}" if whole else "error"
     except Hang:
@@ -571,22 +713,35 @@ def hang(*_):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     knobs = parser.parse_args()
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # an absurd allocation fails instead of filling the machine
+    resource.setrlimit(
+        resource.RLIMIT_AS, (8 << 30, 8 << 30)
+    )  # an absurd allocation fails instead of filling the machine
     signal.signal(signal.SIGALRM, hang)
     sys.addaudithook(audit)
     total, start = [0] * 4, time.time()
-    print(f"{'reader':<18}{'records tried':>14}{'correct':>9}{'clear errors':>14}{'crashes':>9}{'slowest ms':>12}")
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    print(
+        f"{'reader':<18}{'records tried':>14}{'correct':>9}{'clear errors':>14}{'crashes':>9}{'slowest ms':>12}"
+    )
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
         for cls in READERS:
             place = Path(folder) / cls.__name__
             place.mkdir()
             reader, rng = cls(place), random.Random(f"{knobs.seed} {cls.name}")
-            n, slowest, counts, before = max(1, knobs.records * cls.share // 100), 0.0, {"correct": 0, "error": 0}, None
+            n, slowest, counts, before = (
+                max(1, knobs.records * cls.share // 100),
+                0.0,
+                {"correct": 0, "error": 0},
+                None,
+            )
             for i in range(n):
                 if i % 500 == 0:
                     faulthandler.dump_traceback_later(120, exit=True)  # a hang that no signal ends
@@ -600,11 +755,18 @@ def main():
             bad = {k: v for k, v in counts.items() if k not in ("correct", "error") and v}
             row = [n, counts["correct"], counts["error"], sum(bad.values())]
             total = [a + b for a, b in zip(total, row, strict=True)]
-            print("{:<18}{:>14,}{:>9,}{:>14,}{:>9,}{:>12.1f}".format(cls.name, *row, 1000 * slowest), flush=True)
+            print(
+                "{:<18}{:>14,}{:>9,}{:>14,}{:>9,}{:>12.1f}".format(cls.name, *row, 1000 * slowest),
+                flush=True,
+            )
             for outcome in list(bad)[:5]:
                 print("   ", outcome.encode("ascii", "backslashreplace").decode())
     faulthandler.cancel_dump_traceback_later()
-    print("{:<18}{:>14,}{:>9,}{:>14,}{:>9,}   in {:.0f} s".format("total", *total, time.time() - start))
+    print(
+        "{:<18}{:>14,}{:>9,}{:>14,}{:>9,}   in {:.0f} s".format(
+            "total", *total, time.time() - start
+        )
+    )
     raise SystemExit(int(total[3] > 0))
 
 

@@ -10,8 +10,9 @@ import pytest
 
 import train_dpo
 import train_ppo
-from minirlhf import data, log, runtime
+from minirlhf import data
 from minirlhf.dpo import AXES, KINDS
+from minirlhf.engine import cli, log
 
 PPO = "train_ppo.py --steps 8 --batch-size 64 --lr 2e-3 --ppo-epochs 1 --advantage"
 DPO = "train_dpo.py --steps 20 --lr 1e-3 --loss"
@@ -53,12 +54,19 @@ def test_the_true_reward_rises(method, toy, tmp_path, monkeypatch):
     flags += ["--data", "toy", "--init", toy / "sft", "--reward", toy / "rm", "--out", tmp_path, "--response-length", "12",
               "--eval-samples", "150"]  # fmt: skip
     module = {"train_dpo.py": train_dpo, "train_ppo.py": train_ppo}[script]
-    summary = module.main(runtime.parse(module.Knobs, "", [str(flag) for flag in flags]))
+    summary = module.main(cli.parse(module.Knobs, "", [str(flag) for flag in flags]))
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    before, after = (data.toy_reward([row["prompt"] for row in rows], [row[when] for row in rows]) for when in ("before", "after"))
+    before, after = (
+        data.toy_reward([row["prompt"] for row in rows], [row[when] for row in rows])
+        for when in ("before", "after")
+    )
     rise = sum(after) / len(rows) - sum(before) / len(rows)
-    print(f"{method}: {sum(before) / len(rows):+.2f} -> {sum(after) / len(rows):+.2f} in {summary['seconds']} s")
-    assert rise > (0.3 if AXES[method]["RM4"] == "positive" else 0.1)  # who is told only what to avoid learns less
+    print(
+        f"{method}: {sum(before) / len(rows):+.2f} -> {sum(after) / len(rows):+.2f} in {summary['seconds']} s"
+    )
+    assert rise > (
+        0.3 if AXES[method]["RM4"] == "positive" else 0.1
+    )  # who is told only what to avoid learns less
     # RL1 and O as the run shows them: a KL from the base wherever there is a reference, labels bought wherever it is online
     assert ("eval/kl_after" in summary) == (AXES[method]["RL1"] == "reference")
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -67,16 +75,26 @@ def test_the_true_reward_rises(method, toy, tmp_path, monkeypatch):
 
 def test_the_readme_has_the_same_table_and_its_commands_are_understood():
     readme = (Path(train_dpo.__file__).parent / "README.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in readme.splitlines() if line.startswith("| ")]
-    lines = [(names.replace(" and the other pairwise losses", ""), values) for names, *values in lines if len(values) == 8]
+    lines = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in readme.splitlines()
+        if line.startswith("| ")
+    ]
+    lines = [
+        (names.replace(" and the other pairwise losses", ""), values)
+        for names, *values in lines
+        if len(values) == 8
+    ]
     rows = {name: values for names, values in lines for name in names.split(", ")}
     rows.pop("methods")
     for name, values in rows.items():
         assert list(AXES[name].values()) == values
     others = set(AXES) - rows.keys()  # "the other pairwise losses", and tdpo under its two numbers
-    assert others - {"tdpo1", "tdpo2"} <= KINDS.keys() and all(AXES[name] == AXES["dpo"] for name in others - {"tdpo1", "tdpo2"})
+    assert others - {"tdpo1", "tdpo2"} <= KINDS.keys() and all(
+        AXES[name] == AXES["dpo"] for name in others - {"tdpo1", "tdpo2"}
+    )
     commands = re.findall(r"`python (train_\w+)\.py([^`]*)`", readme)
     assert len(commands) > 15
     for script, flags in commands:
         module = importlib.import_module(script)
-        runtime.parse(module.Knobs, "", shlex.split(flags))
+        cli.parse(module.Knobs, "", shlex.split(flags))

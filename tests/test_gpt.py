@@ -2,6 +2,7 @@
 
 The directories are written to tmp_path from small random configurations; no test needs a network.
 """
+
 import contextlib
 import functools
 import json
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from minirlhf import gpt
+from minirlhf.engine.passes import Layout, attention, drop_out, noise_of, scramble
+from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
-from minirlhf.labelers import PreferenceModel
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD = 61, 24, 7
@@ -65,6 +67,7 @@ def close(a, b, tolerance=1e-5):
 
 # The layout of transformers, both ways
 
+
 def test_language_model_reads_what_transformers_writes(hf, tmp_path):
     theirs = theirs_of(hf, hf.GPT2LMHeadModel)
     theirs.save_pretrained(tmp_path)
@@ -85,12 +88,18 @@ def test_language_model_reads_what_transformers_writes(hf, tmp_path):
 def test_language_model_is_read_by_transformers(hf, tmp_path, tokenizer):
     ours = roughen(GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, 3, 4, 32)))
     ours.save_pretrained(tmp_path / "model", tokenizer)
-    theirs, report = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    theirs, report = hf.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == tokenizer.eos
     close(theirs.train()(ragged()[0]).logits, ours(ragged()[0]))  # no dropout
     close(GPT.from_pretrained(str(tmp_path / "model"))(ragged()[0]), ours(ragged()[0]), 0)
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
 
 
 def test_reward_model_reads_what_transformers_writes(hf, tmp_path):
@@ -107,7 +116,9 @@ def test_reward_model_is_read_by_transformers_after_normalize(hf, tmp_path, toke
     theirs = hf.GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
     assert theirs.config.pad_token_id == tokenizer.pad and theirs.config.num_labels == 1
     tokens, lengths = ragged(tokenizer.pad, vocab=tokenizer.vocab_size)
-    tokens.scatter_(1, lengths[:, None] - 1, tokenizer.eos)  # a response ends with EOS, which is no padding
+    tokens.scatter_(
+        1, lengths[:, None] - 1, tokenizer.eos
+    )  # a response ends with EOS, which is no padding
     close(theirs(tokens).logits[:, 0], ours(tokens, lengths))
     close(RewardModel.from_pretrained(tmp_path)(tokens, lengths), ours(tokens, lengths), 0)
 
@@ -119,21 +130,39 @@ SHAPES = [(1, 1, 8, 11), (2, 2, 12, 97), (4, 8, 64, 300), (5, 3, 24, 61), (2, 4,
 def test_all_shapes_both_ways(hf, tmp_path, n_layer, n_head, n_embd, vocab):
     """Ours read by transformers and theirs read here: language model, reward model, preference model."""
     config = GPTConfig(vocab, CONTEXT, n_layer, n_head, n_embd)
-    sizes = {"n_positions": CONTEXT, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab}
+    sizes = {
+        "n_positions": CONTEXT,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "vocab_size": vocab,
+    }
     tokens, lengths = ragged(vocab=vocab)
     for cls, theirs_cls, outputs in [(GPT, hf.GPT2LMHeadModel, 0), (RewardModel, hf.GPT2ForSequenceClassification, 1),
                                      (PreferenceModel, hf.GPT2ForSequenceClassification, 6)]:  # fmt: skip
         labels = {"num_labels": outputs, "pad_token_id": PAD} if outputs else {}
         ours = roughen(cls(config, **({"dim": 6} if outputs == 6 else {})))
-        theirs = roughen(theirs_cls(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **labels)))
+        theirs = roughen(
+            theirs_cls(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **labels))
+        )
 
         def read(model, cls=cls):
-            return model(tokens) if cls is GPT else model(tokens, lengths) if cls is RewardModel else model.embed(tokens, lengths)
+            return (
+                model(tokens)
+                if cls is GPT
+                else model(tokens, lengths)
+                if cls is RewardModel
+                else model.embed(tokens, lengths)
+            )
 
         ours.save_pretrained(tmp_path / f"ours{outputs}")
         extra = {"pad_token_id": PAD} if outputs else {}
-        loaded, report = theirs_cls.from_pretrained(tmp_path / f"ours{outputs}", output_loading_info=True, **extra)
-        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        loaded, report = theirs_cls.from_pretrained(
+            tmp_path / f"ours{outputs}", output_loading_info=True, **extra
+        )
+        assert not any(
+            report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         close(loaded.eval()(tokens).logits.view_as(read(ours)), read(ours), 2e-5)
         theirs.save_pretrained(tmp_path / f"theirs{outputs}")
         loaded = cls.from_pretrained(tmp_path / f"theirs{outputs}")
@@ -144,7 +173,10 @@ def test_old_checkpoint_loads(tmp_path):
     """No `transformer.` prefix, the causal mask and the tied head among the weights, in half precision."""
     model = roughen(GPT(CONFIG))
     model.save_pretrained(tmp_path)
-    weights = {k.removeprefix("transformer."): w.half() for k, w in load_file(tmp_path / "model.safetensors").items()}
+    weights = {
+        k.removeprefix("transformer."): w.half()
+        for k, w in load_file(tmp_path / "model.safetensors").items()
+    }
     weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, CONTEXT, CONTEXT).tril() for i in range(3)}
     weights["lm_head.weight"] = weights["wte.weight"].clone()
     weights |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
@@ -156,7 +188,9 @@ def test_old_checkpoint_loads(tmp_path):
 
 def edit_config(directory, **changes):
     settings = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v != "gone"}))
+    (directory / "config.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if v != "gone"})
+    )
 
 
 def edit_weights(directory, name, weight=None):
@@ -168,29 +202,50 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-
-
-@pytest.mark.parametrize("damage, error, names", [
-    (lambda d: edit_weights(d, "h.1.ln_2.bias"), ValueError, "h.1.ln_2.bias is missing"),
-    (lambda d: edit_weights(d, "extra", torch.zeros(1)), ValueError, "extra is unexpected"),
-    (lambda d: edit_weights(d, "ln_f.bias", torch.zeros(31)), ValueError, r"ln_f.bias.*31.*32"),
-    (lambda d: edit_weights(d, "h.2.ln_1.bias", torch.full((32,), math.nan)), ValueError, "h.2.ln_1.bias.*not finite"),
-    (lambda d: edit_weights(d, "wpe.weight", torch.full((CONTEXT, 32), math.inf)), ValueError, "wpe.weight.*not finite"),
-    (lambda d: edit_config(d, model_type="llama"), ValueError, "model_type.*llama"),
-    (lambda d: edit_config(d, activation_function="relu"), ValueError, "activation_function.*relu"),
-    (lambda d: edit_config(d, layer_norm_epsilon=1e-6), ValueError, "layer_norm_epsilon.*1e-06"),
-    (lambda d: edit_config(d, n_inner=100), ValueError, "n_inner.*100"),
-    (lambda d: edit_config(d, n_layer=2), ValueError, "h.2.*unexpected"),
-    (lambda d: edit_config(d, n_head="gone"), ValueError, "n_head"),
-    (lambda d: (d / "config.json").write_text('{"n_layer": '), ValueError, "broken"),
-    (lambda d: truncate(d / "model.safetensors"), ValueError, "broken"),
-    (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
-    (shutil.rmtree, FileNotFoundError, "no such directory"),
-    pytest.param(lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"),
-    pytest.param(lambda d: (d / "config.json").write_text("[]"), ValueError, "config.json"),
-    pytest.param(lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True), ValueError, "scale_attn"),
-    pytest.param(lambda d: edit_config(d, tie_word_embeddings=False), ValueError, "tie_word"),
-])
+@pytest.mark.parametrize(
+    "damage, error, names",
+    [
+        (lambda d: edit_weights(d, "h.1.ln_2.bias"), ValueError, "h.1.ln_2.bias is missing"),
+        (lambda d: edit_weights(d, "extra", torch.zeros(1)), ValueError, "extra is unexpected"),
+        (lambda d: edit_weights(d, "ln_f.bias", torch.zeros(31)), ValueError, r"ln_f.bias.*31.*32"),
+        (
+            lambda d: edit_weights(d, "h.2.ln_1.bias", torch.full((32,), math.nan)),
+            ValueError,
+            "h.2.ln_1.bias.*not finite",
+        ),
+        (
+            lambda d: edit_weights(d, "wpe.weight", torch.full((CONTEXT, 32), math.inf)),
+            ValueError,
+            "wpe.weight.*not finite",
+        ),
+        (lambda d: edit_config(d, model_type="llama"), ValueError, "model_type.*llama"),
+        (
+            lambda d: edit_config(d, activation_function="relu"),
+            ValueError,
+            "activation_function.*relu",
+        ),
+        (
+            lambda d: edit_config(d, layer_norm_epsilon=1e-6),
+            ValueError,
+            "layer_norm_epsilon.*1e-06",
+        ),
+        (lambda d: edit_config(d, n_inner=100), ValueError, "n_inner.*100"),
+        (lambda d: edit_config(d, n_layer=2), ValueError, "h.2.*unexpected"),
+        (lambda d: edit_config(d, n_head="gone"), ValueError, "n_head"),
+        (lambda d: (d / "config.json").write_text('{"n_layer": '), ValueError, "broken"),
+        (lambda d: truncate(d / "model.safetensors"), ValueError, "broken"),
+        (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
+        (shutil.rmtree, FileNotFoundError, "no such directory"),
+        pytest.param(
+            lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"
+        ),
+        pytest.param(lambda d: (d / "config.json").write_text("[]"), ValueError, "config.json"),
+        pytest.param(
+            lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True), ValueError, "scale_attn"
+        ),
+        pytest.param(lambda d: edit_config(d, tie_word_embeddings=False), ValueError, "tie_word"),
+    ],
+)
 def test_broken_directory(tmp_path, monkeypatch, damage, error, names):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     GPT(CONFIG).save_pretrained(tmp_path / "model")
@@ -214,14 +269,20 @@ def test_another_kind_of_model_is_named(tmp_path, there, asked):
 
 # Initial weights
 
+
 def test_initial_weights():
     model = GPT(GPTConfig(1000, 256, 4, 4, 256))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.02 / math.sqrt(2 * 4) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(expected, rel=0.02) and abs(p.mean().item()) < 0.0005, name
+            assert (
+                p.std().item() == pytest.approx(expected, rel=0.02)
+                and abs(p.mean().item()) < 0.0005
+            ), name
         else:
-            assert torch.equal(p, torch.zeros_like(p) if "bias" in name else torch.ones_like(p)), name
+            assert torch.equal(p, torch.zeros_like(p) if "bias" in name else torch.ones_like(p)), (
+                name
+            )
 
 
 def test_initial_reward_head():
@@ -244,9 +305,12 @@ def test_from_base_copies_the_trunk():
 
 # Rows of a batch
 
+
 def test_head_is_tied():
     model = roughen(GPT(CONFIG))
-    assert model.lm_head_weight is model.wte.weight and not any("lm_head" in name for name in model.state_dict())
+    assert model.lm_head_weight is model.wte.weight and not any(
+        "lm_head" in name for name in model.state_dict()
+    )
     close(model(ragged()[0]), model.hidden(ragged()[0]) @ model.wte.weight.t())
 
 
@@ -276,7 +340,9 @@ def test_row_alone_is_the_row_in_a_batch(i):
     close(model.values(tokens)[i, :n], model.values(alone)[0])
     close(model(tokens, lengths)[i], model.values(alone)[0, -1])
     in_batch = torch.autograd.grad(row_loss(model, tokens, lengths, i), list(model.parameters()))
-    by_itself = torch.autograd.grad(row_loss(model, alone, lengths[i : i + 1], 0), list(model.parameters()))
+    by_itself = torch.autograd.grad(
+        row_loss(model, alone, lengths[i : i + 1], 0), list(model.parameters())
+    )
     scale = max(g.abs().max() for g in by_itself)
     for a, b in zip(in_batch, by_itself, strict=True):
         close(a / scale, b / scale)
@@ -296,12 +362,15 @@ def test_normalize():
         scores, values = model(tokens, lengths), model.values(tokens)
         model.normalize(scores.mean().item(), scores.std().item())
         after = model(tokens, lengths)
-        assert after.mean().item() == pytest.approx(0, abs=1e-5) and after.std().item() == pytest.approx(1, abs=1e-5)
+        assert after.mean().item() == pytest.approx(
+            0, abs=1e-5
+        ) and after.std().item() == pytest.approx(1, abs=1e-5)
         assert torch.equal(after.argsort(), scores.argsort())
         close(model.values(tokens), (values - scores.mean()) / scores.std())
 
 
 # Token-level rewards
+
 
 def token_level(**options):
     return roughen(RewardModel(CONFIG, level="token", **options))
@@ -311,7 +380,10 @@ def test_token_level_score_is_the_sum_over_the_response():
     model, (tokens, lengths) = token_level(), ragged()
     prompt_lengths = torch.tensor([2, 10, 0, 3])
     values = model.values(tokens).detach().double().numpy()
-    expected = [sum(values[b, t] for t in range(p, n)) for b, (p, n) in enumerate(zip(prompt_lengths, LENGTHS, strict=True))]
+    expected = [
+        sum(values[b, t] for t in range(p, n))
+        for b, (p, n) in enumerate(zip(prompt_lengths, LENGTHS, strict=True))
+    ]
     np.testing.assert_allclose(model(tokens, lengths, prompt_lengths).detach(), expected, atol=1e-5)
     with pytest.raises(ValueError, match="prompt_lengths is missing"):
         model(tokens, lengths)
@@ -321,15 +393,27 @@ def test_token_level_score_is_the_sum_over_the_response():
 
 def test_credit_moved_between_tokens_changes_only_the_token_level(monkeypatch):
     """Three tokens of prompt, four of response: the response level reads the head at the last token and nowhere else."""
-    values, moved = torch.tensor([[9.0, 9, 9, 1, 2, 3, 4]]), torch.tensor([[9.0, 9, 10, 0, 1, 4, 4]])
-    tokens, lengths, prompt_lengths = torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), torch.tensor([3])
+    values, moved = (
+        torch.tensor([[9.0, 9, 9, 1, 2, 3, 4]]),
+        torch.tensor([[9.0, 9, 10, 0, 1, 4, 4]]),
+    )
+    tokens, lengths, prompt_lengths = (
+        torch.zeros(1, 7, dtype=torch.long),
+        torch.tensor([7]),
+        torch.tensor([3]),
+    )
     scores = []
     for level in ("response", "token"):
         for v in (values, moved):
             model = RewardModel(CONFIG, level=level)
             monkeypatch.setattr(model, "values", lambda idx, lengths, v=v: v)
             scores.append(model(tokens, lengths, prompt_lengths).item())
-    assert scores == [4, 4, 10, 9]  # one unit went to the prompt; a unit from one response token to another stays in the sum
+    assert scores == [
+        4,
+        4,
+        10,
+        9,
+    ]  # one unit went to the prompt; a unit from one response token to another stays in the sum
 
 
 def test_token_level_is_saved_and_normalised_by_its_sums(hf, tmp_path):
@@ -346,11 +430,14 @@ def test_token_level_is_saved_and_normalised_by_its_sums(hf, tmp_path):
     loaded = RewardModel.from_pretrained(tmp_path)
     assert loaded.level == "token"
     close(loaded(tokens, lengths, prompt_lengths), model(tokens, lengths, prompt_lengths), 0)
-    theirs = hf.GPT2ForSequenceClassification.from_pretrained(tmp_path, pad_token_id=PAD).eval()  # the head at the last token
+    theirs = hf.GPT2ForSequenceClassification.from_pretrained(
+        tmp_path, pad_token_id=PAD
+    ).eval()  # the head at the last token
     close(theirs(tokens).logits[:, 0], model.values(tokens).gather(1, lengths[:, None] - 1)[:, 0])
 
 
 # The pairwise preference model
+
 
 def test_preference_logit_is_the_skew_form():
     rng = np.random.default_rng(0)
@@ -373,7 +460,11 @@ def test_preference_embedding_reads_the_last_token(tmp_path):
     for b, n in enumerate(LENGTHS):
         close(model.embed(tokens, lengths)[b], model.score.weight @ hidden[b, n - 1])
     model.save_pretrained(tmp_path)
-    close(PreferenceModel.from_pretrained(tmp_path).embed(tokens, lengths), model.embed(tokens, lengths), 0)
+    close(
+        PreferenceModel.from_pretrained(tmp_path).embed(tokens, lengths),
+        model.embed(tokens, lengths),
+        0,
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 8, 32])
@@ -383,7 +474,9 @@ def test_fresh_preference_logits_are_of_order_one(dim):
     a, b = model.score(torch.randn(2, 2000, 256))
     assert 0.5 < model.logit(a, b).std().item() < 2
     with torch.no_grad():
-        heads = torch.stack([PreferenceModel(GPTConfig(10, 4, 1, 1, 256), dim).score.weight for _ in range(20)])
+        heads = torch.stack(
+            [PreferenceModel(GPTConfig(10, 4, 1, 1, 256), dim).score.weight for _ in range(20)]
+        )
     assert heads.std().item() == pytest.approx(dim**-0.25 / math.sqrt(257), rel=0.04)
 
 
@@ -395,7 +488,9 @@ def test_rock_paper_scissors():
 
     def fit(x, logit):
         x = x.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [x], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+        )
 
         def closure():
             optimizer.zero_grad()
@@ -447,14 +542,18 @@ def layered(dropout=0.0):
     return roughen(GPT(GPTConfig(61, 80, 2, 2, 32, dropout=dropout)))
 
 
-@pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [5], [70, 2], [1] * 9 + [40], [0] * 9 + [30]])
+@pytest.mark.parametrize(
+    "lengths", [[3, 70, 1, 9, 20] * 5, [5], [70, 2], [1] * 9 + [40], [0] * 9 + [30]]
+)
 def test_padding_is_neither_computed_nor_changes_anything(lengths):
     """Rows by their lengths against each row alone: hidden states and gradients."""
     model, lengths = layered(), torch.tensor(lengths)
     T = int(lengths.max()) + 4
     tokens = torch.randint(0, 61, (len(lengths), T))
     computed = []
-    handle = model.h[1].mlp.register_forward_hook(lambda module, args, out: computed.append(args[0].shape[:-1].numel()))
+    handle = model.h[1].mlp.register_forward_hook(
+        lambda module, args, out: computed.append(args[0].shape[:-1].numel())
+    )
     out = model.hidden(tokens, lengths=lengths)
     handle.remove()
     assert out.shape == (len(lengths), T, 32) and sum(computed) <= lengths.sum() / 0.85
@@ -469,7 +568,9 @@ def test_padding_is_neither_computed_nor_changes_anything(lengths):
         total = total + (alone * upstream[i, :n]).sum()
     ours = (torch.where((torch.arange(T) < lengths[:, None])[..., None], out, 0) * upstream).sum()
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(total, parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(total, parameters), strict=True
+    ):
         close(a, b, 1e-4 * max(1.0, b.abs().max().item()))
 
 
@@ -477,10 +578,15 @@ def test_padding_is_neither_computed_nor_changes_anything(lengths):
 def test_attention_is_torchs(T):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
-    ours, theirs = gpt.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ours, theirs = (
+        attention(q, k, v),
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+    )
     close(ours, theirs)
     upstream = torch.randn_like(theirs)
-    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, theirs)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, theirs)), strict=True
+    ):
         close(a, b, 1e-5)
 
 
@@ -488,12 +594,12 @@ def test_dropout_keeps_the_mean_and_its_share():
     torch.manual_seed(0)
     x = torch.ones(300, 1001, requires_grad=True)
     for p in (0.1, 0.35, 0.9):
-        out = gpt.drop_out(x, p)
+        out = drop_out(x, p)
         assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.005)
         assert out.mean().item() == pytest.approx(1, abs=0.02) and len(out.unique()) == 2
         close(torch.autograd.grad(out.sum(), x)[0], out.detach(), 0)
-    assert gpt.drop_out(x, 0) is x
-    assert not torch.equal(gpt.drop_out(x, 0.5), gpt.drop_out(x, 0.5))
+    assert drop_out(x, 0) is x
+    assert not torch.equal(drop_out(x, 0.5), drop_out(x, 0.5))
 
 
 # Dropout by noise
@@ -511,22 +617,36 @@ def splitmix64(z):
 def test_scramble_is_splitmix64():
     gamma, mask = 0x9E3779B97F4A7C15, 2**64 - 1
     states = np.array([(1234567 + i * gamma) & mask for i in range(1, 6)], dtype=np.uint64)
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert splitmix64(states).tolist() == published  # of the generator with seed 1234567
     more = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
-    numbers = np.concatenate([states, more, np.array([0, 1, 2**63 - 1, 2**63, mask], dtype=np.uint64)])
-    ours = gpt.scramble(torch.from_numpy(numbers.view(np.int64).copy()))
+    numbers = np.concatenate(
+        [states, more, np.array([0, 1, 2**63 - 1, 2**63, mask], dtype=np.uint64)]
+    )
+    ours = scramble(torch.from_numpy(numbers.view(np.int64).copy()))
     np.testing.assert_array_equal(ours.numpy().view(np.uint64), splitmix64(numbers))
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 7, 2**63 - 1])
 def test_noise_of_rows_is_the_loop(seed):
-    rows, mask = torch.randint(0, 50257, (5, 30), generator=torch.Generator().manual_seed(1)), 2**64 - 1
+    rows, mask = (
+        torch.randint(0, 50257, (5, 30), generator=torch.Generator().manual_seed(1)),
+        2**64 - 1,
+    )
     torch.manual_seed(seed)
     lengths = [30, 1, 17, 29, 2]
-    noise = gpt.noise_of(rows, torch.tensor(lengths)).numpy().view(np.uint64)
+    noise = noise_of(rows, torch.tensor(lengths)).numpy().view(np.uint64)
     for b, row in enumerate(rows.tolist()):
-        total = seed % 2**62 + sum(int(splitmix64((token + 0x632BE59BD9B4E019 * t) & mask)) for t, token in enumerate(row[: lengths[b]]))
+        total = seed % 2**62 + sum(
+            int(splitmix64((token + 0x632BE59BD9B4E019 * t) & mask))
+            for t, token in enumerate(row[: lengths[b]])
+        )
         for t in range(30):
             assert noise[b, t] == splitmix64((total + 0x4F1BBCDCBFA53E0B * t) & mask)
 
@@ -534,11 +654,13 @@ def test_noise_of_rows_is_the_loop(seed):
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
 def test_dropout_by_noise_is_that_of_the_bytes(p):
     """Each number by one byte of splitmix64: dropped where the byte is below 256 p, rounded, of which there are at most 255."""
-    noise = gpt.noise_of(torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(2)))
+    noise = noise_of(torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(2)))
     x = torch.randn(3, 4, 21, requires_grad=True)
-    out, below = gpt.drop_out(x, p, noise), {0.1: 26, 0.2: 51, 0.5: 128, 0.999: 255}[p]
+    out, below = drop_out(x, p, noise), {0.1: 26, 0.2: 51, 0.5: 128, 0.999: 255}[p]
     for where, number in np.ndenumerate(noise.numpy().view(np.uint64)):
-        eights = [int(splitmix64((int(number) + 0x1E3779B97F4A7C15 * k) & (2**64 - 1))) for k in (1, 2, 3)]
+        eights = [
+            int(splitmix64((int(number) + 0x1E3779B97F4A7C15 * k) & (2**64 - 1))) for k in (1, 2, 3)
+        ]
         bits = b"".join(eight.to_bytes(8, "little") for eight in eights)[:21]
         factor = torch.tensor([0.0 if byte < below else 256 / (256 - below) for byte in bits])
         close(out[where], x[where] * factor, 0)
@@ -550,15 +672,21 @@ def test_dropout_by_noise_is_that_of_the_bytes(p):
 def test_dropout_by_noise_keeps_its_share_everywhere(p, rows):
     """In every row, in every column, and of what is kept the scale; rows of one token repeated are no exception."""
     generator = torch.Generator().manual_seed(3)
-    idx = torch.randint(0, 300, (40, 25), generator=generator) if rows == "random" else torch.arange(40)[:, None].repeat(1, 25)
+    idx = (
+        torch.randint(0, 300, (40, 25), generator=generator)
+        if rows == "random"
+        else torch.arange(40)[:, None].repeat(1, 25)
+    )
     torch.manual_seed(0)
-    out = gpt.drop_out(torch.ones(40, 25, 1001), p, gpt.noise_of(idx))
+    out = drop_out(torch.ones(40, 25, 1001), p, noise_of(idx))
     share = round(256 * p) / 256
     assert sorted(out.unique().tolist()) == pytest.approx([0, 1 / (1 - share)])
     kept = (out > 0).flatten(0, 1).double()  # (1000, 1001)
     for dim in (0, 1):  # six standard deviations: one of 1,001 is further away in one of 500,000
         assert (kept.mean(dim) - (1 - share)).abs().max() < 6 * (share * (1 - share) / 1000) ** 0.5
-    assert kept.mean().item() == pytest.approx(1 - share, abs=4 * (share * (1 - share) / 1e6) ** 0.5)
+    assert kept.mean().item() == pytest.approx(
+        1 - share, abs=4 * (share * (1 - share) / 1e6) ** 0.5
+    )
 
 
 def test_dropout_by_noise_is_independent():
@@ -567,7 +695,10 @@ def test_dropout_by_noise_is_independent():
 
     def kept(idx, offset=0, seed=0):
         torch.manual_seed(seed)
-        return 2 * (gpt.drop_out(torch.ones(*idx.shape, 512), 0.5, gpt.noise_of(idx) + offset) > 0).double() - 1
+        return (
+            2 * (drop_out(torch.ones(*idx.shape, 512), 0.5, noise_of(idx) + offset) > 0).double()
+            - 1
+        )
 
     idx = torch.randint(0, V, (4, 50), generator=torch.Generator().manual_seed(4))
     x = kept(idx).view(200, 512)
@@ -576,14 +707,21 @@ def test_dropout_by_noise_is_independent():
         assert correlation.abs().max() < 6.5 / coins.shape[1] ** 0.5
     used = []  # which noise each dropout of a model has, as an offset
     with pytest.MonkeyPatch.context() as patch:
-        real = gpt.drop_out
-        patch.setattr(gpt, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise))
+        real = drop_out
+        patch.setattr(
+            gpt, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise)
+        )
         torch.manual_seed(0)
         GPT(GPTConfig(**{**vars(config), "dropout": 0.5})).train().hidden(idx[:1])
-    first = gpt.noise_of(idx[:1])[0]
+    first = noise_of(idx[:1])[0]
     offsets = {int(d) for noise in used for d in (noise.view(-1, 50) - first).flatten().unique()}
-    assert len(used) == 1 + 3 * 3 and len(offsets) == 1 + 3 * (2 + 2)  # embedding; attention of two heads, its output, MLP
-    flat = torch.stack([kept(idx, offset).flatten() for offset in offsets] + [kept(idx, 0, seed).flatten() for seed in (1, 2)])
+    assert len(used) == 1 + 3 * 3 and len(offsets) == 1 + 3 * (
+        2 + 2
+    )  # embedding; attention of two heads, its output, MLP
+    flat = torch.stack(
+        [kept(idx, offset).flatten() for offset in offsets]
+        + [kept(idx, 0, seed).flatten() for seed in (1, 2)]
+    )
     correlation = (flat @ flat.t() / flat.shape[1]).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5
 
@@ -594,9 +732,11 @@ def test_noise_is_of_all_real_tokens_of_a_row():
     other[0, 10] += 1
     swapped[0, [3, 4]] = a[0, [4, 3]]
     padded[0, 25:] += 1
-    assert a[0, 3] != a[0, 4] and not any((gpt.noise_of(x) == gpt.noise_of(a)).any() for x in (other, swapped, padded))
+    assert a[0, 3] != a[0, 4] and not any(
+        (noise_of(x) == noise_of(a)).any() for x in (other, swapped, padded)
+    )
     lengths = torch.tensor([25])
-    assert torch.equal(gpt.noise_of(a, lengths), gpt.noise_of(padded, lengths))
+    assert torch.equal(noise_of(a, lengths), noise_of(padded, lengths))
 
 
 @pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [70, 66, 70], [2] * 9 + [40]])
@@ -622,10 +762,13 @@ def test_a_rows_dropout_is_its_own(lengths):
     gradients = torch.autograd.grad(total, parameters)
     packed = []
     with pytest.MonkeyPatch.context() as patch:
-        real_layout = gpt.Layout
+        real_layout = Layout
         patch.setattr(gpt, "Layout", lambda *args: packed.append(args) or real_layout(*args))
         ends = torch.tensor(lengths)
-        results = [read(lambda x: model.trunk(x, noise=gpt.noise_of(x, ends))), read(lambda x: model.hidden(x, lengths=ends))]
+        results = [
+            read(lambda x: model.trunk(x, noise=noise_of(x, ends))),
+            read(lambda x: model.hidden(x, lengths=ends)),
+        ]
     assert len(packed) == (sum(lengths) < 0.85 * len(lengths) * T)
     for out, found in results:
         for i, n in enumerate(lengths):
@@ -642,7 +785,11 @@ def tracing(monkeypatch):
     import torch._dynamo
 
     torch._dynamo.reset()
-    monkeypatch.setattr(gpt, "compiled_trunk", functools.cache(lambda: torch.compile(GPT.trunk, dynamic=True, backend="aot_eager")))
+    monkeypatch.setattr(
+        gpt,
+        "compiled_trunk",
+        functools.cache(lambda: torch.compile(GPT.trunk, dynamic=True, backend="aot_eager")),
+    )
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
 
@@ -653,7 +800,10 @@ def test_compiled_trunk_is_the_eager_one_for_every_shape(tracing):
     for B, T in ((4, 13), (1, 80), (3, 1), (1, 1), (7, 64), (2, 79)):
         tokens = torch.randint(0, 61, (B, T))
         out = model.hidden(tokens)
-        expected[tokens] = out.detach(), torch.autograd.grad(out.square().sum(), model.wpe.weight)[0]
+        expected[tokens] = (
+            out.detach(),
+            torch.autograd.grad(out.square().sum(), model.wpe.weight)[0],
+        )
     gpt.compile_trunks(model)
     for tokens, (out, gradient) in expected.items():
         got = model.hidden(tokens, lengths=torch.ones(len(tokens), dtype=torch.long))
@@ -669,5 +819,12 @@ def test_compile_says_why_not(monkeypatch, capsys):
     monkeypatch.setattr(gpt, "compiled_trunk", broken)
     model = layered()
     gpt.compile_trunks(model)
-    assert capsys.readouterr().out == "--compile: not possible here, going on without: no compiler here\n"
-    assert not model.compiled and model.hidden(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 32)
+    assert (
+        capsys.readouterr().out
+        == "--compile: not possible here, going on without: no compiler here\n"
+    )
+    assert not model.compiled and model.hidden(torch.zeros(1, 3, dtype=torch.long)).shape == (
+        1,
+        3,
+        32,
+    )

@@ -7,11 +7,16 @@ import math
 import pytest
 import torch
 
-from minirlhf import decode_kernels, kernels, sampling
-from minirlhf.gpt import GPT, GPTConfig
+from minirlhf import kernels
+from minirlhf.engine.decoding import GRAPHS
+from minirlhf.gpt import GPT, GPTConfig, compile_trunks
+from minirlhf.kernels import decoding as decode_kernels
 from minirlhf.sampling import generate, response_logprobs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 def relative(a, b):
@@ -19,7 +24,10 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("N, C, V", [(5, 64, 17), (33, 128, 1000), (130, 128, 2048), (300, 768, 50257), (700, 768, 50257)])
+@pytest.mark.parametrize(
+    "N, C, V",
+    [(5, 64, 17), (33, 128, 1000), (130, 128, 2048), (300, 768, 50257), (700, 768, 50257)],
+)
 @pytest.mark.parametrize("dtype, std, tolerance, grad_tolerance",
                          [(torch.float32, 3, 5e-5, 1e-4), (torch.bfloat16, 3, 5e-4, 5e-3), (torch.bfloat16, 30, 5e-4, 5e-3)])  # fmt: skip
 def test_token_logprobs(monkeypatch, backend, N, C, V, dtype, std, tolerance, grad_tolerance):
@@ -30,7 +38,9 @@ def test_token_logprobs(monkeypatch, backend, N, C, V, dtype, std, tolerance, gr
     targets, upstream = torch.randint(0, V, (N,), device="cuda"), torch.randn(N, device="cuda")
     targets[0], targets[1] = V - 1, 0
     got = kernels.token_logprobs(hidden, weight, targets, temperature=0.7)
-    expected = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)[torch.arange(N), targets]
+    expected = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)[
+        torch.arange(N), targets
+    ]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
     for a, b in zip(torch.autograd.grad(got, (hidden, weight), upstream),
                     torch.autograd.grad(expected, (hidden, weight), upstream.double()), strict=True):  # fmt: skip
@@ -38,7 +48,10 @@ def test_token_logprobs(monkeypatch, backend, N, C, V, dtype, std, tolerance, gr
 
 
 def test_autocast_keeps_fp32_gradients_of_the_weight():
-    hidden, weight = torch.randn(600, 768, device="cuda").requires_grad_(), (0.05 * torch.randn(50257, 768, device="cuda")).requires_grad_()
+    hidden, weight = (
+        torch.randn(600, 768, device="cuda").requires_grad_(),
+        (0.05 * torch.randn(50257, 768, device="cuda")).requires_grad_(),
+    )
     targets = torch.randint(0, 50257, (600,), device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         got = kernels.token_logprobs(hidden, weight, targets)
@@ -46,20 +59,28 @@ def test_autocast_keeps_fp32_gradients_of_the_weight():
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
     expected = (rounded[0] @ rounded[1].t()).log_softmax(-1)[torch.arange(600), targets]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-4)
-    for a, b in zip(torch.autograd.grad(got.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), rounded), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (hidden, weight)),
+        torch.autograd.grad(expected.sum(), rounded),
+        strict=True,
+    ):
         assert a.dtype == torch.float32 and relative(a, b) < 5e-3
 
 
 def test_entropy():
     torch.manual_seed(0)
-    hidden, weight = (torch.randn(n, 768, device="cuda", dtype=torch.bfloat16) / 768**0.25 for n in (700, 50257))
+    hidden, weight = (
+        torch.randn(n, 768, device="cuda", dtype=torch.bfloat16) / 768**0.25 for n in (700, 50257)
+    )
     targets = torch.randint(0, 50257, (700,), device="cuda")
     p = (hidden.double() @ weight.double().t() / 0.7).softmax(1)
     expected = -(p * p.log()).sum(1)
     for backend in ("triton", "torch"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MINIRLHF_KERNELS", backend)
-            _, entropy = kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=0.7)
+            _, entropy = kernels.token_logprobs_and_entropy(
+                hidden, weight, targets, temperature=0.7
+            )
         torch.testing.assert_close(entropy.double(), expected, rtol=0, atol=5e-4)
 
 
@@ -67,11 +88,16 @@ def test_entropy():
 def test_logprob_from_logits(dtype, grad_tolerance):
     torch.manual_seed(0)
     logits = (10 * torch.randn(300, 50257, device="cuda")).to(dtype).requires_grad_()
-    targets, upstream = torch.randint(0, 50257, (300,), device="cuda"), torch.randn(300, device="cuda")
+    targets, upstream = (
+        torch.randint(0, 50257, (300,), device="cuda"),
+        torch.randn(300, device="cuda"),
+    )
     got = kernels.logprob_from_logits(logits, targets, temperature=0.7)
     expected = (logits.double() / 0.7).log_softmax(1)[torch.arange(300), targets]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-5)
-    ours, theirs = (torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected))
+    ours, theirs = (
+        torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected)
+    )
     assert ours.dtype == dtype and relative(ours, theirs) < grad_tolerance
 
 
@@ -79,7 +105,12 @@ def test_given_logits_past_two_to_the_31():
     logits = torch.randn(43_000, 50_257, device="cuda", dtype=torch.bfloat16)  # 2.2e9 of them
     targets = torch.randint(0, 50_257, (43_000,), device="cuda")
     got = kernels.logprob_from_logits(logits, targets)[-3:]
-    torch.testing.assert_close(got.double(), logits[-3:].double().log_softmax(1)[torch.arange(3), targets[-3:]], rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        got.double(),
+        logits[-3:].double().log_softmax(1)[torch.arange(3), targets[-3:]],
+        rtol=0,
+        atol=5e-5,
+    )
 
 
 def test_offsets_past_two_to_the_31():
@@ -94,7 +125,12 @@ def test_offsets_past_two_to_the_31():
     softmax = logits.softmax(1)
     onehot = torch.nn.functional.one_hot(targets[-3:], V)
     assert relative(d_logits[-3:], onehot - softmax) < 5e-3
-    torch.testing.assert_close(logprobs[-3:].double(), logits.log_softmax(1)[torch.arange(3), targets[-3:]], rtol=0, atol=5e-4)
+    torch.testing.assert_close(
+        logprobs[-3:].double(),
+        logits.log_softmax(1)[torch.arange(3), targets[-3:]],
+        rtol=0,
+        atol=5e-4,
+    )
 
 
 def test_sampler_draws_from_the_softmax():
@@ -131,7 +167,9 @@ def prompts(B, Q=20):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_replayed_graph_is_the_full_forward(monkeypatch, gpt, backend, autocast, temperature):
     monkeypatch.setenv("MINIRLHF_KERNELS", backend)
-    for _ in range(2):  # the second time from the kept graph, with other weights at the same addresses
+    for _ in range(
+        2
+    ):  # the second time from the kept graph, with other weights at the same addresses
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             out = generate(gpt, *prompts(7), 30, eos=-1, pad=0, temperature=temperature)
             row = out.tokens, out.prompt_lengths, out.response_lengths
@@ -140,22 +178,31 @@ def test_replayed_graph_is_the_full_forward(monkeypatch, gpt, backend, autocast,
         if temperature == 0 and not autocast:
             for tokens, p in zip(out.tokens, out.prompt_lengths.tolist(), strict=True):
                 logits = gpt(tokens[None, : p + 29])[0, p - 1 :]
-                assert (logits.gather(1, tokens[p : p + 30, None]).squeeze(1) >= logits.max(1).values - 1e-3).all()
+                assert (
+                    logits.gather(1, tokens[p : p + 30, None]).squeeze(1)
+                    >= logits.max(1).values - 1e-3
+                ).all()
         with torch.no_grad():
             for p in gpt.parameters():
                 p.mul_(1.1)
-    assert len(sampling.GRAPHS[gpt]) == 1
-    sampling.GRAPHS.clear()
+    assert len(GRAPHS[gpt]) == 1
+    GRAPHS.clear()
 
 
 def test_graph_sees_weights_eos_and_seeds(gpt):
-    first = generate(gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1))
+    first = generate(
+        gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1)
+    )
     with torch.no_grad():
         gpt.wte.weight[7] += 5 * gpt.ln_f.weight
         gpt.ln_f.bias += 0.5
-    second = generate(gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1))
+    second = generate(
+        gpt, *prompts(64), 40, eos=7, pad=0, generator=torch.Generator("cuda").manual_seed(1)
+    )
     assert second.response_lengths.sum() < first.response_lengths.sum()
-    for row, p, r in zip(second.tokens, second.prompt_lengths, second.response_lengths, strict=True):
+    for row, p, r in zip(
+        second.tokens, second.prompt_lengths, second.response_lengths, strict=True
+    ):
         assert (row[p : p + r - 1] != 7).all() and (row[p + r :] == 0).all()
 
 
@@ -168,17 +215,21 @@ def test_noise_is_the_seeds(gpt):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_padding_is_not_computed(gpt, autocast):
-    tokens, lengths = torch.randint(0, 5000, (20, 250), device="cuda"), torch.arange(5, 245, 12, device="cuda")
+    tokens, lengths = (
+        torch.randint(0, 5000, (20, 250), device="cuda"),
+        torch.arange(5, 245, 12, device="cuda"),
+    )
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         packed, plain = gpt.hidden(tokens, lengths=lengths).float(), gpt.hidden(tokens).float()
     real = torch.arange(250, device="cuda") < lengths[:, None]
-    assert relative(packed[real], plain[real]) < (2e-2 if autocast else 1e-5) and (packed[~real] == 0).all()
+    assert (
+        relative(packed[real], plain[real]) < (2e-2 if autocast else 1e-5)
+        and (packed[~real] == 0).all()
+    )
 
 
 def test_nothing_is_compiled_again(gpt):
     import torch._dynamo
-
-    from minirlhf.gpt import compile_trunks
 
     torch._dynamo.reset()
     compile_trunks(gpt)
@@ -210,11 +261,18 @@ def test_a_model_can_be_forgotten():
     for autocast in (False, True):
         model = GPT(GPTConfig(100, 64, 1, 2, 32)).cuda()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            generate(model, torch.ones(2, 3, dtype=torch.int64, device="cuda"), torch.tensor([3, 2], device="cuda"), 4, eos=-1, pad=0)
+            generate(
+                model,
+                torch.ones(2, 3, dtype=torch.int64, device="cuda"),
+                torch.tensor([3, 2], device="cuda"),
+                4,
+                eos=-1,
+                pad=0,
+            )
         gone = weakref.ref(model)
         del model
         gc.collect()
-        assert gone() is None and not len(sampling.GRAPHS)
+        assert gone() is None and not len(GRAPHS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minirlhf import data, labelers, records
+from minirlhf import data
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import pad_rows
+from minirlhf.feedback import labelers
+from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
-from minirlhf.labelers import PreferenceModel
-from minirlhf.runtime import UserError
 from minirlhf.tokenizer import BYTE_TO_CHAR, EOS, Tokenizer
 
 CONFIG = GPTConfig(vocab_size=258, n_ctx=8, n_layer=1, n_head=2, n_embd=4)
@@ -38,10 +40,14 @@ def pair(i):
 
 
 def listing(folder):
-    return sorted((str(p.relative_to(folder)), p.lstat().st_mtime_ns, p.lstat().st_size) for p in Path(folder).rglob("*"))
+    return sorted(
+        (str(p.relative_to(folder)), p.lstat().st_mtime_ns, p.lstat().st_size)
+        for p in Path(folder).rglob("*")
+    )
 
 
 # Any text
+
 
 @stable
 @given(TEXT)
@@ -64,31 +70,48 @@ def test_long_texts_get_the_tokens_of_short_ones():
 @stable
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), st.integers(3, 40))
 def test_rows(texts, n_ctx):
-    rows, lengths = data.encode([(p, r, "here") for p, r in texts], WORDS, n_ctx, overlong="truncate")
+    rows, lengths = data.encode(
+        [(p, r, "here") for p, r in texts], WORDS, n_ctx, overlong="truncate"
+    )
     assert len(rows) == len(lengths) == len(texts)
     for (prompt, response), row, n in zip(texts, rows, lengths, strict=True):
         p, r = WORDS.encode(prompt), WORDS.encode(response)[: n_ctx - 2]
-        assert row[0] == row[-1] == WORDS.eos and WORDS.eos not in row[1:-1] and len(row) == min(n_ctx, 2 + len(p) + len(r))
+        assert (
+            row[0] == row[-1] == WORDS.eos
+            and WORDS.eos not in row[1:-1]
+            and len(row) == min(n_ctx, 2 + len(p) + len(r))
+        )
         assert row[n:-1].tolist() == r and row[1:n].tolist() == p[len(p) - n + 1 :]
-    tokens, widths = data.pad_rows(rows, WORDS.pad)
-    assert widths.tolist() == [len(row) for row in rows] and tokens.shape == (len(rows), max(map(len, rows)))
+    tokens, widths = pad_rows(rows, WORDS.pad)
+    assert widths.tolist() == [len(row) for row in rows] and tokens.shape == (
+        len(rows),
+        max(map(len, rows)),
+    )
     for row, padded in zip(rows, tokens.tolist(), strict=True):
         assert padded == row.tolist() + [WORDS.pad] * (len(padded) - len(row))
 
 
 @stable
-@given(TEXT, TEXT, st.booleans(), st.sampled_from(["\n", "\r\n"]), st.sampled_from([b"", b"\xef\xbb\xbf"]))
+@given(
+    TEXT,
+    TEXT,
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
 def test_any_text_of_a_line_comes_back(tmp_path_factory, prompt, response, ascii_only, end, mark):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     record = {"prompt": prompt, "response": response, "rating": 2}
     path.write_bytes(mark + (json.dumps(record, ensure_ascii=ascii_only) + end).encode() * 2)
-    assert [records.parse_record(line, n) for n, line in records.read_lines(path)] == [(prompt, [response], 2.0)] * 2
+    assert [data.parse_record(line, n) for n, line in data.read_lines(path)] == [
+        (prompt, [response], 2.0)
+    ] * 2
 
 
 @pytest.mark.parametrize("response", ["", "a", "\0", "\u2028", "\ufeff"])
 def test_shortest_responses(response):
     line = json.dumps({"prompt": "the", "chosen": response, "rejected": "bad"})
-    prompt, responses, _ = records.parse_record(line, "here")
+    prompt, responses, _ = data.parse_record(line, "here")
     assert (prompt, responses) == ("the", [response, "bad"])
     (row,), lengths = data.encode([(prompt, responses[0], "here")], WORDS, 20)
     assert row.tolist() == [WORDS.eos, *WORDS.encode("the"), *WORDS.encode(response), WORDS.eos]
@@ -96,6 +119,7 @@ def test_shortest_responses(response):
 
 
 # JSONL
+
 
 @pytest.mark.parametrize("line, names", [
     ('{"prompt": "a", "response": "b", "rating": 1, "rating": 2}', "twice"),
@@ -131,7 +155,10 @@ def test_long_lines(tmp_path, suffix, mib):
             data.load_feedback(str(path))
     else:
         feedback = data.load_feedback(str(path))
-        assert max(map(len, feedback.train.responses + feedback.test.responses)) == mib * 2**20 // 3 * 3
+        assert (
+            max(map(len, feedback.train.responses + feedback.test.responses))
+            == mib * 2**20 // 3 * 3
+        )
 
 
 def test_bomb_of_short_lines(tmp_path):
@@ -144,10 +171,18 @@ def test_bomb_of_short_lines(tmp_path):
 
 def test_too_many_pairs(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": "p", "response": f"r{i}", "rating": i}) for i in range(4000)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": "p", "response": f"r{i}", "rating": i}) for i in range(4000)
+        )
+    )
     with pytest.raises(UserError, match="a.jsonl: 7,998,000 pairs"):
         data.load_feedback(str(path))
-    ranked = {"prompt": "p", "responses": [str(i) for i in range(4000)], "ranking": list(range(4000))}
+    ranked = {
+        "prompt": "p",
+        "responses": [str(i) for i in range(4000)],
+        "ranking": list(range(4000)),
+    }
     path.write_text("\n".join([*map(pair, range(12)), json.dumps(ranked)]))
     with pytest.raises(UserError, match="a.jsonl: 7,998,012 pairs"):
         data.load_feedback(str(path))
@@ -166,7 +201,9 @@ BYTES = {BYTE_TO_CHAR[b]: b for b in range(256)}
 
 def tokenizer_file(folder, vocab, merges=(), raw=None):
     words = {"type": "ByteLevel", "add_prefix_space": False}
-    text = json.dumps({"pre_tokenizer": words, "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
+    text = json.dumps(
+        {"pre_tokenizer": words, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    )
     (folder / "tokenizer.json").write_text(raw or text, encoding="utf-8")
     return folder
 
@@ -175,7 +212,10 @@ def test_merges_as_text_and_as_pairs(tmp_path):
     vocab = BYTES | {"ab": 256, "abc": 257, EOS: 258}
     for merges in (["a b", "ab c"], [["a", "b"], ["ab", "c"]]):
         tokenizer = Tokenizer.load(tokenizer_file(tmp_path, vocab, merges))
-        assert tokenizer.encode("abc") == [257] and (tokenizer.eos, tokenizer.vocab_size) == (258, 259)
+        assert tokenizer.encode("abc") == [257] and (tokenizer.eos, tokenizer.vocab_size) == (
+            258,
+            259,
+        )
 
 
 @pytest.mark.parametrize("vocab, merges", [
@@ -190,13 +230,23 @@ def test_vocabularies_that_are_refused(tmp_path, vocab, merges):
         Tokenizer.load(tokenizer_file(tmp_path, vocab, merges))
 
 
-@pytest.mark.parametrize("raw", ["[" * 200_000, '{"model": ' + "[" * 900 + "]" * 900 + "}", '{"model": {}, "model": {}}', "\0", "9" * 5000])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "[" * 200_000,
+        '{"model": ' + "[" * 900 + "]" * 900 + "}",
+        '{"model": {}, "model": {}}',
+        "\0",
+        "9" * 5000,
+    ],
+)
 def test_tokenizer_files_that_are_refused(tmp_path, raw):
     with pytest.raises(UserError, match="tokenizer.json"):
         Tokenizer.load(tokenizer_file(tmp_path, {}, raw=raw))
 
 
 # Model directories
+
 
 @pytest.fixture
 def model(tmp_path):
@@ -230,7 +280,10 @@ def test_configs_that_are_refused(model, changes, names):
 ])  # fmt: skip
 def test_config_files_that_are_refused(model, text):
     (model / "config.json").write_text(text, errors="surrogatepass")
-    for read in (RewardModel.from_pretrained, lambda d: labelers.load_labeler(str(d), None, WORDS, GPT(CONFIG))):
+    for read in (
+        RewardModel.from_pretrained,
+        lambda d: labelers.load_labeler(str(d), None, WORDS, GPT(CONFIG)),
+    ):
         with pytest.raises(UserError, match="config.json"):
             read(model)
 
@@ -268,7 +321,9 @@ def test_a_weight_with_and_without_its_prefix(tmp_path):
 
 
 def header(shape=(4,), offsets=(0, 16), dtype="F32", n=None, **more):
-    text = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}, **more}).encode()
+    text = json.dumps(
+        {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}, **more}
+    ).encode()
     return struct.pack("<Q", len(text) if n is None else n) + text + bytes(16)
 
 
@@ -305,14 +360,21 @@ def test_pickles_are_never_read(model, tmp_path, name):
     (model / name).write_bytes(raw)
     before = listing(tmp_path)
     for cls in (GPT, RewardModel, PreferenceModel):
-        with pytest.raises(UserError, match="pickle.*save_pretrained" if name.endswith("bin") else "broken model.safetensors"):
+        with pytest.raises(
+            UserError,
+            match="pickle.*save_pretrained" if name.endswith("bin") else "broken model.safetensors",
+        ):
             cls.from_pretrained(model)
     assert listing(tmp_path) == before and not victim.exists()
 
 
 # The reviews
 
-OTHERS = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth", "tweets_GroundTruth")
+OTHERS = (
+    "amazonReviewSnippets_GroundTruth",
+    "nytEditorialSnippets_GroundTruth",
+    "tweets_GroundTruth",
+)
 TEXTS, RATES = "movieReviewSnippets_GroundTruth", "movieReviewSnippets_anonDataRatings"
 
 
@@ -336,18 +398,24 @@ def archive(path, more=(), **tables):
     lines = {TEXTS: [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)], RATES: [f"{i}\t0\t1\t[{i % 5}, -4]" for i in range(1, 13)],
              **{name: ["1_1\t0\tone", "1_2\t0\ttwo\r"] for name in OTHERS}}  # fmt: skip
     files = {data.FOLDER + name + ".txt": "\n".join(rows).encode() for name, rows in lines.items()}
-    files = dict(more) | files | {data.FOLDER + name + ".txt": content for name, content in tables.items()}
+    files = (
+        dict(more)
+        | files
+        | {data.FOLDER + name + ".txt": content for name, content in tables.items()}
+    )
     path.write_bytes(tar({data.INNER: tar(files)}))
     return path
 
 
 def read(path):
-    return records.read_reviews(path, data.INNER, data.FOLDER)
+    return data.read_reviews(path, data.INNER, data.FOLDER)
 
 
 def test_reviews_without_the_checksum(tmp_path):
     snippets, ratings, others = read(archive(tmp_path / "a.tar.gz"))
-    assert snippets == {i: f"snippet {i} café" for i in range(1, 13)} and others == ["one", "two"] * 3
+    assert (
+        snippets == {i: f"snippet {i} café" for i in range(1, 13)} and others == ["one", "two"] * 3
+    )
     assert {i: r.tolist() for i, r in ratings.items()} == {i: [i % 5, -4] for i in range(1, 13)}
     assert all(np.issubdtype(r.dtype, np.integer) for r in ratings.values())
 
@@ -363,7 +431,11 @@ def test_reviews_without_the_checksum(tmp_path):
         "[5]", "[]", "1", "[1, NaN]", "[true]", '["1"]', "[1e999]", "[[1]]", "[" * 100_000, "[" + "9" * 5000 + "]")),
 ])  # fmt: skip
 def test_tables_that_are_refused(tmp_path, table, line, names):
-    start = {TEXTS: "1\t0\tfirst\n", RATES: "1\t0\t1\t[1]\n"}.get(table, "1\t0\tt\n") if "line 2" in names else ""
+    start = (
+        {TEXTS: "1\t0\tfirst\n", RATES: "1\t0\t1\t[1]\n"}.get(table, "1\t0\tt\n")
+        if "line 2" in names
+        else ""
+    )
     tables = {TEXTS: b"1\t0\tfirst", RATES: b"1\t0\t1\t[1]"} | {table: (start + line).encode()}
     with pytest.raises(UserError, match=f"a.tar.gz: .*{table}.txt, {names}"):
         read(archive(tmp_path / "a.tar.gz", **tables))
@@ -372,7 +444,9 @@ def test_tables_that_are_refused(tmp_path, table, line, names):
 @pytest.mark.parametrize("kind", [
     tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE,
 ])  # fmt: skip
-@pytest.mark.parametrize("target", ["/etc/passwd", "../../etc/passwd", "hutto_ICWSM_2014/_README_.txt"])
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../etc/passwd", "hutto_ICWSM_2014/_README_.txt"]
+)
 def test_links_for_tables_are_refused(tmp_path, kind, target):
     path = archive(tmp_path / "a.tar.gz", **{RATES: (kind, target)})
     before = listing(tmp_path)
@@ -407,7 +481,11 @@ def test_bombs_are_refused(tmp_path, where):
     elif where == "table":
         archive(path, **{RATES: zeros})
     else:
-        path.write_bytes(gzip.compress(zeros, 1) if where == "outer" else tar({data.INNER: gzip.compress(zeros, 1)}))
+        path.write_bytes(
+            gzip.compress(zeros, 1)
+            if where == "outer"
+            else tar({data.INNER: gzip.compress(zeros, 1)})
+        )
     with pytest.raises(UserError, match="a.tar.gz: not the archive"):
         read(path)
 
@@ -415,7 +493,13 @@ def test_bombs_are_refused(tmp_path, where):
 def test_no_archive(tmp_path):
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "a.tar.gz")
-    for raw in (b"", b"x", gzip.compress(b""), gzip.compress(b"x" * 5000), archive(tmp_path / "b.tar.gz").read_bytes()[:-300]):
+    for raw in (
+        b"",
+        b"x",
+        gzip.compress(b""),
+        gzip.compress(b"x" * 5000),
+        archive(tmp_path / "b.tar.gz").read_bytes()[:-300],
+    ):
         (tmp_path / "a.tar.gz").write_bytes(raw)
         with pytest.raises(UserError, match="a.tar.gz: not the archive"):
             read(tmp_path / "a.tar.gz")
@@ -423,8 +507,16 @@ def test_no_archive(tmp_path):
 
 # At random
 
+
 def test_fuzz():
-    command = [sys.executable, str(Path(__file__).parent / "fuzz.py"), "--records", "3000", "--seed", "7"]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "fuzz.py"),
+        "--records",
+        "3000",
+        "--seed",
+        "7",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "total" in done.stdout and "3,000" in done.stdout

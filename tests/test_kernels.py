@@ -1,15 +1,21 @@
 """token_logprobs against log_softmax in float64, finite differences, and a count of what it holds in memory."""
+
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf import kernels, runtime
+from minirlhf import kernels
+from minirlhf.engine import machine
 from minirlhf.kernels import token_logprobs
 
 N, C = 5, 8
-CHUNKS = {"a token each": lambda v: 1, "three parts": lambda v: -(-v * N // 3), "one": lambda v: 1 << 23}
+CHUNKS = {
+    "a token each": lambda v: 1,
+    "three parts": lambda v: -(-v * N // 3),
+    "one": lambda v: 1 << 23,
+}
 
 
 @pytest.fixture(params=CHUNKS)
@@ -45,11 +51,16 @@ def test_values_and_gradients(chunked, vocab, temperature):
     chunked(vocab)
     hidden, weight, targets = inputs(vocab)
     upstream = torch.linspace(-1, 2, N)
-    got, expected = (f(hidden, weight, targets, temperature=temperature) for f in (token_logprobs, plain))
+    got, expected = (
+        f(hidden, weight, targets, temperature=temperature) for f in (token_logprobs, plain)
+    )
     assert got.shape == (N,) and got.dtype == torch.float32
     check(got, expected)
-    for a, b in zip(torch.autograd.grad(got, (hidden, weight), upstream),
-                    torch.autograd.grad(expected, (hidden, weight), upstream.double()), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (hidden, weight), upstream),
+        torch.autograd.grad(expected, (hidden, weight), upstream.double()),
+        strict=True,
+    ):
         assert a.dtype == torch.float32
         check(a, b)
 
@@ -59,8 +70,9 @@ def test_gradient_is_the_finite_difference(chunked, temperature):
     chunked(17)
     hidden, weight, targets = inputs(17, torch.float64)
     assert token_logprobs(hidden, weight, targets).dtype == torch.float64
-    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, temperature=temperature),
-                                    (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logprobs(h, w, targets, temperature=temperature), (hidden, weight)
+    )
 
 
 def test_second_backward_is_the_first(chunked):
@@ -80,7 +92,9 @@ def test_tied_embedding(chunked):
     grads = []
     for f in (token_logprobs, plain):
         hidden = torch.tanh(weight[tokens] * 1.3)
-        grads.append(torch.autograd.grad(f(hidden, weight, tokens.roll(-1)).square().sum(), weight)[0])
+        grads.append(
+            torch.autograd.grad(f(hidden, weight, tokens.roll(-1)).square().sum(), weight)[0]
+        )
     check(*grads)
 
 
@@ -102,8 +116,11 @@ def test_extreme_logits(chunked, vocab, scale):
     hidden, weight, targets = inputs(vocab, scale=scale)
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     check(got, expected)
-    for a, b in zip(torch.autograd.grad(got.sum(), (hidden, weight)),
-                    torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (hidden, weight)),
+        torch.autograd.grad(expected.sum(), (hidden, weight)),
+        strict=True,
+    ):
         check(a, b, 1e-5 * scale)  # the logits themselves are rounded in proportion to their size
 
 
@@ -122,15 +139,21 @@ def test_equal_logits(chunked, vocab):
 def test_entropy(chunked, vocab, scale, temperature):
     chunked(vocab)
     hidden, weight, targets = inputs(vocab, scale=scale)
-    logprobs, entropy = kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature)
+    logprobs, entropy = kernels.token_logprobs_and_entropy(
+        hidden, weight, targets, temperature=temperature
+    )
     p = (hidden.detach().double() @ weight.detach().double().t() / temperature).softmax(1).numpy()
     expected = [-sum(x * math.log(x) for x in row if x > 0) for row in p]
     check(entropy, torch.tensor(expected), 1e-5 * max(1, scale / 10))
     check(logprobs, plain(hidden, weight, targets, temperature))
     assert entropy.shape == (N,) and not entropy.requires_grad and logprobs.requires_grad
-    for a, b in zip(torch.autograd.grad(logprobs.sum(), (hidden, weight)),
-                    torch.autograd.grad(token_logprobs(hidden, weight, targets, temperature=temperature).sum(), (hidden, weight)),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(logprobs.sum(), (hidden, weight)),
+        torch.autograd.grad(
+            token_logprobs(hidden, weight, targets, temperature=temperature).sum(), (hidden, weight)
+        ),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -138,14 +161,22 @@ def test_entropy(chunked, vocab, scale, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprob_from_logits(dtype, temperature):
     torch.manual_seed(0)
-    logits, targets = (5 * torch.randn(6, 40)).to(dtype).requires_grad_(), torch.tensor([0, 39, 3, 3, 17, 8])
+    logits, targets = (
+        (5 * torch.randn(6, 40)).to(dtype).requires_grad_(),
+        torch.tensor([0, 39, 3, 3, 17, 8]),
+    )
     got = kernels.logprob_from_logits(logits, targets, temperature=temperature)
     z = logits.detach().double().numpy() / temperature
-    expected = [row[t] - row.max() - math.log(sum(math.exp(x - row.max()) for x in row)) for row, t in zip(z, targets, strict=True)]
+    expected = [
+        row[t] - row.max() - math.log(sum(math.exp(x - row.max()) for x in row))
+        for row, t in zip(z, targets, strict=True)
+    ]
     check(got, torch.tensor(expected), 1e-6)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda z: kernels.logprob_from_logits(z, targets, temperature=temperature), logits)
+        assert torch.autograd.gradcheck(
+            lambda z: kernels.logprob_from_logits(z, targets, temperature=temperature), logits
+        )
     with pytest.raises(ValueError, match="temperature"):
         kernels.logprob_from_logits(logits, targets, temperature=0)
 
@@ -153,13 +184,15 @@ def test_logprob_from_logits(dtype, temperature):
 @pytest.mark.parametrize("exact", [True, False])
 def test_both_libraries_of_a_cpu_are_exact(monkeypatch, exact):
     """oneDNN where it computes in fp32, and MKL where it would round: the same to rounding, and the caller's setting stays."""
-    really = runtime.onednn_is_exact()
-    monkeypatch.setattr(runtime, "onednn_is_exact", lambda: exact and really)
+    really = machine.onednn_is_exact()
+    monkeypatch.setattr(machine, "onednn_is_exact", lambda: exact and really)
     before = torch.get_float32_matmul_precision()
     hidden, weight, targets = inputs(1000, n=40)
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     check(got, expected)
-    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, expected)), strict=True
+    ):
         check(a, b)
     assert torch.get_float32_matmul_precision() == before
     with pytest.raises(RuntimeError, match="shape"):
@@ -168,14 +201,23 @@ def test_both_libraries_of_a_cpu_are_exact(monkeypatch, exact):
 
 
 def test_a_library_that_rounds_is_not_taken(monkeypatch):
-    exact = runtime.onednn_is_exact.__wrapped__
+    exact = machine.onednn_is_exact.__wrapped__
     rounding = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rounding(a.bfloat16().to(a.dtype) if a.dtype == torch.float32 else a, b))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: rounding(a.bfloat16().to(a.dtype) if a.dtype == torch.float32 else a, b),
+    )
     assert not exact()
     monkeypatch.undo()
-    runtime.precision(torch.device("cpu"), "float32")
-    assert torch.get_float32_matmul_precision() == ("medium" if runtime.onednn_is_exact() else "highest")
-    assert torch.get_float32_matmul_precision() == "highest" or runtime.cpu_precision(rows=2) == "highest"
+    machine.precision(torch.device("cpu"), "float32")
+    assert torch.get_float32_matmul_precision() == (
+        "medium" if machine.onednn_is_exact() else "highest"
+    )
+    assert (
+        torch.get_float32_matmul_precision() == "highest"
+        or machine.cpu_precision(rows=2) == "highest"
+    )
     torch.set_float32_matmul_precision("highest")
 
 
@@ -200,8 +242,12 @@ def test_bfloat16_hidden(chunked):
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     assert got.dtype == torch.float32
     check(got, expected)
-    for a, b, tolerance in zip(torch.autograd.grad(got.sum(), (hidden, weight)),
-                               torch.autograd.grad(expected.sum(), (hidden, weight)), (1e-2, 2e-6), strict=True):
+    for a, b, tolerance in zip(
+        torch.autograd.grad(got.sum(), (hidden, weight)),
+        torch.autograd.grad(expected.sum(), (hidden, weight)),
+        (1e-2, 2e-6),
+        strict=True,
+    ):
         assert a.dtype == b.dtype
         check(a, b, tolerance)
 
@@ -210,7 +256,11 @@ def test_bfloat16_hidden(chunked):
 def test_temperature_is_not_rounded_into_narrow_inputs(chunked, dtype):
     chunked(1000)
     hidden, weight, targets = inputs(1000, dtype, scale=5.0)
-    check(token_logprobs(hidden, weight, targets, temperature=0.7), plain(hidden, weight, targets, 0.7), 1e-5)
+    check(
+        token_logprobs(hidden, weight, targets, temperature=0.7),
+        plain(hidden, weight, targets, 0.7),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -252,7 +302,10 @@ def test_targets_outside_the_vocabulary_are_errors(wrong):
 
 def test_narrow_targets():
     hidden, weight, targets = inputs(17)
-    for f in (lambda t: token_logprobs(hidden, weight, t), lambda t: kernels.logprob_from_logits(hidden @ weight.t(), t)):
+    for f in (
+        lambda t: token_logprobs(hidden, weight, t),
+        lambda t: kernels.logprob_from_logits(hidden @ weight.t(), t),
+    ):
         assert torch.equal(f(targets.int()), f(targets))
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from minirlhf import data, dpo, ppo, sft
-from minirlhf.gpt import GPT, GPTConfig, RewardModel, export
+from minirlhf.engine.rows import pad_rows
+from minirlhf.engine.weights import export
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.sampling import response_logprobs, response_mask
 from minirlhf.tokenizer import EOS, Tokenizer
@@ -32,11 +34,20 @@ BETA = 0.3
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a random policy, reference and reward model, far enough from uniform for log-ratios of some nats."""
-    folder, config = tmp_path_factory.mktemp("peer"), GPTConfig(TOKENIZER.vocab_size, N_CTX, 2, 2, 16)
+    folder, config = (
+        tmp_path_factory.mktemp("peer"),
+        GPTConfig(TOKENIZER.vocab_size, N_CTX, 2, 2, 16),
+    )
     torch.manual_seed(0)
-    for name, model in {"policy": GPT(config), "reference": GPT(config), "reward": RewardModel(config)}.items():
+    for name, model in {
+        "policy": GPT(config),
+        "reference": GPT(config),
+        "reward": RewardModel(config),
+    }.items():
         for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.2) if p.dim() == 2 else p.data.add_(0.1 * torch.randn_like(p))
+            torch.nn.init.normal_(p, std=0.2) if p.dim() == 2 else p.data.add_(
+                0.1 * torch.randn_like(p)
+            )
         model.save_pretrained(folder / name, TOKENIZER)
     return folder
 
@@ -50,10 +61,16 @@ def peer(saved, tmp_path):
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     file = str(saved / "policy" / "tokenizer.json")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token=EOS, pad_token="ÿ")  # TOKENIZER.pad
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=file, eos_token=EOS, pad_token="ÿ"
+    )  # TOKENIZER.pad
 
     def make(kind, model, texts, batch_size, objects=None, **options):
-        module = trl if hasattr(trl, f"{kind}Trainer") else pytest.importorskip(f"trl.experimental.{kind.lower()}")
+        module = (
+            trl
+            if hasattr(trl, f"{kind}Trainer")
+            else pytest.importorskip(f"trl.experimental.{kind.lower()}")
+        )
         args = getattr(module, f"{kind}Config")(output_dir=str(tmp_path), per_device_train_batch_size=batch_size, use_cpu=True, bf16=False,
                                                 report_to=[], save_strategy="no", disable_tqdm=True, **options)  # fmt: skip
         return getattr(module, f"{kind}Trainer")(model=model, args=args, train_dataset=datasets.Dataset.from_list(texts),
@@ -65,36 +82,48 @@ def peer(saved, tmp_path):
 def theirs(path):
     from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-    return (GPT2ForSequenceClassification if path.name == "reward" else GPT2LMHeadModel).from_pretrained(path)
+    return (
+        GPT2ForSequenceClassification if path.name == "reward" else GPT2LMHeadModel
+    ).from_pretrained(path)
 
 
 def preferences(pairs):
-    return [{"prompt": EOS + prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
+    return [
+        {"prompt": EOS + prompt, "chosen": chosen, "rejected": rejected}
+        for prompt, chosen, rejected in pairs
+    ]
 
 
 def rows(texts):
     """Tokens (N, T), prompt lengths (N,) and response lengths (N,) of (prompt, response)."""
     encoded, prompt_lengths = data.encode([(*text, "") for text in texts], TOKENIZER, N_CTX)
-    tokens, lengths = data.pad_rows(encoded, TOKENIZER.pad)
+    tokens, lengths = pad_rows(encoded, TOKENIZER.pad)
     return tokens, torch.as_tensor(prompt_lengths), lengths - torch.as_tensor(prompt_lengths)
 
 
 def logps(model, texts):
     """Summed log-probs (N,) of responses, and their lengths (N,)."""
     tokens, prompt_lengths, lengths = rows(texts)
-    return response_logprobs(model, tokens, prompt_lengths, lengths, int(lengths.max())).sum(1), lengths
+    return response_logprobs(model, tokens, prompt_lengths, lengths, int(lengths.max())).sum(
+        1
+    ), lengths
 
 
 def pair_loss(kind, policy, reference, chosen, rejected, **options):
     (pc, nc), (pr, nr) = logps(policy, chosen), logps(policy, rejected)
     with torch.no_grad():
         (rc, _), (rr, _) = logps(reference, chosen), logps(reference, rejected)
-    return dpo.pair_loss(kind, pc, pr, rc, rr, chosen_lengths=nc, rejected_lengths=nr, **options).mean()
+    return dpo.pair_loss(
+        kind, pc, pr, rc, rr, chosen_lengths=nc, rejected_lengths=nr, **options
+    ).mean()
 
 
 def assert_close(ours, theirs):
     """Tensors by name; the tolerance is a share of the largest entry."""
-    ours, theirs = ({n.removeprefix("transformer."): x for n, x in side.items()} for side in (export(ours, ""), theirs))
+    ours, theirs = (
+        {n.removeprefix("transformer."): x for n, x in side.items()}
+        for side in (export(ours, ""), theirs)
+    )
     assert ours.keys() == theirs.keys()
     largest = max(x.abs().max() for x in theirs.values())
     for name, x in theirs.items():
@@ -107,7 +136,9 @@ def assert_same(loss, model, trainer):
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5, abs=1e-5)
     loss.backward()
     their_loss.backward()
-    assert_close(*({name: p.grad for name, p in m.named_parameters()} for m in (model, trainer.model)))
+    assert_close(
+        *({name: p.grad for name, p in m.named_parameters()} for m in (model, trainer.model))
+    )
 
 
 DIVERGENCES = [({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
@@ -118,16 +149,27 @@ DIVERGENCES = [({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"
 DPO = [("ipo", {"length_normalise": True}, {})]
 DPO += [(kind, {}, {}) for kind in ("sigmoid", "hinge", "sigmoid_norm", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
                                     "aot_unpaired", "apo_zero", "apo_down", "discopop")]  # fmt: skip
-DPO += [(kind, *f) for kind, f in product(("sigmoid", "hinge", "exo_pair", "robust", "discopop"), DIVERGENCES)]
+DPO += [
+    (kind, *f)
+    for kind, f in product(("sigmoid", "hinge", "exo_pair", "robust", "discopop"), DIVERGENCES)
+]
 
 
 @pytest.mark.parametrize("kind, options, their_options", DPO)
 def test_dpo(kind, options, their_options, saved, peer):
-    policy, reference = GPT.from_pretrained(saved / "policy"), GPT.from_pretrained(saved / "reference")
-    shared = {"beta": BETA, "label_smoothing": 0.1 if kind in ("exo_pair", "robust", "aot", "aot_unpaired") else 0.0}
+    policy, reference = (
+        GPT.from_pretrained(saved / "policy"),
+        GPT.from_pretrained(saved / "reference"),
+    )
+    shared = {
+        "beta": BETA,
+        "label_smoothing": 0.1 if kind in ("exo_pair", "robust", "aot", "aot_unpaired") else 0.0,
+    }
     trainer = peer("DPO", theirs(saved / "policy"), preferences(PAIRS), len(PAIRS), {"ref_model": theirs(saved / "reference")},
                    loss_type=[kind], **shared, **their_options)  # fmt: skip
-    assert_same(pair_loss(kind, policy, reference, CHOSEN, REJECTED, **shared, **options), policy, trainer)
+    assert_same(
+        pair_loss(kind, policy, reference, CHOSEN, REJECTED, **shared, **options), policy, trainer
+    )
 
 
 @pytest.mark.parametrize("kind, options, their_kind, their_options", [
@@ -140,44 +182,97 @@ def test_reference_free(kind, options, their_kind, their_options, saved, peer):
     for prompt, chosen, rejected in PAIRS:
         prompt = "" if kind == "orpo" else prompt
         policy = GPT.from_pretrained(saved / "policy")
-        trainer = peer(their_kind, theirs(saved / "policy"), preferences([(prompt, chosen, rejected)]), 1, **their_options)
-        assert_same(pair_loss(kind, policy, policy, [(prompt, chosen)], [(prompt, rejected)], **options), policy, trainer)
+        trainer = peer(
+            their_kind,
+            theirs(saved / "policy"),
+            preferences([(prompt, chosen, rejected)]),
+            1,
+            **their_options,
+        )
+        assert_same(
+            pair_loss(kind, policy, policy, [(prompt, chosen)], [(prompt, rejected)], **options),
+            policy,
+            trainer,
+        )
 
 
 def test_kto(saved, peer):
-    policy, reference = GPT.from_pretrained(saved / "policy"), GPT.from_pretrained(saved / "reference")
+    policy, reference = (
+        GPT.from_pretrained(saved / "policy"),
+        GPT.from_pretrained(saved / "reference"),
+    )
     texts = CHOSEN + REJECTED
     desirable = torch.arange(len(texts)) < len(CHOSEN)
-    mismatched = [(prompt, texts[i - 1][1]) for i, (prompt, _) in enumerate(texts)]  # TRL's rule: the response of the row before
+    mismatched = [
+        (prompt, texts[i - 1][1]) for i, (prompt, _) in enumerate(texts)
+    ]  # TRL's rule: the response of the row before
     with torch.no_grad():
         kl = logps(policy, mismatched)[0] - logps(reference, mismatched)[0]
         ref_logps, _ = logps(reference, texts)
-    labelled = [{"prompt": EOS + prompt, "completion": response, "label": i < len(CHOSEN)} for i, (prompt, response) in enumerate(texts)]
-    trainer = peer("KTO", theirs(saved / "policy"), labelled, len(texts), {"ref_model": theirs(saved / "reference")}, beta=BETA)
+    labelled = [
+        {"prompt": EOS + prompt, "completion": response, "label": i < len(CHOSEN)}
+        for i, (prompt, response) in enumerate(texts)
+    ]
+    trainer = peer(
+        "KTO",
+        theirs(saved / "policy"),
+        labelled,
+        len(texts),
+        {"ref_model": theirs(saved / "reference")},
+        beta=BETA,
+    )
     assert kl.mean() > 0
-    assert_same(dpo.kto_loss(logps(policy, texts)[0], ref_logps, desirable, kl, beta=BETA).mean(), policy, trainer)
+    assert_same(
+        dpo.kto_loss(logps(policy, texts)[0], ref_logps, desirable, kl, beta=BETA).mean(),
+        policy,
+        trainer,
+    )
 
 
-@pytest.mark.parametrize("margins, center", product([None, (0.5, -0.2, 0.0, 1.3, 2.0, 0.1, 0.7)], [None, 0.1]))
+@pytest.mark.parametrize(
+    "margins, center", product([None, (0.5, -0.2, 0.0, 1.3, 2.0, 0.1, 0.7)], [None, 0.1])
+)
 def test_reward_model(margins, center, saved, peer):
     model = RewardModel.from_pretrained(saved / "reward")
     chosen, rejected = (model(tokens, p + r) for tokens, p, r in (rows(CHOSEN), rows(REJECTED)))
-    texts = [pair | ({"margin": margins[i]} if margins else {}) for i, pair in enumerate(preferences(PAIRS))]
-    trainer = peer("Reward", theirs(saved / "reward"), texts, len(PAIRS), center_rewards_coefficient=center)
-    assert_same(bradley_terry_loss(chosen, rejected, margin=torch.tensor(margins or 0.0), center=center or 0.0), model, trainer)
+    texts = [
+        pair | ({"margin": margins[i]} if margins else {})
+        for i, pair in enumerate(preferences(PAIRS))
+    ]
+    trainer = peer(
+        "Reward", theirs(saved / "reward"), texts, len(PAIRS), center_rewards_coefficient=center
+    )
+    assert_same(
+        bradley_terry_loss(
+            chosen, rejected, margin=torch.tensor(margins or 0.0), center=center or 0.0
+        ),
+        model,
+        trainer,
+    )
 
 
 def test_sft(saved, peer):
     model = GPT.from_pretrained(saved / "policy")
     tokens, prompt_lengths, lengths = rows(CHOSEN)
-    trainer = peer("SFT", theirs(saved / "policy"), [{"text": EOS + prompt + response} for prompt, response in CHOSEN], len(CHOSEN))
+    trainer = peer(
+        "SFT",
+        theirs(saved / "policy"),
+        [{"text": EOS + prompt + response} for prompt, response in CHOSEN],
+        len(CHOSEN),
+    )
     assert_same(-sft.row_logprobs(model, tokens, prompt_lengths + lengths).mean(), model, trainer)
 
 
-@pytest.mark.parametrize("kind, kl_coef, lr", [("rloo", 0.0, 0.02), ("grpo", 0.0, 0.3), ("grpo", 0.5, 0.3), ("reinforce", 0.5, 0.3)])
+@pytest.mark.parametrize(
+    "kind, kl_coef, lr",
+    [("rloo", 0.0, 0.02), ("grpo", 0.0, 0.3), ("grpo", 0.5, 0.3), ("reinforce", 0.5, 0.3)],
+)
 def test_group_baselines(kind, kl_coef, lr, saved, peer):
     """Two updates on a batch that TRL samples: group advantages, clipped ratios and k3 in the loss move the weights alike."""
-    samples, prompts = [], [{"prompt": EOS + "ab"}, {"prompt": EOS + "cd"}]  # of one length: TRL's left padding shifts GPT-2's positions
+    samples, prompts = (
+        [],
+        [{"prompt": EOS + "ab"}, {"prompt": EOS + "cd"}],
+    )  # of one length: TRL's left padding shifts GPT-2's positions
 
     def reward(prompts, completion_ids, **_):
         scores = [float(ids[0] % 7 + len(ids)) for ids in completion_ids]
@@ -187,15 +282,25 @@ def test_group_baselines(kind, kl_coef, lr, saved, peer):
     options = {"beta": kl_coef, "num_generations": 4, "max_completion_length": 12, "num_iterations": 2, "max_steps": 2,
                "max_grad_norm": 0.0, "generation_kwargs": {"sequence_bias": [[[TOKENIZER.eos], 3.0]]}}  # some end early  # fmt: skip
     if kind != "rloo":  # bnpo: a mean over the tokens of the batch
-        options |= {"loss_type": "bnpo", "scale_rewards": "group" if kind == "grpo" else "none", "use_bias_correction_kl": False}
+        options |= {
+            "loss_type": "bnpo",
+            "scale_rewards": "group" if kind == "grpo" else "none",
+            "use_bias_correction_kl": False,
+        }
     their_policy = theirs(saved / "policy")
     before = {name: p.detach().clone() for name, p in their_policy.named_parameters()}
     sgd = torch.optim.SGD(their_policy.parameters(), lr=lr)
-    objects = {"reward_funcs": reward, "optimizers": (sgd, torch.optim.lr_scheduler.ConstantLR(sgd, 1.0))}
+    objects = {
+        "reward_funcs": reward,
+        "optimizers": (sgd, torch.optim.lr_scheduler.ConstantLR(sgd, 1.0)),
+    }
     peer("RLOO" if kind == "rloo" else "GRPO", their_policy, prompts, 8, objects, **options).train()
 
-    encoded = [[TOKENIZER.eos, *TOKENIZER.encode(prompt.removeprefix(EOS)), *ids] for prompt, ids, _ in samples]
-    tokens, lengths = data.pad_rows(encoded, TOKENIZER.pad)
+    encoded = [
+        [TOKENIZER.eos, *TOKENIZER.encode(prompt.removeprefix(EOS)), *ids]
+        for prompt, ids, _ in samples
+    ]
+    tokens, lengths = pad_rows(encoded, TOKENIZER.pad)
     policy, start = GPT.from_pretrained(saved / "policy"), GPT.from_pretrained(saved / "policy")
     rollout = (tokens, torch.full_like(lengths, 3), lengths - 3, 12)
     mask, old = response_mask(lengths - 3, 12), response_logprobs(start, *rollout).detach()

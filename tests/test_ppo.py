@@ -2,6 +2,7 @@
 
 B rows of R response tokens. Padding is filled with large numbers: what lies outside the mask must change nothing.
 """
+
 import math
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 
 from minirlhf import ppo
 
-LENGTHS = [5, 1, 0, 7, 3]                                           # one token, none at all, the full width
+LENGTHS = [5, 1, 0, 7, 3]  # one token, none at all, the full width
 B, R = len(LENGTHS), max(LENGTHS)
 
 
@@ -50,7 +51,9 @@ def gae_loop(rewards, values, mask, gamma, lam):
 
 def policy_loop(logprobs, old_logprobs, advantages, mask, clip):
     loss, stats = [], {"ppo/policy/ratio": [], "ppo/policy/approxkl": [], "ppo/policy/clipfrac": []}
-    for lp, lp0, a in zip(*(x[mask].tolist() for x in (logprobs, old_logprobs, advantages)), strict=True):
+    for lp, lp0, a in zip(
+        *(x[mask].tolist() for x in (logprobs, old_logprobs, advantages)), strict=True
+    ):
         ratio = math.exp(lp - lp0)
         free, cut = -a * ratio, -a * min(max(ratio, 1 - clip), 1 + clip)
         loss.append(max(free, cut))
@@ -68,7 +71,9 @@ def value_loop(values, old_values, returns, mask, clip):
     return np.mean(loss), {"ppo/val/clipfrac": np.mean(clipped)}
 
 
-both_losses = pytest.mark.parametrize("loss, loop", [(ppo.policy_loss, policy_loop), (ppo.value_loss, value_loop)])
+both_losses = pytest.mark.parametrize(
+    "loss, loop", [(ppo.policy_loss, policy_loop), (ppo.value_loss, value_loop)]
+)
 
 
 def test_gae_is_its_recursion_on_long_rows():
@@ -78,14 +83,19 @@ def test_gae_is_its_recursion_on_long_rows():
     for gamma, lam in ((1.0, 1.0), (1.0, 0.95), (0.99, 0.0), (0.0, 0.9)):
         slow = ppo.gae_by_loop(rewards, values, mask, gamma, lam)
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-5)):
-            for fast, expected in zip(ppo.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam), slow, strict=True):
+            for fast, expected in zip(
+                ppo.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam), slow, strict=True
+            ):
                 close(fast, expected, atol=tolerance)
 
 
 def test_the_example_by_hand():
     """Two responses of 2 and 3 tokens, gamma 1, lambda 0.5, KL coefficient 0.1; the 7 and the 9s are padding."""
     mask = make_mask([2, 3])
-    logprobs, ref_logprobs = double([[-1, -2, 7], [-1, -1, -2]]), double([[-2, -1, 9], [-1, -3, -3]])
+    logprobs, ref_logprobs = (
+        double([[-1, -2, 7], [-1, -1, -2]]),
+        double([[-2, -1, 9], [-1, -3, -3]]),
+    )
     values = double([[1, 2, 9], [0, 1, 1]])
     kl = ppo.kl_estimate(logprobs, ref_logprobs)
     close(kl[mask], [1, -1, 0, 2, 1])
@@ -117,7 +127,11 @@ def test_kl_estimates():
     close([(p * k1).sum(), (p * k3).sum()], [kl, kl])
     assert (k1 < 0).any() and (k3 >= 0).all()
     near = torch.softmax(p.log() + 1e-3 * normal(50, seed=3), 0)
-    close((p * ppo.kl_estimate(p.log(), near.log(), kind="k2")).sum(), (p * (p / near).log()).sum(), rtol=1e-2)
+    close(
+        (p * ppo.kl_estimate(p.log(), near.log(), kind="k2")).sum(),
+        (p * (p / near).log()).sum(),
+        rtol=1e-2,
+    )
 
 
 def test_score_lands_on_the_last_token_and_nowhere_else():
@@ -129,7 +143,9 @@ def test_score_lands_on_the_last_token_and_nowhere_else():
         close(ppo.shaped_rewards(scores, dirty(kl, mask, 1e6), m, 0.3), expected)
         alone = ppo.on_last_token(scores, m)
         close(alone, expected + np.where(mask, 0.3 * kl, 0.0))
-        close(ppo.shaped_rewards(dirty(alone, mask, 1e6), kl, m, 0.3), expected)  # scores by the token stay where they are
+        close(
+            ppo.shaped_rewards(dirty(alone, mask, 1e6), kl, m, 0.3), expected
+        )  # scores by the token stay where they are
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.97, 0.5])
@@ -142,14 +158,20 @@ def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam):
         rewards, values = dirty(rewards, mask, 1e6), dirty(values, mask, -3e6)
         copies = rewards.clone(), values.clone()
         for m in (mask, mask.double()):
-            for actual, want in zip(ppo.gae(rewards, values, m, gamma=gamma, lam=lam), expected, strict=True):
+            for actual, want in zip(
+                ppo.gae(rewards, values, m, gamma=gamma, lam=lam), expected, strict=True
+            ):
                 close(actual, want, atol=1e-10)
                 assert (actual[~mask] == 0).all()
-        assert torch.equal(rewards, copies[0]) and torch.equal(values, copies[1])  # the inputs are left alone
-        for actual, want in zip(ppo.gae(rewards.float(), values.float(), mask, gamma, lam), expected, strict=True):
+        assert torch.equal(rewards, copies[0]) and torch.equal(
+            values, copies[1]
+        )  # the inputs are left alone
+        for actual, want in zip(
+            ppo.gae(rewards.float(), values.float(), mask, gamma, lam), expected, strict=True
+        ):
             assert actual.dtype == torch.float32
             close(actual, want, rtol=1e-4, atol=1e-3)
-        if (gamma, lam) == (1.0, 0.95):                             # the defaults
+        if (gamma, lam) == (1.0, 0.95):  # the defaults
             close(ppo.gae(rewards, values, mask)[0], expected[0], atol=1e-10)
 
 
@@ -157,10 +179,12 @@ def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam):
 def test_whiten_against_numpy(shift_mean):
     mask, x = make_mask(), normal(B, R, seed=10, scale=3) + 5
     real, expected = x[mask].numpy(), np.zeros((B, R))
-    expected[mask.numpy()] = (real - real.mean()) / np.sqrt(real.var() + 1e-8) + (0 if shift_mean else real.mean())
+    expected[mask.numpy()] = (real - real.mean()) / np.sqrt(real.var() + 1e-8) + (
+        0 if shift_mean else real.mean()
+    )
     for m in (mask, mask.double()):
         close(ppo.whiten(dirty(x, mask, 1e6), m, shift_mean=shift_mean), expected)
-    if shift_mean:                                                  # the default
+    if shift_mean:  # the default
         close(ppo.whiten(x, mask), expected)
 
 
@@ -176,29 +200,44 @@ def test_whiten_divides_by_n_and_survives_a_constant():
 def test_clipped_losses_are_the_loops_whatever_the_padding_holds(loss, loop, clip):
     mask = make_mask()
     for seed in range(20, 40, 3):
-        clean = [normal(B, R, seed=seed + i, scale=scale) - 0.5 for i, scale in enumerate((0.3, 0.1, 1.0))]
+        clean = [
+            normal(B, R, seed=seed + i, scale=scale) - 0.5
+            for i, scale in enumerate((0.3, 0.1, 1.0))
+        ]
         expected, expected_stats = loop(*clean, mask, clip)
-        assert 0 < list(expected_stats.values())[-1] < 1            # clipfrac: both branches are taken
+        assert 0 < list(expected_stats.values())[-1] < 1  # clipfrac: both branches are taken
         for pad, m in [(0.0, mask), (30.0, mask.double()), (1e3, mask)]:
-            x, y, z = (dirty(c, mask, pad * s).requires_grad_() for c, s in zip(clean, (1, -1, 2), strict=True))
+            x, y, z = (
+                dirty(c, mask, pad * s).requires_grad_()
+                for c, s in zip(clean, (1, -1, 2), strict=True)
+            )
             actual, stats = loss(x, y, z, m, clip=clip)
             assert actual.shape == ()
             close(actual, expected)
             for key, value in expected_stats.items():
                 close(stats[key], value)
-                assert not getattr(stats[key], "requires_grad", False)  # a statistic does not keep the graph alive
-            grad, = torch.autograd.grad(actual, x)
+                assert not getattr(
+                    stats[key], "requires_grad", False
+                )  # a statistic does not keep the graph alive
+            (grad,) = torch.autograd.grad(actual, x)
             assert grad.isfinite().all() and (grad[~mask] == 0).all()
 
 
 ONE_TOKEN = [  # loss, moved parameter, old one, advantage or return, gradient; the default clip is 0.2
-    (ppo.policy_loss, 1.0, 1.0, 2.0, -2.0), (ppo.policy_loss, 1.0, 1.0, -2.0, 2.0),  # on-policy: plain policy gradient
-    (ppo.policy_loss, 1.5, 1.0, 2.0, 0.0), (ppo.policy_loss, 0.5, 1.0, -2.0, 0.0),   # past the clip as A wants: stop
-    (ppo.policy_loss, 1.5, 1.0, -2.0, 3.0), (ppo.policy_loss, 0.5, 1.0, 2.0, -1.0),  # past it the wrong way: come back
-    (ppo.policy_loss, 1.1, 1.0, 2.0, -2.2), (ppo.policy_loss, 0.9, 1.0, -2.0, 1.8),  # inside
-    (ppo.value_loss, 0.5, 0.0, 1.0, 0.0), (ppo.value_loss, -0.5, 0.0, -1.0, 0.0),    # past V0 +- c towards R: stop
-    (ppo.value_loss, 0.5, 0.0, -1.0, 1.5), (ppo.value_loss, -0.5, 0.0, 1.0, -1.5),   # away from R: the full error
-    (ppo.value_loss, 0.1, 0.0, 1.0, -0.9), (ppo.value_loss, 0.5, 0.0, 0.3, 0.2),     # inside; past the clip and past R
+    (ppo.policy_loss, 1.0, 1.0, 2.0, -2.0),
+    (ppo.policy_loss, 1.0, 1.0, -2.0, 2.0),  # on-policy: plain policy gradient
+    (ppo.policy_loss, 1.5, 1.0, 2.0, 0.0),
+    (ppo.policy_loss, 0.5, 1.0, -2.0, 0.0),  # past the clip as A wants: stop
+    (ppo.policy_loss, 1.5, 1.0, -2.0, 3.0),
+    (ppo.policy_loss, 0.5, 1.0, 2.0, -1.0),  # past it the wrong way: come back
+    (ppo.policy_loss, 1.1, 1.0, 2.0, -2.2),
+    (ppo.policy_loss, 0.9, 1.0, -2.0, 1.8),  # inside
+    (ppo.value_loss, 0.5, 0.0, 1.0, 0.0),
+    (ppo.value_loss, -0.5, 0.0, -1.0, 0.0),  # past V0 +- c towards R: stop
+    (ppo.value_loss, 0.5, 0.0, -1.0, 1.5),
+    (ppo.value_loss, -0.5, 0.0, 1.0, -1.5),  # away from R: the full error
+    (ppo.value_loss, 0.1, 0.0, 1.0, -0.9),
+    (ppo.value_loss, 0.5, 0.0, 0.3, 0.2),  # inside; past the clip and past R
 ]
 
 
@@ -207,41 +246,62 @@ def test_gradient_of_one_token(loss, new, old, target, expected):
     """The policy's numbers are ratios, so their logarithms go in."""
     new, old = double([[new]]), double([[old]])
     new, old = (new.log(), old.log()) if loss is ppo.policy_loss else (new, old)
-    value, stats = loss(new.requires_grad_(), old, double([[target]]), torch.ones(1, 1, dtype=torch.bool))
+    value, stats = loss(
+        new.requires_grad_(), old, double([[target]]), torch.ones(1, 1, dtype=torch.bool)
+    )
     grad = torch.autograd.grad(value, new)[0].item()
     assert grad == (0.0 if expected == 0 else pytest.approx(expected, rel=1e-12))
-    assert float(stats["ppo/policy/clipfrac" if loss is ppo.policy_loss else "ppo/val/clipfrac"]) == (expected == 0)
+    assert float(
+        stats["ppo/policy/clipfrac" if loss is ppo.policy_loss else "ppo/val/clipfrac"]
+    ) == (expected == 0)
 
 
 @both_losses
 def test_gradient_is_the_slope(loss, loop):
     """Central differences in float64 (torch.autograd.gradcheck), padding and an empty row included."""
     mask = make_mask()
-    x, old, target = (normal(B, R, seed=90 + i, scale=scale) for i, scale in enumerate((0.3, 0.1, 1.0)))
-    assert torch.autograd.gradcheck(lambda x: loss(x, old, target, mask)[0], dirty(x, mask, 9.0).requires_grad_())
+    x, old, target = (
+        normal(B, R, seed=90 + i, scale=scale) for i, scale in enumerate((0.3, 0.1, 1.0))
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, old, target, mask)[0], dirty(x, mask, 9.0).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_losses_add_up(kind):
     """Policy loss, the KL where it is in the loss, and the weighed value loss; with the slope, whatever the padding holds."""
     mask = make_mask()
-    logprobs, old, ref, advantages, values, old_values, returns = (normal(B, R, seed=100 + i, scale=0.4) for i in range(7))
+    logprobs, old, ref, advantages, values, old_values, returns = (
+        normal(B, R, seed=100 + i, scale=0.4) for i in range(7)
+    )
     u = (logprobs - ref)[mask].numpy()
     kl = {"k1": u, "k2": u**2 / 2, "k3": np.exp(-u) - 1 + u}[kind].mean()
-    pg, vf = policy_loop(logprobs, old, advantages, mask, 0.1)[0], value_loop(values, old_values, returns, mask, 0.3)[0]
+    pg, vf = (
+        policy_loop(logprobs, old, advantages, mask, 0.1)[0],
+        value_loop(values, old_values, returns, mask, 0.3)[0],
+    )
     for pad in (0.0, 800.0):
         minibatch = SimpleNamespace(logprobs=dirty(old, mask, pad), ref_logprobs=dirty(ref, mask, -pad), advantages=advantages,
                                     values=dirty(old_values, mask, pad), returns=returns)  # fmt: skip
-        inputs = [dirty(x, mask, s * pad).requires_grad_() for x, s in ((logprobs, 1), (values, -2))]
+        inputs = [
+            dirty(x, mask, s * pad).requires_grad_() for x, s in ((logprobs, 1), (values, -2))
+        ]
         for kl_in, expected in (("loss", pg + 0.7 * kl), ("reward", pg)):
-            knobs = SimpleNamespace(clip=0.1, value_clip=0.3, vf_coef=0.5, kl_in=kl_in, kl_kind=kind)
+            knobs = SimpleNamespace(
+                clip=0.1, value_clip=0.3, vf_coef=0.5, kl_in=kl_in, kl_kind=kind
+            )
             loss, stats = ppo.losses(*inputs, minibatch, mask, knobs, 0.7)
             close(loss, expected + 0.5 * vf)
-            close([stats["ppo/policy/loss"].detach(), stats["ppo/val/loss"].detach()], [expected, vf])
+            close(
+                [stats["ppo/policy/loss"].detach(), stats["ppo/val/loss"].detach()], [expected, vf]
+            )
             alone, stats = ppo.losses(inputs[0], None, minibatch, mask, knobs, 0.7)
             close(alone, expected)
             assert not any("val" in key for key in stats)
-            assert torch.autograd.gradcheck(lambda *x, k=knobs, mb=minibatch: ppo.losses(*x, mb, mask, k, 0.7)[0], inputs)
+            assert torch.autograd.gradcheck(
+                lambda *x, k=knobs, mb=minibatch: ppo.losses(*x, mb, mask, k, 0.7)[0], inputs
+            )
 
 
 def test_k1_in_a_loss_has_a_gradient_of_mean_zero_and_k2_that_of_the_kl():
@@ -259,14 +319,25 @@ def test_k1_in_a_loss_has_a_gradient_of_mean_zero_and_k2_that_of_the_kl():
 @both_losses
 def test_micro_batches_give_the_gradient_of_the_whole(loss, loop, parts):
     """Each part rescaled by its share of the tokens; the slope of the loop over all rows is the expected gradient."""
-    mask, eps, total = make_mask([5, 1, 2, 7, 3, 6, 1, 4]), 1e-6, torch.zeros(4, dtype=torch.float64)
-    features, old, target = normal(8, 7, 4, seed=50, scale=0.2), normal(8, 7, seed=51, scale=0.1), normal(8, 7, seed=52)
+    mask, eps, total = (
+        make_mask([5, 1, 2, 7, 3, 6, 1, 4]),
+        1e-6,
+        torch.zeros(4, dtype=torch.float64),
+    )
+    features, old, target = (
+        normal(8, 7, 4, seed=50, scale=0.2),
+        normal(8, 7, seed=51, scale=0.1),
+        normal(8, 7, seed=52),
+    )
     for rows in torch.arange(8).chunk(parts):
         weights = normal(4, seed=53).requires_grad_()
         part, _ = loss(features[rows] @ weights, old[rows], target[rows], mask[rows])
         total += torch.autograd.grad(part * (mask[rows].sum() / mask.sum()).double(), weights)[0]
     for k, step in enumerate(eps * torch.eye(4, dtype=torch.float64)):
-        up, down = (loop(features @ (normal(4, seed=53) + s), old, target, mask, 0.2)[0] for s in (step, -step))
+        up, down = (
+            loop(features @ (normal(4, seed=53) + s), old, target, mask, 0.2)[0]
+            for s in (step, -step)
+        )
         close(total[k], (up - down) / (2 * eps), rtol=1e-6, atol=1e-8)
 
 
@@ -284,8 +355,10 @@ def test_explained_variance():
 def test_group_advantages_by_hand():
     scores = double([1, 2, 6, 5, 5, 5])
     close(ppo.group_advantages(scores, 3, "reinforce"), [-2, -1, 3, 0, 0, 0])
-    close(ppo.group_advantages(scores, 3, "rloo"), [-3, -1.5, 4.5, 0, 0, 0])  # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2
-    scale = math.sqrt(7) + 1e-4                                     # unbiased variance (4 + 1 + 9) / 2
+    close(
+        ppo.group_advantages(scores, 3, "rloo"), [-3, -1.5, 4.5, 0, 0, 0]
+    )  # 1 - (2+6)/2, 2 - (1+6)/2, 6 - (1+2)/2
+    scale = math.sqrt(7) + 1e-4  # unbiased variance (4 + 1 + 9) / 2
     close(ppo.group_advantages(scores, 3, "grpo"), [-2 / scale, -1 / scale, 3 / scale, 0, 0, 0])
 
 
@@ -295,9 +368,13 @@ def test_group_advantages_invariants(kind):
     advantages = ppo.group_advantages(scores, 4, kind)
     close(advantages.view(3, 4).sum(1), np.zeros(3))
     close(ppo.group_advantages(scores + 7, 4, kind), advantages, atol=1e-11)
-    moved = torch.tensor([9, 8, 11, 10, 2, 0, 1, 3, 4, 5, 7, 6])    # groups keep their company, in another order
+    moved = torch.tensor(
+        [9, 8, 11, 10, 2, 0, 1, 3, 4, 5, 7, 6]
+    )  # groups keep their company, in another order
     close(ppo.group_advantages(scores[moved], 4, kind), advantages[moved])
-    rtol, scale = (1e-3, 1) if kind == "grpo" else (1e-10, 1e3)     # grpo does not see the scale, up to 1e-4 / std
+    rtol, scale = (
+        (1e-3, 1) if kind == "grpo" else (1e-10, 1e3)
+    )  # grpo does not see the scale, up to 1e-4 / std
     close(ppo.group_advantages(1e3 * scores, 4, kind), scale * advantages, rtol=rtol)
     assert (ppo.group_advantages(torch.full((4,), 2.5), 4, kind) == 0).all()
     for bad_scores, size, name in [(scores, 1, kind), (scores, 5, kind), (scores, 4, "critic")]:
@@ -309,8 +386,15 @@ def test_adaptive_kl_by_hand():
     """Target 6, horizon 100, 10 episodes a step: a tenth of the error, which is clipped to -0.2 .. 0.2, is applied."""
     controller = ppo.AdaptiveKL(0.2, 6.0, 100)
     assert controller.coef == 0.2
-    for kl, n, coef in [(12.0, 10, 0.204), (6.0, 10, 0.204), (5.4, 10, 0.20196), (0.0, 10, 0.1979208),
-                        (-50.0, 10, 0.193962384), (6.6, 10, 0.19590200784), (1e6, 10, 0.1998200479968),
-                        (6.6, 50, 0.20981105039664)]:               # last: half the clip, five times the episodes
+    for kl, n, coef in [
+        (12.0, 10, 0.204),
+        (6.0, 10, 0.204),
+        (5.4, 10, 0.20196),
+        (0.0, 10, 0.1979208),
+        (-50.0, 10, 0.193962384),
+        (6.6, 10, 0.19590200784),
+        (1e6, 10, 0.1998200479968),
+        (6.6, 50, 0.20981105039664),
+    ]:  # last: half the clip, five times the episodes
         controller.update(kl, n)
         assert float(controller.coef) == pytest.approx(coef, rel=1e-12)

@@ -22,17 +22,44 @@ from safetensors.numpy import load_file
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import checkpoint, runtime, sft
-from minirlhf.log import Run
+from minirlhf import gpt, sft
+from minirlhf.engine import cli, optim, states
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.log import Run
+from minirlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
     "sft": (sft, dict(n_layer=1, n_head=2, n_embd=32, epochs=2, batch_size=128, save_every=5)),
     "rm": (train_rm, dict(epochs=2, batch_size=128, save_every=5)),
-    "ppo": (train_ppo, dict(steps=8, batch_size=16, response_length=8, eval_samples=16, save_every=2, kl_target=1.0, top_k=0)),
-    "dpo": (train_dpo, dict(epochs=2, batch_size=128, response_length=8, eval_samples=16, save_every=5, rounds=3)),
-    "simpo": (train_dpo, dict(loss="simpo", epochs=1, batch_size=128, response_length=8, eval_samples=16, save_every=3)),
-    "online": (train_dpo, dict(online=True, steps=10, batch_size=16, response_length=8, eval_samples=16, save_every=3)),
+    "ppo": (
+        train_ppo,
+        dict(
+            steps=8,
+            batch_size=16,
+            response_length=8,
+            eval_samples=16,
+            save_every=2,
+            kl_target=1.0,
+            top_k=0,
+        ),
+    ),
+    "dpo": (
+        train_dpo,
+        dict(epochs=2, batch_size=128, response_length=8, eval_samples=16, save_every=5, rounds=3),
+    ),
+    "simpo": (
+        train_dpo,
+        dict(
+            loss="simpo", epochs=1, batch_size=128, response_length=8, eval_samples=16, save_every=3
+        ),
+    ),
+    "online": (
+        train_dpo,
+        dict(
+            online=True, steps=10, batch_size=16, response_length=8, eval_samples=16, save_every=3
+        ),
+    ),
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # a killed run takes nothing of ours with it
 PROCESSES.set_forkserver_preload(["train_dpo", "train_ppo"])
@@ -64,7 +91,11 @@ def left(out):
     assert [row["step"] for row in rows] == list(range(len(rows)))
     clock = [row.pop("seconds") for row in rows]
     assert clock == sorted(clock)
-    return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(), rows, (out / "samples.jsonl").read_text()
+    return (
+        hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        rows,
+        (out / "samples.jsonl").read_text(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +107,9 @@ def whole(toy, tmp_path_factory):
         if stage not in done:
             out = tmp_path_factory.mktemp(stage)
             start = time.time()
-            process = PROCESSES.Process(target=in_a_process, args=(stage, toy, out, {}, out / "log"))
+            process = PROCESSES.Process(
+                target=in_a_process, args=(stage, toy, out, {}, out / "log")
+            )
             process.start()
             process.join()
             assert process.exitcode == 0, (out / "log").read_text()
@@ -94,9 +127,13 @@ def test_killed_ten_times(stage, toy, whole, tmp_path):
     expected, seconds, _ = whole(stage)
     rng, kills, lives, out, log = random.Random(stage), 0, 0, tmp_path / "run", tmp_path / "log"
     while kills < 10 or not lives:
-        process = PROCESSES.Process(target=in_a_process, args=(stage, toy, out, {"resume": True}, log))
+        process = PROCESSES.Process(
+            target=in_a_process, args=(stage, toy, out, {"resume": True}, log)
+        )
         process.start()
-        process.join(rng.uniform(0, seconds / 2) if kills < 10 else None)  # lives grow longer by what is saved
+        process.join(
+            rng.uniform(0, seconds / 2) if kills < 10 else None
+        )  # lives grow longer by what is saved
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -139,7 +176,9 @@ def damage(path, how):
     path.write_bytes(raw if how != "empty" else b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "zeros at the end", "empty", "another step"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "flipped", "zeros at the end", "empty", "another step"]
+)
 @pytest.mark.parametrize("stage", ["rm", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_damaged_newest_state_falls_back(stage, how, toy, whole, tmp_path, monkeypatch, capsys):
     stopped_after(stage, toy, tmp_path, 4, monkeypatch)
@@ -157,14 +196,26 @@ def test_all_states_damaged(toy, tmp_path, monkeypatch):
     stopped_after("ppo", toy, tmp_path, 4, monkeypatch)
     for path in (tmp_path / "state").glob("0*.safetensors"):
         damage(path, "truncated")
-    with pytest.raises(runtime.UserError, match="no state in .* is whole: start anew without --resume"):
+    with pytest.raises(UserError, match="no state in .* is whole: start anew without --resume"):
         train("ppo", toy, tmp_path, resume=True)
 
 
 def test_two_states_are_kept_and_no_other_file(whole):
     out = whole("ppo")[2]
-    assert sorted(p.name for p in (out / "state").iterdir()) == ["00000006.safetensors", "00000008.safetensors", "lock"]
-    files = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "model", "state"}
+    assert sorted(p.name for p in (out / "state").iterdir()) == [
+        "00000006.safetensors",
+        "00000008.safetensors",
+        "lock",
+    ]
+    files = {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+        "curves.png",
+        "model",
+        "state",
+    }
     assert {p.name for p in out.iterdir()} == files | {"log"}
 
 
@@ -174,7 +225,9 @@ def test_resume_of_a_finished_run_changes_nothing(toy, whole, tmp_path):
     assert train("rm", toy, tmp_path / "run", resume=True) == expected
 
 
-def test_without_resume_the_state_is_mentioned_and_the_run_begins_anew(toy, whole, tmp_path, monkeypatch, capsys):
+def test_without_resume_the_state_is_mentioned_and_the_run_begins_anew(
+    toy, whole, tmp_path, monkeypatch, capsys
+):
     stopped_after("ppo", toy, tmp_path, 4, monkeypatch)
     assert train("ppo", toy, tmp_path) == whole("ppo")[0]
     assert "interrupted run, saved after 4 steps: with --resume" in capsys.readouterr().out
@@ -198,21 +251,25 @@ def test_resume_without_a_state_begins(toy, whole, tmp_path, capsys):
 )
 def test_a_state_of_another_run_is_refused(changes, expected, toy, tmp_path, monkeypatch):
     stopped_after("ppo", toy, tmp_path / "run", 4, monkeypatch)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    before = {
+        p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"
+    }
     if "data" in changes:
         words = [{"prompt": f"{i}ab", "response": "hg", "rating": i} for i in range(40)]
         (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
         changes = {"data": str(tmp_path / "words.jsonl")}
     elif "init" in changes:
         shutil.copytree(toy / "sft", tmp_path / "other")
-        base = sft.GPT.from_pretrained(tmp_path / "other" / "model")
+        base = gpt.GPT.from_pretrained(tmp_path / "other" / "model")
         with torch.no_grad():
             base.ln_f.bias[0] += 1
-        base.save_pretrained(tmp_path / "other" / "model", sft.load_tokenizer(toy / "sft" / "model"))
+        base.save_pretrained(tmp_path / "other" / "model", load_tokenizer(toy / "sft" / "model"))
         changes = {"init": str(tmp_path / "other")}
-    with pytest.raises(runtime.UserError, match=expected):
+    with pytest.raises(UserError, match=expected):
         train("ppo", toy, tmp_path / "run", resume=True, **changes)
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    assert before == {
+        p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"
+    }
 
 
 def small_state(folder, stage="rm", width=3, vocabulary=5):
@@ -223,20 +280,25 @@ def small_state(folder, stage="rm", width=3, vocabulary=5):
     optimizer.step()
     given = {"tokenizer": {b"a": 0, b"b": vocabulary}}
     folder.mkdir(exist_ok=True)
-    return checkpoint.State(folder, stage, train_rm.Knobs(), {"model": model, "optimizer": optimizer}, given)
+    return states.State(
+        folder, stage, train_rm.Knobs(), {"model": model, "optimizer": optimizer}, given
+    )
 
 
 @pytest.mark.parametrize(
     "other,expected",
     [
         ({"stage": "sft"}, "a state of stage rm, expected sft"),
-        ({"width": 4}, r"model/weight is \(2, 3\), expected \(2, 4\): the state of a model of another shape"),
+        (
+            {"width": 4},
+            r"model/weight is \(2, 3\), expected \(2, 4\): the state of a model of another shape",
+        ),
         ({"vocabulary": 6}, "another tokenizer"),
     ],
 )
 def test_a_state_of_another_stage_shape_or_tokenizer(other, expected, tmp_path):
     small_state(tmp_path).save(7, metrics_bytes=0)
-    with pytest.raises(runtime.UserError, match=expected):
+    with pytest.raises(UserError, match=expected):
         small_state(tmp_path, **other).load()
 
 
@@ -250,39 +312,57 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path):
         p.data.zero_()
     copy.parts["optimizer"].state.clear()
     assert copy.load()["seconds"] == 1.5 and copy.parts["kl"].coef == 0.1 + 0.2
-    for a, b in zip(state.parts["model"].parameters(), copy.parts["model"].parameters(), strict=True):
+    for a, b in zip(
+        state.parts["model"].parameters(), copy.parts["model"].parameters(), strict=True
+    ):
         old, new = (s.parts["optimizer"].state[p] for s, p in ((state, a), (copy, b)))
-        assert torch.equal(a, b) and old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+        assert (
+            torch.equal(a, b)
+            and old.keys() == new.keys()
+            and all(torch.equal(old[k], new[k]) for k in old)
+        )
 
 
 def test_other_labels_are_other_data(toy, tmp_path, monkeypatch):
     def write(sign):
         words = [{"prompt": "", "response": f"ab{'h' * i}", "rating": sign * i} for i in range(40)]
         (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
-        return {"data": str(tmp_path / "words.jsonl"), "epochs": 20, "batch_size": 20, "normalize": False}
+        return {
+            "data": str(tmp_path / "words.jsonl"),
+            "epochs": 20,
+            "batch_size": 20,
+            "normalize": False,
+        }
 
     write(1)
     with monkeypatch.context() as patch:
         patch.setitem(STAGES, "rm", (train_rm, STAGES["rm"][1] | write(1)))
         stopped_after("rm", toy, tmp_path / "run", 10, monkeypatch)
-    with pytest.raises(runtime.UserError, match="another data"):
+    with pytest.raises(UserError, match="another data"):
         train("rm", toy, tmp_path / "run", resume=True, **write(-1))
     train("rm", toy, tmp_path / "run", resume=True, **write(1))
 
 
 def test_a_reward_model_is_what_it_holds(toy, tmp_path):
     shutil.copytree(toy / "rm", tmp_path / "copy")
-    (tmp_path / "rule.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
-    first = checkpoint.fingerprint(f"{tmp_path}/rule.py:score")
-    assert checkpoint.fingerprint(str(toy / "rm")) == checkpoint.fingerprint(tmp_path / "copy" / "model")
-    (tmp_path / "rule.py").write_text("def score(prompts, responses):\n    return [1.0] * len(responses)\n")
-    assert checkpoint.fingerprint(f"{tmp_path}/rule.py:score") != first
+    (tmp_path / "rule.py").write_text(
+        "def score(prompts, responses):\n    return [0.0] * len(responses)\n"
+    )
+    first = states.fingerprint(f"{tmp_path}/rule.py:score")
+    assert states.fingerprint(str(toy / "rm")) == states.fingerprint(tmp_path / "copy" / "model")
+    (tmp_path / "rule.py").write_text(
+        "def score(prompts, responses):\n    return [1.0] * len(responses)\n"
+    )
+    assert states.fingerprint(f"{tmp_path}/rule.py:score") != first
 
 
 def test_only_what_a_run_was_writing_is_cleaned_up(toy, tmp_path, monkeypatch):
     stopped_after("ppo", toy, tmp_path, 4, monkeypatch)
     (tmp_path / "notes").mkdir()
-    theirs, ours = [tmp_path / "a.tmpfile", tmp_path / "notes" / "b.tmp1"], [tmp_path / "state" / "00000006.safetensors.tmp999"]
+    theirs, ours = (
+        [tmp_path / "a.tmpfile", tmp_path / "notes" / "b.tmp1"],
+        [tmp_path / "state" / "00000006.safetensors.tmp999"],
+    )
     for path in theirs + ours:
         path.write_text("x")
     train("ppo", toy, tmp_path, resume=True)
@@ -299,10 +379,14 @@ def test_nothing_is_unpickled_and_absurd_headers_are_refused(tmp_path, capsys):
     headers = [b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,99999999999]}}',
                b'{"a":{"dtype":"F32","shape":[9223372036854775807,9],"data_offsets":[0,4]}}1234',
                b'{"__metadata__":{"state":"' + b"[" * 100_000 + b'"}}', b"{}"]  # fmt: skip
-    crafted = [pickle.dumps(Evil()), struct.pack("<Q", 2**60) + b"{}", *(struct.pack("<Q", len(header)) + header for header in headers)]
+    crafted = [
+        pickle.dumps(Evil()),
+        struct.pack("<Q", 2**60) + b"{}",
+        *(struct.pack("<Q", len(header)) + header for header in headers),
+    ]
     for i, raw in enumerate(crafted):
         (tmp_path / "state" / f"{i:08d}.safetensors").write_bytes(raw)
-    with pytest.raises(runtime.UserError, match="no state in .* is whole"):
+    with pytest.raises(UserError, match="no state in .* is whole"):
         state.load()
     assert capsys.readouterr().out.count("is broken") == len(crafted)
     assert not Path(Evil.trace).exists() and sorted(p.name for p in tmp_path.iterdir()) == ["state"]
@@ -310,7 +394,9 @@ def test_nothing_is_unpickled_and_absurd_headers_are_refused(tmp_path, capsys):
 
 def start(stage, toy, out, *flags, before=(), **env):
     """The stage as a program of its own."""
-    module = {"sft": ["-m", "minirlhf.sft"], "online": [ROOT / "train_dpo.py"]}.get(stage, [ROOT / f"train_{stage}.py"])
+    module = {"sft": ["-m", "minirlhf.sft"], "online": [ROOT / "train_dpo.py"]}.get(
+        stage, [ROOT / f"train_{stage}.py"]
+    )
     given = [x for name, value in vars(knobs(stage, toy, out)).items() if value != getattr(STAGES[stage][0].Knobs(), name)
              for x in ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])]  # fmt: skip
     return subprocess.Popen([*map(str, (*before, sys.executable, *module, *given, *flags))], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -329,9 +415,16 @@ def test_signals_save_and_end_the_run(number, toy, whole, tmp_path):
     wait_for(tmp_path / "metrics.jsonl", process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in err and "go on with --resume" in out
+    assert (
+        process.returncode == 128 + number
+        and "Traceback" not in err
+        and "go on with --resume" in out
+    )
     steps = len((tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert f"stopped after {steps} of" in out and (tmp_path / "state" / f"{steps:08d}.safetensors").exists()
+    assert (
+        f"stopped after {steps} of" in out
+        and (tmp_path / "state" / f"{steps:08d}.safetensors").exists()
+    )
     assert train("rm", toy, tmp_path, resume=True) == whole("rm")[0]
 
 
@@ -359,41 +452,65 @@ cp -r {folder}/run {kept}
 def test_full_disk(stage, toy, whole, tmp_path):
     (tmp_path / "disk").mkdir()
     states = [p.stat().st_size for p in (whole(stage)[2] / "state").glob("0*")]
-    script = SHELL.format(size=int(2.5 * max(states)) // 1024, folder=tmp_path / "disk", kept=tmp_path / "kept")
-    done = start(stage, toy, tmp_path / "disk" / "run", before=("unshare", "-rm", "sh", "-c", script, "sh"))
+    script = SHELL.format(
+        size=int(2.5 * max(states)) // 1024, folder=tmp_path / "disk", kept=tmp_path / "kept"
+    )
+    done = start(
+        stage, toy, tmp_path / "disk" / "run", before=("unshare", "-rm", "sh", "-c", script, "sh")
+    )
     out, err = done.communicate(timeout=120)
     if done.returncode == 77 or "unshare" in err:
         pytest.skip(f"no small disk can be made here: {err.strip()[:100]}")
     assert done.returncode == 0, err
-    assert "code 2" in out and "No space left on device" in err and "--resume" in err and "Traceback" not in err
-    kept = [line for line in out[out.index("code 2") :].splitlines() if ".safetensors" in line and "/" not in line]
-    assert len(kept) == 2 and all(name.endswith(".safetensors") for name in kept)  # the two before, and nothing of the third
+    assert (
+        "code 2" in out
+        and "No space left on device" in err
+        and "--resume" in err
+        and "Traceback" not in err
+    )
+    kept = [
+        line
+        for line in out[out.index("code 2") :].splitlines()
+        if ".safetensors" in line and "/" not in line
+    ]
+    assert len(kept) == 2 and all(
+        name.endswith(".safetensors") for name in kept
+    )  # the two before, and nothing of the third
     assert left(tmp_path / "kept") == whole(stage)[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_not_finite(stage, toy, tmp_path, monkeypatch, capsys):
-    step = runtime.optimizer_step
+    step = optim.optimizer_step
     calls = []
 
     def poisoned(optimizer, max_grad_norm, loss, nonfinite=None):
         calls.append(loss)
         if len(calls) == 3:
-            next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None).grad.view(-1)[0] = float("nan")
+            next(
+                p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ).grad.view(-1)[0] = float("nan")
         return step(optimizer, max_grad_norm, loss, nonfinite)
 
-    monkeypatch.setattr(runtime, "optimizer_step", poisoned)
+    monkeypatch.setattr(optim, "optimizer_step", poisoned)
     said = r"step \d+: loss [-\d.]+, gradient norm nan; the batch of \d+ rows is in .*--on-nonfinite skip"
-    with pytest.raises(runtime.UserError, match=said):
+    with pytest.raises(UserError, match=said):
         train(stage, toy, tmp_path / "stop")
     (saved,) = (tmp_path / "stop").glob("nonfinite-step-*.jsonl")
     rows = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert rows and all(row["ids"][0] == 256 and set(row["text"]) <= set("abcdefgh") | {"\ufffd"} for row in rows if stage != "ppo")
+    assert rows and all(
+        row["ids"][0] == 256 and set(row["text"]) <= set("abcdefgh") | {"\ufffd"}
+        for row in rows
+        if stage != "ppo"
+    )
     calls.clear()
     train(stage, toy, tmp_path / "skip", on_nonfinite="skip")
     summary = json.loads((tmp_path / "skip" / "summary.json").read_text())
     assert summary["steps_skipped"] == 1 and "skipped, 1 so far" in capsys.readouterr().out
-    assert all(np.isfinite(w).all() for w in load_file(tmp_path / "skip" / "model" / "model.safetensors").values())
+    assert all(
+        np.isfinite(w).all()
+        for w in load_file(tmp_path / "skip" / "model" / "model.safetensors").values()
+    )
 
 
 def test_out_of_gpu_memory_names_the_knobs(monkeypatch, capsys):
@@ -402,7 +519,10 @@ def test_out_of_gpu_memory_names_the_knobs(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["train_rm.py"])
     with pytest.raises(SystemExit) as end:
-        runtime.run_script(main, train_rm.Knobs, "")
+        cli.run_script(main, train_rm.Knobs, "")
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert all(word in said for word in ("20.00 GiB", "--micro-batch", "--batch-size", "--dtype bfloat16", "--shard"))
+    assert all(
+        word in said
+        for word in ("20.00 GiB", "--micro-batch", "--batch-size", "--dtype bfloat16", "--shard")
+    )

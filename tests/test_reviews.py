@@ -6,6 +6,7 @@ import torch
 
 import train_rm
 from minirlhf import data
+from minirlhf.engine.cli import UserError
 from minirlhf.reward import pair_accuracy
 
 
@@ -13,7 +14,7 @@ from minirlhf.reward import pair_accuracy
 def reviews():
     try:
         return data.load_feedback("reviews")
-    except data.UserError as e:
+    except UserError as e:
         pytest.skip(str(e))
 
 
@@ -25,7 +26,23 @@ def test_counts(reviews):
     assert min(r.min() for r in ratings) == -4 and max(r.max() for r in ratings) == 4
     first = train.responses + test.responses
     at = first.index("Effective but too tepid biopic")
-    assert (train.ratings + test.ratings)[at].tolist() == [-1, 0, -1, 0, -1, -1, -1, -1, 0, -2, 1, 1, -1, -1, -1]
+    assert (train.ratings + test.ratings)[at].tolist() == [
+        -1,
+        0,
+        -1,
+        0,
+        -1,
+        -1,
+        -1,
+        -1,
+        0,
+        -2,
+        1,
+        1,
+        -1,
+        -1,
+        -1,
+    ]
 
 
 def test_the_split_is_the_documented_one(reviews):
@@ -39,13 +56,17 @@ def test_reference_accuracies(reviews):
     assert len(pairs) == 20_000 and gaps.min() > 0
     assert data.human_ceiling(reviews.test, pairs) == pytest.approx(0.834, abs=0.004)
     ridge = train_rm.ridge_scores(reviews.train, reviews.test)
-    assert pair_accuracy(ridge, torch.as_tensor(pairs)).item() == pytest.approx(0.7534, abs=0.002)  # by a dense solver
+    assert pair_accuracy(ridge, torch.as_tensor(pairs)).item() == pytest.approx(
+        0.7534, abs=0.002
+    )  # by a dense solver
 
 
 def test_vader_accuracy(reviews):
     vader = pytest.importorskip("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     pairs, _ = reviews.test.comparisons(20_000, seed=1)
-    scores = torch.tensor([vader.polarity_scores(text)["compound"] for text in reviews.test.responses])
+    scores = torch.tensor(
+        [vader.polarity_scores(text)["compound"] for text in reviews.test.responses]
+    )
     strictly = (scores[pairs[:, 0]] > scores[pairs[:, 1]]).float().mean().item()
     assert strictly <= pair_accuracy(scores, torch.as_tensor(pairs)).item()
     assert pair_accuracy(scores, torch.as_tensor(pairs)).item() == pytest.approx(0.654, abs=0.02)

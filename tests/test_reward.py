@@ -2,6 +2,7 @@
 
 Letters: B batch, K options. D = chosen - rejected. Everything is float64 unless a test says otherwise.
 """
+
 import itertools
 import math
 
@@ -62,17 +63,21 @@ def finite_difference(f, x, eps=1e-5):
 
 # Bradley-Terry
 
-@pytest.mark.parametrize("chosen, rejected, options, expected", [
-    (0.0, 0.0, {}, 0.6931471805599453),                             # log 2
-    (2.0, 0.0, {}, 0.1269280110429726),                             # log(1 + e^-2)
-    (0.0, 2.0, {}, 2.1269280110429726),                             # the same plus 2
-    (2.0, 1.0, {"margin": 1.0}, 0.6931471805599453),                # D - m = 0
-    (1.0, 1.0, {"margin": 1.0}, 1.3132616875182228),                # log(1 + e)
-    (2.0, 0.0, {"label": 0.0}, 2.1269280110429726),
-    (2.0, 0.0, {"label": 0.75}, 0.6269280110429726),                # .75 * .126928 + .25 * 2.126928
-    (2.0, 2.0, {"center": 0.01}, 0.6931471805599453 + 0.16),        # 0.01 * 4^2
-    (1.0, -1.0, {"center": 0.5}, 0.1269280110429726),               # centred already: nothing to pay
-])
+
+@pytest.mark.parametrize(
+    "chosen, rejected, options, expected",
+    [
+        (0.0, 0.0, {}, 0.6931471805599453),  # log 2
+        (2.0, 0.0, {}, 0.1269280110429726),  # log(1 + e^-2)
+        (0.0, 2.0, {}, 2.1269280110429726),  # the same plus 2
+        (2.0, 1.0, {"margin": 1.0}, 0.6931471805599453),  # D - m = 0
+        (1.0, 1.0, {"margin": 1.0}, 1.3132616875182228),  # log(1 + e)
+        (2.0, 0.0, {"label": 0.0}, 2.1269280110429726),
+        (2.0, 0.0, {"label": 0.75}, 0.6269280110429726),  # .75 * .126928 + .25 * 2.126928
+        (2.0, 2.0, {"center": 0.01}, 0.6931471805599453 + 0.16),  # 0.01 * 4^2
+        (1.0, -1.0, {"center": 0.5}, 0.1269280110429726),  # centred already: nothing to pay
+    ],
+)
 def test_bradley_terry_by_hand(chosen, rejected, options, expected):
     loss = bradley_terry_loss(tensor([chosen]), tensor([rejected]), **options)
     assert loss.shape == ()
@@ -85,7 +90,11 @@ def test_bradley_terry_is_the_loop(soft, with_margin, center):
     chosen, rejected = normal(9, seed=1), normal(9, seed=2)
     rng = np.random.default_rng(3)
     label = torch.from_numpy(rng.uniform(0, 1, 9)) if soft else torch.ones(9, dtype=torch.float64)
-    margin = torch.from_numpy(rng.uniform(-1, 1, 9)) if with_margin else torch.zeros(9, dtype=torch.float64)
+    margin = (
+        torch.from_numpy(rng.uniform(-1, 1, 9))
+        if with_margin
+        else torch.zeros(9, dtype=torch.float64)
+    )
     loss = bradley_terry_loss(chosen, rejected, margin=margin, label=label, center=center)
     expected = bt_loop(chosen.tolist(), rejected.tolist(), margin.tolist(), label.tolist(), center)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -94,10 +103,17 @@ def test_bradley_terry_is_the_loop(soft, with_margin, center):
 def test_bradley_terry_floats_and_tensors_are_the_same_options():
     chosen, rejected = normal(5, seed=4), normal(5, seed=5)
     floats = bradley_terry_loss(chosen, rejected, margin=0.3, label=0.8, center=0.1)
-    full = bradley_terry_loss(chosen, rejected, margin=torch.full_like(chosen, 0.3), label=torch.full_like(chosen, 0.8),
-                              center=0.1)
+    full = bradley_terry_loss(
+        chosen,
+        rejected,
+        margin=torch.full_like(chosen, 0.3),
+        label=torch.full_like(chosen, 0.8),
+        center=0.1,
+    )
     assert floats.item() == pytest.approx(full.item(), rel=1e-14)
-    assert floats.item() == pytest.approx(bt_loop(chosen.tolist(), rejected.tolist(), [0.3] * 5, [0.8] * 5, 0.1))
+    assert floats.item() == pytest.approx(
+        bt_loop(chosen.tolist(), rejected.tolist(), [0.3] * 5, [0.8] * 5, 0.1)
+    )
 
 
 def test_bradley_terry_does_not_care_which_side_is_called_chosen():
@@ -124,8 +140,8 @@ def test_bradley_terry_gradient(label):
     grads = torch.autograd.grad(bradley_terry_loss(chosen, rejected, **options), [chosen, rejected])
     c, r = chosen.detach(), rejected.detach()
 
-    def closed_form():                                              # d/dD, with sigmoid' = sigmoid (1 - sigmoid)
-        wrong = 1 / (1 + np.exp(c.numpy() - r.numpy() - 0.4))       # P(rejected wins), margin counted
+    def closed_form():  # d/dD, with sigmoid' = sigmoid (1 - sigmoid)
+        wrong = 1 / (1 + np.exp(c.numpy() - r.numpy() - 0.4))  # P(rejected wins), margin counted
         wins = 1 / (1 + np.exp(-(c.numpy() - r.numpy() + 0.4)))
         by_d, by_sum = -label * wrong + (1 - label) * wins, 0.1 * (c + r).numpy()
         return (by_d + by_sum) / 6, (-by_d + by_sum) / 6
@@ -139,7 +155,9 @@ def test_bradley_terry_gradient(label):
 def test_bradley_terry_best_margin_of_a_soft_label_is_its_logit():
     d = tensor([math.log(0.8 / 0.2)]).requires_grad_()
     loss = bradley_terry_loss(d, torch.zeros_like(d), label=0.8)
-    assert loss.item() == pytest.approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2), rel=1e-12)  # the label's entropy
+    assert loss.item() == pytest.approx(
+        -0.8 * math.log(0.8) - 0.2 * math.log(0.2), rel=1e-12
+    )  # the label's entropy
     assert torch.autograd.grad(loss, d)[0].item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -147,17 +165,24 @@ def test_bradley_terry_stays_finite_for_huge_rewards():
     chosen = torch.tensor([1e4, -1e4, 1e4], requires_grad=True)
     loss = bradley_terry_loss(chosen, -chosen.detach(), label=torch.tensor([1.0, 1.0, 0.5]))
     assert loss.item() == pytest.approx((0 + 2e4 + 1e4) / 3, rel=1e-6)
-    grad, = torch.autograd.grad(loss, chosen)
+    (grad,) = torch.autograd.grad(loss, chosen)
     np.testing.assert_allclose(grad.numpy(), np.array([0, -1, 0.5]) / 3, rtol=1e-6)
 
 
 # Plackett-Luce
 
+
 def test_plackett_luce_by_hand():
-    rewards = tensor([[math.log(2), math.log(5), math.log(3)]])     # weights 2, 5, 3
-    assert plackett_luce_loss(rewards, torch.tensor([[1, 2, 0]])).item() == pytest.approx(-math.log(5 / 10 * 3 / 5))
-    assert plackett_luce_loss(rewards, torch.tensor([[0, 1, 2]])).item() == pytest.approx(-math.log(2 / 10 * 5 / 8))
-    assert plackett_luce_loss(rewards, torch.tensor([[2, 0, 1]])).item() == pytest.approx(-math.log(3 / 10 * 2 / 7))
+    rewards = tensor([[math.log(2), math.log(5), math.log(3)]])  # weights 2, 5, 3
+    assert plackett_luce_loss(rewards, torch.tensor([[1, 2, 0]])).item() == pytest.approx(
+        -math.log(5 / 10 * 3 / 5)
+    )
+    assert plackett_luce_loss(rewards, torch.tensor([[0, 1, 2]])).item() == pytest.approx(
+        -math.log(2 / 10 * 5 / 8)
+    )
+    assert plackett_luce_loss(rewards, torch.tensor([[2, 0, 1]])).item() == pytest.approx(
+        -math.log(3 / 10 * 2 / 7)
+    )
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 9])
@@ -180,8 +205,10 @@ def test_plackett_luce_of_two_is_bradley_terry():
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_plackett_luce_is_a_distribution_over_rankings(k):
     rewards = normal(1, k, seed=30 + k)
-    total = sum(math.exp(-plackett_luce_loss(rewards, torch.tensor([order])).item())
-                for order in itertools.permutations(range(k)))
+    total = sum(
+        math.exp(-plackett_luce_loss(rewards, torch.tensor([order])).item())
+        for order in itertools.permutations(range(k))
+    )
     assert total == pytest.approx(1.0, rel=1e-12)
 
 
@@ -195,11 +222,11 @@ def test_plackett_luce_symmetries():
     rewards, rng = normal(5, 4, seed=40), np.random.default_rng(41)
     ranking = torch.from_numpy(np.stack([rng.permutation(4) for _ in range(5)]))
     loss = plackett_luce_loss(rewards, ranking).item()
-    shift = normal(5, 1, seed=42)                                   # one constant a row changes nothing
+    shift = normal(5, 1, seed=42)  # one constant a row changes nothing
     assert plackett_luce_loss(rewards + shift, ranking).item() == pytest.approx(loss, rel=1e-12)
     rows = torch.tensor([3, 0, 4, 1, 2])
     assert plackett_luce_loss(rewards[rows], ranking[rows]).item() == pytest.approx(loss, rel=1e-12)
-    new_name = torch.tensor([2, 0, 3, 1])                           # option i is now called new_name[i]
+    new_name = torch.tensor([2, 0, 3, 1])  # option i is now called new_name[i]
     renamed = torch.empty_like(rewards)
     renamed[:, new_name] = rewards
     assert plackett_luce_loss(renamed, new_name[ranking]).item() == pytest.approx(loss, rel=1e-12)
@@ -208,12 +235,14 @@ def test_plackett_luce_symmetries():
 def test_plackett_luce_gradient_and_huge_rewards():
     ranking = torch.tensor([[2, 0, 1], [1, 2, 0]])
     rewards = normal(2, 3, seed=50).requires_grad_()
-    grad, = torch.autograd.grad(plackett_luce_loss(rewards, ranking), rewards)
+    (grad,) = torch.autograd.grad(plackett_luce_loss(rewards, ranking), rewards)
     numeric = finite_difference(lambda x: plackett_luce_loss(x, ranking), rewards.detach())
     np.testing.assert_allclose(grad.numpy(), numeric.numpy(), atol=1e-9)
     np.testing.assert_allclose(grad.sum(1).numpy(), 0.0, atol=1e-12)
     huge = plackett_luce_loss(torch.tensor([[1e4, 0.0, -1e4]]), torch.tensor([[2, 1, 0]]))
-    assert huge.item() == pytest.approx(3e4, rel=1e-6)              # 2e4 for the first place, 1e4 for the second
+    assert huge.item() == pytest.approx(
+        3e4, rel=1e-6
+    )  # 2e4 for the first place, 1e4 for the second
 
 
 def ragged(k, sizes, seed):
@@ -234,7 +263,9 @@ SIZES = [4, 2, 1, 5, 3, 2]
 def test_plackett_luce_leaves_missing_options_out():
     rewards, ranking = ragged(5, SIZES, seed=60)
     expected = pl_loop(rewards, [order[:size] for order, size in zip(ranking, SIZES, strict=True)])
-    assert plackett_luce_loss(tensor(rewards), torch.tensor(ranking)).item() == pytest.approx(expected, rel=1e-12)
+    assert plackett_luce_loss(tensor(rewards), torch.tensor(ranking)).item() == pytest.approx(
+        expected, rel=1e-12
+    )
     single = plackett_luce_loss(torch.tensor(rewards), torch.tensor(ranking))
     assert single.dtype == torch.float32 and single.item() == pytest.approx(expected, rel=1e-5)
 
@@ -245,12 +276,16 @@ def test_missing_options_have_no_gradient_and_the_others_their_own(loss):
     whole, order = tensor(rewards).requires_grad_(), torch.tensor(ranking)
 
     def f(x, order):
-        return plackett_luce_loss(x, order) if loss == "plackett_luce" else best_of_k_loss(x, order[:, 0])
+        return (
+            plackett_luce_loss(x, order)
+            if loss == "plackett_luce"
+            else best_of_k_loss(x, order[:, 0])
+        )
 
-    grad, = torch.autograd.grad(f(whole, order), whole)
+    (grad,) = torch.autograd.grad(f(whole, order), whole)
     for b, size in enumerate(SIZES):
         alone = whole.detach()[b, order[b, :size]][None].requires_grad_()
-        expected, = torch.autograd.grad(f(alone, torch.arange(size)[None]), alone)
+        (expected,) = torch.autograd.grad(f(alone, torch.arange(size)[None]), alone)
         np.testing.assert_allclose(grad[b, order[b, :size]], expected[0] / len(SIZES), atol=1e-12)
         assert (grad[b, order[b, size:]] == 0).all()
 
@@ -259,30 +294,45 @@ def test_gradcheck():
     ranking = torch.tensor([[2, 0, 1], [1, 2, 0]])
     a, b = normal(2, 3, seed=62).requires_grad_(), normal(2, 3, seed=63).requires_grad_()
     label = torch.from_numpy(np.random.default_rng(64).uniform(0, 1, (2, 3)))
-    assert torch.autograd.gradcheck(lambda x, y: bradley_terry_loss(x, y, label=label, margin=0.3, center=0.1), (a, b))
+    assert torch.autograd.gradcheck(
+        lambda x, y: bradley_terry_loss(x, y, label=label, margin=0.3, center=0.1), (a, b)
+    )
     assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, ranking), a)
     assert torch.autograd.gradcheck(lambda x: best_of_k_loss(x, ranking[:, 0]), a)
     assert torch.autograd.gradcheck(lambda x: rating_loss(x, b.detach()), a)
-    missing = torch.tensor([[False, True, False], [False, False, False]])   # option 1, the last of row 0
-    assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x.masked_fill(missing, -math.inf), ranking), a)
+    missing = torch.tensor(
+        [[False, True, False], [False, False, False]]
+    )  # option 1, the last of row 0
+    assert torch.autograd.gradcheck(
+        lambda x: plackett_luce_loss(x.masked_fill(missing, -math.inf), ranking), a
+    )
 
 
 # Best of K, ratings
 
+
 @pytest.mark.parametrize("k", [2, 4, 7])
 def test_best_of_k_is_the_loop(k):
     rewards, best = normal(6, k, seed=70 + k), np.random.default_rng(k).integers(0, k, 6)
-    expected = np.mean([-math.log(math.exp(row[i]) / sum(map(math.exp, row)))
-                        for row, i in zip(rewards.tolist(), best, strict=True)])
+    expected = np.mean(
+        [
+            -math.log(math.exp(row[i]) / sum(map(math.exp, row)))
+            for row, i in zip(rewards.tolist(), best, strict=True)
+        ]
+    )
     loss = best_of_k_loss(rewards, torch.from_numpy(best))
     assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_best_of_k_by_hand():
-    rewards = tensor([[math.log(2), math.log(5), math.log(3)], [math.log(2), -math.inf, math.log(6)]])
+    rewards = tensor(
+        [[math.log(2), math.log(5), math.log(3)], [math.log(2), -math.inf, math.log(6)]]
+    )
     loss = best_of_k_loss(rewards, torch.tensor([1, 0]))
     assert loss.item() == pytest.approx((math.log(10 / 5) + math.log(8 / 2)) / 2, rel=1e-12)
-    assert best_of_k_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(math.log(4))
+    assert best_of_k_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(
+        math.log(4)
+    )
 
 
 def test_rating_loss():
@@ -294,9 +344,10 @@ def test_rating_loss():
 
 # Figures
 
+
 def test_pair_accuracy():
     scores = tensor([0.5, 2.0, 0.5, -1.0])
-    pairs = torch.tensor([[1, 0], [0, 2], [3, 1], [2, 3]])           # right, equal, wrong, right
+    pairs = torch.tensor([[1, 0], [0, 2], [3, 1], [2, 3]])  # right, equal, wrong, right
     assert pair_accuracy(scores, pairs).item() == 0.625
     assert share_positive(tensor([1.5, 0.0, -2.5, 1.5])).item() == 0.625
 

@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import runtime
-from minirlhf.runtime import UserError, gradient_norm, optimizer_step, seed_everything
+from minirlhf.engine import optim
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.machine import seed_everything
+from minirlhf.engine.optim import gradient_norm, optimizer_step
 
 
 def draws(seed, step=None):
     """What each generator gives after seeding, the returned one first."""
     rng = seed_everything(seed, step)
-    return rng.random(3).tolist(), random.random(), np.random.random(3).tolist(), torch.rand(3).tolist(), torch.initial_seed()
+    return (
+        rng.random(3).tolist(),
+        random.random(),
+        np.random.random(3).tolist(),
+        torch.rand(3).tolist(),
+        torch.initial_seed(),
+    )
 
 
 def test_seeds_repeat_and_differ():
@@ -34,7 +42,11 @@ def test_a_steps_seed_is_of_nothing_but_its_number():
     torch.rand(100), np.random.random(7), random.random()
     seed_everything(3, 3)
     seed_everything(3, 4)
-    assert torch.equal(torch.rand(2), first[0]) and np.array_equal(np.random.random(2), first[1]) and random.random() == first[2]
+    assert (
+        torch.equal(torch.rand(2), first[0])
+        and np.array_equal(np.random.random(2), first[1])
+        and random.random() == first[2]
+    )
 
 
 SHAPES = [(7, 5), (5,), (3, 4, 2), (1, 1), (1000, 3)]
@@ -50,7 +62,9 @@ def parameters(scale=1.0, seed=0):
 
 
 def numpy_norm(found):
-    return math.sqrt(sum((p.grad.numpy().astype(np.float64) ** 2).sum() for p in found if p.grad is not None))
+    return math.sqrt(
+        sum((p.grad.numpy().astype(np.float64) ** 2).sum() for p in found if p.grad is not None)
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
@@ -72,11 +86,22 @@ def test_a_large_gradient_does_not_hide_small_ones():
 def test_a_step_by_clipped_gradients(most):
     """Plain gradient descent with rate 1, against NumPy; what is returned is the norm before clipping, and the loss, as numbers."""
     found = parameters()
-    before, gradients, norm = [p.detach().clone() for p in found], [p.grad for p in found], numpy_norm(found)
+    before, gradients, norm = (
+        [p.detach().clone() for p in found],
+        [p.grad for p in found],
+        numpy_norm(found),
+    )
     factor = min(1.0, most / norm) if most else 1.0
-    expected = [b.numpy() if g is None else b.numpy() - factor * g.numpy() for b, g in zip(before, gradients, strict=True)]
-    loss, got = optimizer_step(torch.optim.SGD(found, lr=1.0), most, torch.tensor(1.25, requires_grad=True))
-    assert loss == 1.25 and got == pytest.approx(norm, rel=1e-6) and type(loss) is type(got) is float
+    expected = [
+        b.numpy() if g is None else b.numpy() - factor * g.numpy()
+        for b, g in zip(before, gradients, strict=True)
+    ]
+    loss, got = optimizer_step(
+        torch.optim.SGD(found, lr=1.0), most, torch.tensor(1.25, requires_grad=True)
+    )
+    assert (
+        loss == 1.25 and got == pytest.approx(norm, rel=1e-6) and type(loss) is type(got) is float
+    )
     for p, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(p.detach(), e, rtol=1e-5, atol=1e-6)
         assert p.grad is None
@@ -90,7 +115,10 @@ def test_no_step_is_made_by_numbers_that_are_none(value, broken, most):
     for nonfinite in (None, lambda *figures: seen.append(figures)):
         found = parameters()
         before = [p.detach().clone() for p in found]
-        optimizer, loss = runtime.make_optimizer(torch.nn.ParameterList(found), 0.1), torch.tensor(2.0)
+        optimizer, loss = (
+            optim.make_optimizer(torch.nn.ParameterList(found), 0.1),
+            torch.tensor(2.0),
+        )
         if broken == "loss":
             loss = loss * value
         else:
@@ -100,6 +128,13 @@ def test_no_step_is_made_by_numbers_that_are_none(value, broken, most):
                 optimizer_step(optimizer, most, loss)
         else:
             optimizer_step(optimizer, most, loss, nonfinite)
-            assert len(seen) == 1 and math.isfinite(seen[0][0]) == (broken != "loss") and math.isfinite(seen[0][1]) == (broken == "loss")
+            assert (
+                len(seen) == 1
+                and math.isfinite(seen[0][0]) == (broken != "loss")
+                and math.isfinite(seen[0][1]) == (broken == "loss")
+            )
             assert all(p.grad is None for p in found)  # nothing of it comes into the next step
-        assert all(torch.equal(p, b) for p, b in zip(found, before, strict=True)) and not optimizer.state
+        assert (
+            all(torch.equal(p, b) for p, b in zip(found, before, strict=True))
+            and not optimizer.state
+        )

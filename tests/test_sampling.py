@@ -2,6 +2,7 @@
 
 Letters: B rows, Q prompt width, R new tokens, V vocabulary. A row of a rollout is [prompt, response, padding].
 """
+
 import contextlib
 import itertools
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import decode_kernels, sampling
+from minirlhf import sampling
+from minirlhf.engine.decoding import Decoder, row_noise
 from minirlhf.gpt import GPT, GPTConfig
-from minirlhf.sampling import answers, before_response, generate, response_logprobs, response_mask
+from minirlhf.kernels import decoding as decode_kernels
+from minirlhf.look.answers import answers
+from minirlhf.sampling import before_response, generate, response_logprobs, response_mask
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD, EOS, NEVER = 13, 32, 11, 12, -1
@@ -64,8 +68,15 @@ def some_eos(model, prompts=None, **options):
 
 def rows_of(out):
     """Each row as (prompt, response) lists of ids."""
-    return [(t[:p], t[p : p + r]) for t, p, r in zip(out.tokens.tolist(), out.prompt_lengths.tolist(),
-                                                      out.response_lengths.tolist(), strict=True)]
+    return [
+        (t[:p], t[p : p + r])
+        for t, p, r in zip(
+            out.tokens.tolist(),
+            out.prompt_lengths.tolist(),
+            out.response_lengths.tolist(),
+            strict=True,
+        )
+    ]
 
 
 def next_logprobs(model, ids, temperature):
@@ -93,6 +104,7 @@ def close(a, b, tolerance=1e-5):
 
 
 # Decoding with the cache is decoding without
+
 
 @pytest.mark.parametrize("seed, ends", itertools.product(range(4), [True, False]))
 def test_greedy_is_full_recomputation(seed, ends):
@@ -123,14 +135,16 @@ def test_response_logprobs_gradient(model):
         for t, token in enumerate(response):
             loop = loop + weights[i, t] * next_logprobs(model, prompt + response[:t], 0.7)[token]
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(loop, parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(loop, parameters), strict=True
+    ):
         close(a, b, 1e-5 * max(1.0, b.abs().max().item()))
 
 
 @torch.no_grad()
 def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     tokens, lengths = ragged(lengths=[4, 7, 2])
-    decoder = sampling.Decoder(model, 3, 12, eos=NEVER, pad=PAD, temperature=1.0, top_k=None)
+    decoder = Decoder(model, 3, 12, eos=NEVER, pad=PAD, temperature=1.0, top_k=None)
     decoder.start(model, tokens, lengths, 0, 0)
     past = (torch.arange(12) >= lengths[:, None])[None, :, None, :, None]
     for x in (decoder.cache[:, 0], decoder.cache[:, 1]):
@@ -164,11 +178,15 @@ def test_row_alone_is_the_row_in_a_batch(model):
 
 # The shape of a rollout
 
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
 def test_eos_ends_a_row(n, seed):
     model = make(vocab=5, seed=seed, sharpness=0.2)
-    prompts = torch.tensor([[0, 1], [2, 3], [1, 3]]).repeat(10, 1), torch.tensor([2, 1, 2]).repeat(10)
+    prompts = (
+        torch.tensor([[0, 1], [2, 3], [1, 3]]).repeat(10, 1),
+        torch.tensor([2, 1, 2]).repeat(10),
+    )
     out = sampled(model, prompts, n, eos=4, pad=3, temperature=1.5)
     assert out.tokens.shape == (30, 2 + n) and torch.equal(out.prompt_lengths, prompts[1])
     ended = 0
@@ -177,7 +195,9 @@ def test_eos_ends_a_row(n, seed):
         assert 1 <= len(response) <= n and 4 not in response[:-1]
         assert response[-1] == 4 or len(response) == n
         assert (out.tokens[i, len(prompt) + len(response) :] == 3).all()
-        assert (out.logprobs[i, len(response) :] == 0).all() and (out.logprobs[i, : len(response)] < 0).all()
+        assert (out.logprobs[i, len(response) :] == 0).all() and (
+            out.logprobs[i, : len(response)] < 0
+        ).all()
         ended += response[-1] == 4
     assert ended > 0 and (ended < 30 or n == 12)  # both kinds occur
     close(out.logprobs, logprobs_loop(model, out, 1.5, n))
@@ -203,24 +223,36 @@ def test_mode_is_restored(model, training):
 
 # The distribution
 
+
 def test_seed_decides(model):
     state = torch.get_rng_state()
     outs = [sampled(model, eos=NEVER, generator=rng(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(outs[0].tokens, outs[1].tokens) and torch.equal(outs[0].logprobs, outs[1].logprobs)
+    assert torch.equal(outs[0].tokens, outs[1].tokens) and torch.equal(
+        outs[0].logprobs, outs[1].logprobs
+    )
     assert not torch.equal(outs[0].tokens, outs[2].tokens)
-    assert torch.equal(torch.get_rng_state(), state)  # a generator of one's own leaves torch's alone
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # a generator of one's own leaves torch's alone
 
 
 def test_a_rows_noise_is_its_own():
     """Whatever the first row and the number of rows; and 10,000 numbers that are uniform."""
-    whole = sampling.row_noise(7, 0, 50, 100)
-    assert whole.shape == (50, 100, 2) and whole.dtype == torch.float64 and whole.min() >= 0 and whole.max() < 1
+    whole = row_noise(7, 0, 50, 100)
+    assert (
+        whole.shape == (50, 100, 2)
+        and whole.dtype == torch.float64
+        and whole.min() >= 0
+        and whole.max() < 1
+    )
     for first, rows in ((0, 1), (0, 49), (3, 5), (49, 1)):
-        assert torch.equal(sampling.row_noise(7, first, rows, 100), whole[first : first + rows])
-    assert not torch.isin(sampling.row_noise(8, 0, 50, 100), whole).any()
+        assert torch.equal(row_noise(7, first, rows, 100), whole[first : first + rows])
+    assert not torch.isin(row_noise(8, 0, 50, 100), whole).any()
     assert len(whole.unique()) == 10_000  # no two places share a number
     sorted_noise = whole.flatten().sort().values.numpy()
-    distance = np.abs(sorted_noise - (np.arange(10_000) + 0.5) / 10_000).max()  # Kolmogorov-Smirnov; 1.95 / sqrt(n) is one in 1,000
+    distance = np.abs(
+        sorted_noise - (np.arange(10_000) + 0.5) / 10_000
+    ).max()  # Kolmogorov-Smirnov; 1.95 / sqrt(n) is one in 1,000
     assert distance < 0.0195
 
 
@@ -231,21 +263,36 @@ def test_a_rows_sample_is_its_own(model, options):
     whole = sampled(model, (prompts, lengths), eos=5, **options)
     assert len({tuple(response) for _, response in rows_of(whole)}) > 9
     for rows in (slice(0, 5), slice(5, 12), slice(11, 12)):
-        part = sampled(model, (prompts[rows], lengths[rows]), eos=5, first_row=rows.start, **options)
-        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(part.response_lengths, whole.response_lengths[rows])
+        part = sampled(
+            model, (prompts[rows], lengths[rows]), eos=5, first_row=rows.start, **options
+        )
+        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(
+            part.response_lengths, whole.response_lengths[rows]
+        )
         close(part.logprobs, whole.logprobs[rows])
-    assert not torch.equal(sampled(model, (prompts, lengths), eos=5, first_row=1, **options).tokens, whole.tokens)
+    assert not torch.equal(
+        sampled(model, (prompts, lengths), eos=5, first_row=1, **options).tokens, whole.tokens
+    )
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (2.0, None), (1.0, 3), (1.0, 99)])
+@pytest.mark.parametrize(
+    "temperature, top_k", [(1.0, None), (0.7, None), (2.0, None), (1.0, 3), (1.0, 99)]
+)
 def test_frequencies_are_the_softmax(temperature, top_k):
     model, n = make(vocab=6, sharpness=0.2), 20000
     p = next_logprobs(model, [2, 0], temperature).exp()
     if top_k == 3:
         p = p.where(p >= p.sort(descending=True).values[2], 0)
     p = p / p.sum()
-    out = sampled(model, (torch.tensor([[2, 0]]).expand(n, 2), torch.full((n,), 2)), 1, eos=NEVER, pad=5,
-                  temperature=temperature, top_k=top_k)
+    out = sampled(
+        model,
+        (torch.tensor([[2, 0]]).expand(n, 2), torch.full((n,), 2)),
+        1,
+        eos=NEVER,
+        pad=5,
+        temperature=temperature,
+        top_k=top_k,
+    )
     counts, expected = out.tokens[:, 2].bincount(minlength=6).float(), n * p
     assert (counts[p == 0] == 0).all() and (expected[p > 0] > 5).all()
     chi_square = ((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum()
@@ -263,6 +310,7 @@ def test_top_k_keeps_the_likeliest(model):
 
 # Precision, errors, and answers
 
+
 def test_bfloat16_autocast_runs(model):
     with torch.autocast("cpu", torch.bfloat16):
         out = sampled(model, temperature=0.7)
@@ -273,16 +321,19 @@ def test_bfloat16_autocast_runs(model):
     close(again, logprobs_loop(model, out, 0.7), 0.2)
 
 
-@pytest.mark.parametrize("options, names", [
-    ({"n": CONTEXT - Q + 1}, f"{Q}.*{CONTEXT - Q + 1}.*{CONTEXT}"),
-    ({"n": 0}, "max_new_tokens 0"),
-    ({"temperature": -0.1}, "temperature -0.1"),
-    ({"top_k": -1}, "top_k -1"),
-    ({"prompts": (torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 3]))}, "0..3"),
-    ({"prompts": (torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 4]))}, "1..4 of 3"),
-    ({"temperature": float("nan")}, "temperature nan"),
-    ({"top_k": 0}, "top_k 0"),
-])
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({"n": CONTEXT - Q + 1}, f"{Q}.*{CONTEXT - Q + 1}.*{CONTEXT}"),
+        ({"n": 0}, "max_new_tokens 0"),
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"prompts": (torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 3]))}, "0..3"),
+        ({"prompts": (torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 4]))}, "1..4 of 3"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": 0}, "top_k 0"),
+    ],
+)
 def test_senseless_arguments(model, options, names):
     with pytest.raises(ValueError, match=names):
         sampled(model, **options)
@@ -290,7 +341,9 @@ def test_senseless_arguments(model, options, names):
 
 def test_the_context_can_be_filled(model):
     out = sampled(model, n=CONTEXT - Q, temperature=0, eos=NEVER)
-    assert [r for _, r in rows_of(out)] == [greedy_loop(model, p, CONTEXT - Q, NEVER) for p, _ in rows_of(out)]
+    assert [r for _, r in rows_of(out)] == [
+        greedy_loop(model, p, CONTEXT - Q, NEVER) for p, _ in rows_of(out)
+    ]
 
 
 def test_answers(monkeypatch):
@@ -298,11 +351,25 @@ def test_answers(monkeypatch):
     policy, reference = make(tokenizer.vocab_size), make(tokenizer.vocab_size, seed=1)
     prompts = [np.array([tokenizer.eos, *tokenizer.encode(text)]) for text in ("ab", "b", "abba")]
     kept = []
-    monkeypatch.setattr(sampling, "generate", lambda *a, **k: kept.append(generate(*a, **k)) or kept[0])
+    monkeypatch.setattr(
+        sampling, "generate", lambda *a, **k: kept.append(generate(*a, **k)) or kept[0]
+    )
     torch.manual_seed(0)
-    found = answers(policy, reference, lambda t, p, r: r * 2.0, prompts, tokenizer, R, 0.7, contextlib.nullcontext(), 0)
+    found = answers(
+        policy,
+        reference,
+        lambda t, p, r: r * 2.0,
+        prompts,
+        tokenizer,
+        R,
+        0.7,
+        contextlib.nullcontext(),
+        0,
+    )
     kl = (logprobs_loop(policy, kept[0], 0.7) - logprobs_loop(reference, kept[0], 0.7)).sum(1)
-    for answer, text, k, (_, response) in zip(found, ("ab", "b", "abba"), kl.tolist(), rows_of(kept[0]), strict=True):
+    for answer, text, k, (_, response) in zip(
+        found, ("ab", "b", "abba"), kl.tolist(), rows_of(kept[0]), strict=True
+    ):
         assert answer.prompt == text and answer.response == tokenizer.decode(response)
         assert answer.tokens == len(response) and answer.score == 2.0 * len(response)
         assert answer.kl == pytest.approx(k, abs=1e-3)
@@ -325,7 +392,10 @@ def test_draws_are_the_distributions(vocab):
     p[[0, -1]] = 0  # the ends of the noise are the first and the last token that can come
     ends = torch.tensor([[1 - 2.0**-53] * 2, [0.0, 0.0]], dtype=torch.float64)
     possible = p.nonzero().flatten().tolist()
-    assert not possible or decode_kernels.draw(p.expand(2, -1), ends).tolist() == [possible[0], possible[-1]]
+    assert not possible or decode_kernels.draw(p.expand(2, -1), ends).tolist() == [
+        possible[0],
+        possible[-1],
+    ]
 
 
 def test_draws_from_numbers_that_are_none():

@@ -15,15 +15,20 @@ from safetensors.torch import load_file
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import checkpoint, data, gpt, runtime, sft
-from minirlhf.log import Run
+from minirlhf import data, gpt, sft
+from minirlhf.engine import optim
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import atomic_write
+from minirlhf.engine.log import Run
 
 ROOT = Path(__file__).parent.parent
 TOY = {"data": "toy"}
 CHEAP = {
     sft: dict(n_layer=1, n_head=2, n_embd=16, epochs=2, batch_size=512, lr=1e-2),
     train_rm: dict(epochs=1, batch_size=256, delete=0.0, dropout=0.0),
-    train_ppo: dict(steps=4, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2),
+    train_ppo: dict(
+        steps=4, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2
+    ),
     train_dpo: dict(epochs=1, batch_size=256, response_length=4, eval_samples=4),
 }
 # Where a changed value must show: in the weights that the run leaves, unless named otherwise.
@@ -53,13 +58,20 @@ NOT_IN_WEIGHTS = {
 
 
 def weights(script, toy, out, **changes):
-    earlier = {} if script is sft else {"init": str(toy / "sft")} | ({"reward": str(toy / "rm")} if script is train_ppo else {})
+    earlier = (
+        {}
+        if script is sft
+        else {"init": str(toy / "sft")}
+        | ({"reward": str(toy / "rm")} if script is train_ppo else {})
+    )
     script.main(script.Knobs(**TOY, **earlier, out=str(out), **CHEAP[script] | changes))
     return load_file(out / "model" / "model.safetensors")
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,9 @@ def baselines(toy, tmp_path_factory):
     return {script: weights(script, toy, tmp_path_factory.mktemp("baseline")) for script in CHEAP}
 
 
-@pytest.mark.parametrize("script,flag", [(script, flag) for script, flags in CHANGES.items() for flag in flags])
+@pytest.mark.parametrize(
+    "script,flag", [(script, flag) for script, flags in CHANGES.items() for flag in flags]
+)
 def test_flag_changes_the_model(script, flag, toy, baselines, tmp_path):
     changed = weights(script, toy, tmp_path, **{flag: CHANGES[script][flag]})
     assert not same(changed, baselines[script])
@@ -82,7 +96,10 @@ def test_every_flag_is_accounted_for_and_runs_repeat(script, toy, baselines, tmp
 
 @pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
 def test_states_and_guards_do_not_change_the_model(script, toy, baselines, tmp_path):
-    assert same(weights(script, toy, tmp_path, save_every=1, on_nonfinite="skip", resume=True), baselines[script])
+    assert same(
+        weights(script, toy, tmp_path, save_every=1, on_nonfinite="skip", resume=True),
+        baselines[script],
+    )
     steps = len((tmp_path / "metrics.jsonl").read_text().splitlines())
     states = sorted(int(path.stem) for path in (tmp_path / "state").glob("*.safetensors"))
     assert states == [steps - 1, steps] and steps > 1
@@ -90,7 +107,7 @@ def test_states_and_guards_do_not_change_the_model(script, toy, baselines, tmp_p
 
 @pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
 def test_shard_needs_several_processes(script, toy, tmp_path):
-    with pytest.raises(runtime.UserError, match="--shard: one process.*torchrun"):
+    with pytest.raises(UserError, match="--shard: one process.*torchrun"):
         weights(script, toy, tmp_path, shard=True)
 
 
@@ -100,9 +117,19 @@ def test_compile_changes_only_the_rounding(script, toy, baselines, tmp_path, mon
 
     torch._dynamo.reset()
     graphs = []
-    monkeypatch.setattr(gpt, "compiled_trunk", functools.cache(lambda: torch.compile(gpt.GPT.trunk, dynamic=True, backend="aot_eager")))
+    monkeypatch.setattr(
+        gpt,
+        "compiled_trunk",
+        functools.cache(lambda: torch.compile(gpt.GPT.trunk, dynamic=True, backend="aot_eager")),
+    )
     log, counters = Run.log, torch._dynamo.utils.counters
-    monkeypatch.setattr(Run, "log", lambda *args, **more: graphs.append(counters["stats"]["unique_graphs"]) or log(*args, **more))
+    monkeypatch.setattr(
+        Run,
+        "log",
+        lambda *args, **more: (
+            graphs.append(counters["stats"]["unique_graphs"]) or log(*args, **more)
+        ),
+    )
     changed = weights(script, toy, tmp_path, compile=True)
     torch._dynamo.reset()
     assert graphs[0] > 0 and graphs[-1] == graphs[1], "compiled again after the second step"
@@ -125,7 +152,11 @@ def test_text_epochs_and_vocab_size(monkeypatch, tmp_path):
     rows = []
     for text_epochs in (0, 2):
         cheap = CHEAP[sft] | {"batch_size": 20}
-        sft.main(sft.Knobs(data="words", out=str(tmp_path), text_epochs=text_epochs, vocab_size=270, **cheap))
+        sft.main(
+            sft.Knobs(
+                data="words", out=str(tmp_path), text_epochs=text_epochs, vocab_size=270, **cheap
+            )
+        )
         rows.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
     assert rows == [2 * 90, 2 * 95]  # 1,800 words and 100 texts in batches of 20
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 270
@@ -133,7 +164,11 @@ def test_text_epochs_and_vocab_size(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("micro_batch", [0, 2, 3])
 def test_micro_batches_do_not_change_the_update(micro_batch, toy, baselines, tmp_path):
-    few = {"adam_eps": 1e-3, "steps": 2, "lr": 1e-3}  # over more, rounding grows until another token is sampled
+    few = {
+        "adam_eps": 1e-3,
+        "steps": 2,
+        "lr": 1e-3,
+    }  # over more, rounding grows until another token is sampled
     changed = weights(train_ppo, toy, tmp_path, micro_batch=micro_batch, **few)
     whole = weights(train_ppo, toy, tmp_path, micro_batch=8, **few)
     for name, w in whole.items():
@@ -156,7 +191,10 @@ MISTAKES = {
     "broken line": (GOOD * 2 + '{"prompt": "p"\n', "line 3"),
     "missing key": (GOOD + '{"prompt": "p", "chosen": "x"}\n', "line 2"),
     "empty file": ("", "no records"),
-    "too long": ("".join(GOOD.replace("good", "word " * 90).replace('"p"', f'"{i}"') for i in range(12)), "context of 64"),
+    "too long": (
+        "".join(GOOD.replace("good", "word " * 90).replace('"p"', f'"{i}"') for i in range(12)),
+        "context of 64",
+    ),
 }
 
 
@@ -164,10 +202,27 @@ MISTAKES = {
 @pytest.mark.parametrize("script", ["train_rm.py", "train_dpo.py"])
 def test_bad_files_are_one_line_and_leave_nothing(script, mistake, toy, tmp_path):
     text, expected = MISTAKES[mistake]
-    done = run(ROOT / script, "--data", bad_data(tmp_path, text), "--init", toy / "sft", "--out", tmp_path / "out", cwd=tmp_path)
+    done = run(
+        ROOT / script,
+        "--data",
+        bad_data(tmp_path, text),
+        "--init",
+        toy / "sft",
+        "--out",
+        tmp_path / "out",
+        cwd=tmp_path,
+    )
     message = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(message) == 1 and message[0].startswith("error: ") and expected in message[0], done.stderr
-    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "summary.json").exists()
+    assert (
+        done.returncode == 2
+        and len(message) == 1
+        and message[0].startswith("error: ")
+        and expected in message[0]
+    ), done.stderr
+    assert (
+        not (tmp_path / "out" / "model").exists()
+        and not (tmp_path / "out" / "summary.json").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,23 +246,46 @@ def test_bad_files_are_one_line_and_leave_nothing(script, mistake, toy, tmp_path
     ],
 )
 def test_bad_flags(flags, expected, toy, tmp_path):
-    base = {"--data": "toy", "--init": toy / "sft", "--reward": toy / "rm", "--out": tmp_path / "out"}
+    base = {
+        "--data": "toy",
+        "--init": toy / "sft",
+        "--reward": toy / "rm",
+        "--out": tmp_path / "out",
+    }
     given = [x for pair in base.items() if pair[0] not in flags for x in pair]
     done = run(ROOT / "train_ppo.py", *given, *flags, cwd=tmp_path)
-    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_no_network_and_an_empty_cache(tmp_path):
-    done = run(ROOT / "train_ppo.py", cwd=tmp_path, MINIRLHF_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1", PIP_FIND_LINKS="")
-    assert done.returncode == 2 and "could not fetch vaderSentiment" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = run(
+        ROOT / "train_ppo.py",
+        cwd=tmp_path,
+        MINIRLHF_CACHE=str(tmp_path / "cache"),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS="",
+    )
+    assert (
+        done.returncode == 2
+        and "could not fetch vaderSentiment" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
     assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", ["train_rm.py", "train_ppo.py", "train_dpo.py", "-m minirlhf.sft"])
+@pytest.mark.parametrize(
+    "script", ["train_rm.py", "train_ppo.py", "train_dpo.py", "-m minirlhf.sft"]
+)
 def test_help_shows_every_default(script, tmp_path):
-    done = run(*([ROOT / script] if script.endswith("py") else script.split()), "--help", cwd=tmp_path)
-    module = {"train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_dpo.py": train_dpo}.get(script, sft)
+    done = run(
+        *([ROOT / script] if script.endswith("py") else script.split()), "--help", cwd=tmp_path
+    )
+    module = {"train_rm.py": train_rm, "train_ppo.py": train_ppo, "train_dpo.py": train_dpo}.get(
+        script, sft
+    )
     text = " ".join(done.stdout.split())
     for field in dataclasses.fields(module.Knobs):
         assert "--" + field.name.replace("_", "-") in text
@@ -217,7 +295,7 @@ def test_help_shows_every_default(script, tmp_path):
 def test_atomic_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_write(path) as tmp:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as tmp:
         tmp.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -227,6 +305,6 @@ def test_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     rates = []
     for step in range(10):
-        runtime.set_lr(optimizer, step, 10, 2.0, warmup=0.2)
+        optim.set_lr(optimizer, step, 10, 2.0, warmup=0.2)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25])

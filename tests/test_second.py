@@ -13,17 +13,24 @@ import second_implementation
 import torch
 
 import train_ppo
-from minirlhf import dpo, ppo, runtime
+from minirlhf import dpo, ppo
+from minirlhf.engine import cli, optim
 from minirlhf.sampling import Rollout, response_mask
 
-SECOND = json.loads(Path(__file__).with_suffix("").with_name("second_implementation.json").read_text())
-LAUNCHES = re.findall(r"^ +python train_ppo.py (--temperature 0.7 .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M)
+SECOND = json.loads(
+    Path(__file__).with_suffix("").with_name("second_implementation.json").read_text()
+)
+LAUNCHES = re.findall(
+    r"^ +python train_ppo.py (--temperature 0.7 .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M
+)
 RECIPES = dict(zip(("lhp", "sfd"), LAUNCHES, strict=True))
 
 
 def test_the_numbers_are_those_of_the_second_implementation():
     for recipe in RECIPES:
-        for key, value in second_implementation.iteration(recipe, second_implementation.fixed_rollout()).items():
+        for key, value in second_implementation.iteration(
+            recipe, second_implementation.fixed_rollout()
+        ).items():
             np.testing.assert_allclose(value, SECOND[recipe][key], rtol=0, atol=0)
 
 
@@ -31,14 +38,20 @@ def close(actual, key, expected, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     expected = torch.tensor(expected[key], dtype=torch.float64)
     actual = torch.as_tensor(actual, dtype=torch.float64)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_iteration(recipe, dtype, monkeypatch):
     given, expected = SECOND["rollout"], SECOND[recipe]
-    knobs = runtime.parse(train_ppo.Knobs, "", [*shlex.split(RECIPES[recipe]), "--batch-size", "6", "--response-length", "5"])
+    knobs = cli.parse(
+        train_ppo.Knobs,
+        "",
+        [*shlex.split(RECIPES[recipe]), "--batch-size", "6", "--response-length", "5"],
+    )
     knobs.truncate_after = given["truncate_after"] if knobs.truncate else 0
     fixed = {key: torch.tensor(given[key], dtype=dtype) for key in
              ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values", "scores")}  # fmt: skip
@@ -54,14 +67,24 @@ def test_one_iteration(recipe, dtype, monkeypatch):
         return fixed["scores"]
 
     rm.level = "response"
-    tokenizer = SimpleNamespace(eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else [])
-    critic = SimpleNamespace(values=lambda tokens, lengths: torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1))
+    tokenizer = SimpleNamespace(
+        eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else []
+    )
+    critic = SimpleNamespace(
+        values=lambda tokens, lengths: torch.cat(
+            [fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1
+        )
+    )
     monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)
-    monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"]))
+    monkeypatch.setattr(
+        train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"])
+    )
     made = {model: torch.where(mask, fixed[model], 0) for model in ("logprobs", "ref_logprobs")}
     monkeypatch.setattr(train_ppo, "response_logprobs",
                         lambda model, *_, entropy=False, **__: (made[model], mask) if entropy else made[model])  # fmt: skip
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double())
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double()
+    )
     scorer, _ = train_ppo.make_scorer(knobs, "rm", None, tokenizer, None)
     episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (tokens[:, :1], prompts), tokenizer, knobs,
                                         knobs.kl_coef)  # fmt: skip
@@ -70,14 +93,18 @@ def test_one_iteration(recipe, dtype, monkeypatch):
     close(stats["objective/score"], "mean", {"mean": np.mean(expected["scores"])}, dtype)
     rewards, _, _ = ppo.experience(torch.tensor(expected["scores"], dtype=dtype), episodes.logprobs, episodes.ref_logprobs, episodes.values,
                                    mask, knobs, knobs.kl_coef)  # fmt: skip
-    close(rewards, "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards", expected, dtype)
+    close(
+        rewards, "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards", expected, dtype
+    )
     close(stats["objective/reward"], "mean", {"mean": rewards.sum(1).mean().item()}, dtype)
     close(episodes.advantages, "whitened_advantages", expected, dtype)
     close(episodes.returns, "returns", expected, dtype)
     close(stats["objective/kl"], "mean_kl", expected, dtype)
     close(stats["objective/entropy"], "entropy", expected, dtype)
 
-    loss, stats = ppo.losses(fixed["new_logprobs"], fixed["new_values"], episodes, mask, knobs, knobs.kl_coef)
+    loss, stats = ppo.losses(
+        fixed["new_logprobs"], fixed["new_values"], episodes, mask, knobs, knobs.kl_coef
+    )
     for name, key in (("ppo/policy/loss", "policy_loss"), ("ppo/val/loss", "value_loss"), ("ppo/policy/approxkl", "approxkl"),
                       ("ppo/policy/clipfrac", "clipfrac"), ("ppo/policy/ratio", "mean_ratio")):  # fmt: skip
         close(stats[name], key, expected, dtype)
@@ -97,23 +124,29 @@ def test_group_baselines_controller_and_schedule():
         controller.update(case["kl"], case["n"])
         close(controller.coef, "result", case, torch.float64)
     for case in SECOND["functions"]["learning_rate"]:
-        knobs = runtime.parse(train_ppo.Knobs, "", shlex.split(RECIPES[case["recipe"]]))
+        knobs = cli.parse(train_ppo.Knobs, "", shlex.split(RECIPES[case["recipe"]]))
         optimizer = SimpleNamespace(param_groups=[{}])
-        runtime.set_lr(optimizer, case["u"] - 1, case["N"], knobs.lr, knobs.warmup, knobs.lr_schedule)
+        optim.set_lr(optimizer, case["u"] - 1, case["N"], knobs.lr, knobs.warmup, knobs.lr_schedule)
         close(optimizer.param_groups[0]["lr"], "result", case, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", [name for name in SECOND["pairs"]["values"] if not name.startswith("kto")])
+@pytest.mark.parametrize(
+    "name", [name for name in SECOND["pairs"]["values"] if not name.startswith("kto")]
+)
 def test_pair_losses(name, dtype):
-    inputs = {key: torch.tensor(value, dtype=dtype) for key, value in SECOND["pairs"]["inputs"].items()}
+    inputs = {
+        key: torch.tensor(value, dtype=dtype) for key, value in SECOND["pairs"]["inputs"].items()
+    }
     case = SECOND["pairs"]["values"][name]
     options = dict(case["options"])
     for theirs, ours in (("f_divergence", "divergence"), ("alpha", "alpha_divergence")):
         if theirs in options:
             options[ours] = options.pop(theirs)
     if name == "orpo":
-        options["lam"] = options["beta"]  # there the weight of the odds ratio goes by the name of beta
+        options["lam"] = options[
+            "beta"
+        ]  # there the weight of the odds ratio goes by the name of beta
     got = dpo.pair_loss(case["kind"], **inputs, **options)
     losses = torch.tensor(case["losses"], dtype=torch.float64)
     if case["kind"].startswith("aot"):  # in the order of the sorted batch
@@ -127,6 +160,11 @@ def test_kto(name):
     case, inputs = SECOND["pairs"]["values"][name], SECOND["pairs"]["inputs"]
     mismatched = torch.tensor(case["mismatched_logratios"], dtype=torch.float64)
     for side, desirable in (("chosen", True), ("rejected", False)):
-        policy, ref = (torch.tensor(inputs[f"{model}_{side}_logps"], dtype=torch.float64) for model in ("policy", "ref"))
-        got = dpo.kto_loss(policy, ref, torch.full((8,), desirable), mismatched, beta=case["options"]["beta"])
+        policy, ref = (
+            torch.tensor(inputs[f"{model}_{side}_logps"], dtype=torch.float64)
+            for model in ("policy", "ref")
+        )
+        got = dpo.kto_loss(
+            policy, ref, torch.full((8,), desirable), mismatched, beta=case["options"]["beta"]
+        )
         close(got, "desirable" if desirable else "undesirable", case, torch.float64)

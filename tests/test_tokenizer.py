@@ -1,4 +1,5 @@
 """Byte-level BPE against Hugging Face's trainer, merge for merge and id for id, and against every kind of text."""
+
 import json
 import random
 
@@ -7,22 +8,41 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf import tokenizer as module
+from minirlhf import tokenizer
 from minirlhf.tokenizer import BYTE_TO_CHAR, EOS, Tokenizer, split
 
 RANDOM = random.Random(0)
 CORPORA = {
-    "english": ["It's the world's best film, isn't it? We'll see; they've said I'd like it.", "THE END'S near's",
-                "low lower lowest, new newer newest, wide wider widest"] * 3,
+    "english": [
+        "It's the world's best film, isn't it? We'll see; they've said I'd like it.",
+        "THE END'S near's",
+        "low lower lowest, new newer newest, wide wider widest",
+    ]
+    * 3,
     "ties": ["ab ba ca ac bc cb", "abcd dcba", "xyzzy zyxxy"],
     "runs": ["aaaaaaa aaaa aa aaaaa", "ababababab", "abaabaaab", "bbbbbbbbbbbbbbbbbbb"],
-    "unicode": ["héllo wörld ñandú", "日本語のテキスト、日本", "Привет, мир", "😀😀👍🏽 e\u0301", "١٢٣ ४५६ Ⅷ²"] * 2,
-    "space": ["a  b   c    d", "\n\n\n\tx\t\t y \r\n", "  lead and trail  ", "\u00a0\u3000 \u2028x\x85y\x1c z", "    "],
+    "unicode": [
+        "héllo wörld ñandú",
+        "日本語のテキスト、日本",
+        "Привет, мир",
+        "😀😀👍🏽 e\u0301",
+        "١٢٣ ४५६ Ⅷ²",
+    ]
+    * 2,
+    "space": [
+        "a  b   c    d",
+        "\n\n\n\tx\t\t y \r\n",
+        "  lead and trail  ",
+        "\u00a0\u3000 \u2028x\x85y\x1c z",
+        "    ",
+    ],
     "numbers": ["1 22 333 4444 2024-01-01 3.14159", "a1b2c3 $100,000.00!!! ??? --- ..."],
     "random": ["".join(RANDOM.choices("abcd  é'", k=RANDOM.randint(1, 40))) for _ in range(60)],
     "empty": ["", "x"],
 }
-TEXTS = [text for corpus in CORPORA.values() for text in corpus] + ["unseen Words, 'tis; we've\n\n ok  "]
+TEXTS = [text for corpus in CORPORA.values() for text in corpus] + [
+    "unseen Words, 'tis; we've\n\n ok  "
+]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 WORDS = st.text(st.sampled_from("aaabbc 'sté\n日"), max_size=30)
 
@@ -42,8 +62,14 @@ def hf_train(hf, texts, size):
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = hf.decoders.ByteLevel()
-    theirs.train_from_iterator(texts, hf.trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs.train_from_iterator(
+        texts,
+        hf.trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return theirs
 
 
@@ -57,12 +83,15 @@ def assert_same(hf, texts, size):
     assert written(ours.ranks) == theirs.get_vocab()
     merges = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
     by_rank = sorted(ours.ranks, key=ours.ranks.get)[256:]
-    assert merges == [tuple("".join(BYTE_TO_CHAR[b] for b in part) for part in split(ours.ranks, token))
-                      for token in by_rank]
+    assert merges == [
+        tuple("".join(BYTE_TO_CHAR[b] for b in part) for part in split(ours.ranks, token))
+        for token in by_rank
+    ]
     return ours, theirs
 
 
 # The trainer of Hugging Face
+
 
 @pytest.mark.parametrize("size", [256, 257, 290, 500])
 @pytest.mark.parametrize("corpus", [*CORPORA, "all"])
@@ -83,7 +112,10 @@ def test_saved_file(hf, trained, tmp_path):
     directory = tmp_path / "deep" / "er"
     trained.save(directory)
     assert [p.name for p in directory.iterdir()] == ["tokenizer.json"]
-    ours, theirs = Tokenizer.load(directory), hf.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ours, theirs = (
+        Tokenizer.load(directory),
+        hf.Tokenizer.from_file(str(directory / "tokenizer.json")),
+    )
     assert (ours.ranks, ours.eos, ours.pad) == (trained.ranks, trained.eos, trained.pad)
     assert theirs.get_vocab() == written(trained.ranks) | {EOS: trained.eos}
     for text in TEXTS:
@@ -107,6 +139,7 @@ def test_transformers_reads_the_saved_file(trained, tmp_path, how):
 
 # Any text, and EOS
 
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=TEXT)
 def test_round_trip(trained, text):
@@ -116,7 +149,9 @@ def test_round_trip(trained, text):
     assert all(0 <= i < trained.eos and i != trained.pad for i in ids)
 
 
-@pytest.mark.parametrize("text", [EOS, f"a {EOS} b", EOS * 3, f"{EOS}{EOS[:5]}", "<|endof<|endoftext|>text|>"])
+@pytest.mark.parametrize(
+    "text", [EOS, f"a {EOS} b", EOS * 3, f"{EOS}{EOS[:5]}", "<|endof<|endoftext|>text|>"]
+)
 def test_text_never_becomes_eos(trained, text):
     assert trained.eos not in trained.encode(text)
     assert trained.decode(trained.encode(text)) == text
@@ -132,10 +167,20 @@ def test_ids(trained):
     assert trained.decode([trained.pad]) == "\ufffd"
 
 
-@pytest.mark.parametrize("texts, size, expected", [
-    ([], 300, 257), (["a"], 300, 257), (["ab"], 300, 258), (["abc"], 300, 259), (["aaaa"], 300, 259),
-    (["abc"], 258, 258), (TEXTS, 257, 257), (TEXTS, 301, 301), (iter(["ab", "ab"]), 300, 258),
-])
+@pytest.mark.parametrize(
+    "texts, size, expected",
+    [
+        ([], 300, 257),
+        (["a"], 300, 257),
+        (["ab"], 300, 258),
+        (["abc"], 300, 259),
+        (["aaaa"], 300, 259),
+        (["abc"], 258, 258),
+        (TEXTS, 257, 257),
+        (TEXTS, 301, 301),
+        (iter(["ab", "ab"]), 300, 258),
+    ],
+)
 def test_vocab_size(texts, size, expected):
     assert Tokenizer.train(texts, size).vocab_size == expected
 
@@ -148,23 +193,40 @@ def test_merges_by_hand():
     assert list(Tokenizer.train(["abcabcab"], 259).ranks)[256:] == [b"ab", b"cab"]
 
 
-@pytest.mark.parametrize("token, parts", [(b"abcd", [b"abc", b"d"]), (b"abc", [b"ab", b"c"]), (b"ab", [b"a", b"b"])])
+@pytest.mark.parametrize(
+    "token, parts", [(b"abcd", [b"abc", b"d"]), (b"abc", [b"ab", b"c"]), (b"ab", [b"a", b"b"])]
+)
 def test_split(token, parts):
-    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258, b"abcd": 259}
+    ranks = {bytes([b]): b for b in range(256)} | {
+        b"ab": 256,
+        b"bc": 257,
+        b"abc": 258,
+        b"abcd": 259,
+    }
     assert split(ranks, token) == parts
 
 
 # Loading
 
+
 def content(**model):
-    return json.dumps({"model": {"type": "BPE", "vocab": written({bytes([b]): b for b in range(256)})} | model})
+    return json.dumps(
+        {"model": {"type": "BPE", "vocab": written({bytes([b]): b for b in range(256)})} | model}
+    )
 
 
-@pytest.mark.parametrize("text, names", [
-    ("{", "JSON"), ("[]", "TypeError"), ("{}", "model"), (content(type="Unigram"), "Unigram"),
-    (content(vocab={"a": 0}), "KeyError"), (content(vocab={"日": 0}), "KeyError"),
-    pytest.param(content(vocab=[["a", 0]]), "vocab"),
-])
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("{", "JSON"),
+        ("[]", "TypeError"),
+        ("{}", "model"),
+        (content(type="Unigram"), "Unigram"),
+        (content(vocab={"a": 0}), "KeyError"),
+        (content(vocab={"日": 0}), "KeyError"),
+        pytest.param(content(vocab=[["a", 0]]), "vocab"),
+    ],
+)
 def test_not_a_tokenizer(tmp_path, text, names):
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"tokenizer.json.*{names}"):
@@ -176,8 +238,14 @@ def test_another_byte_level_tokenizer_is_refused(hf, tmp_path, kind):
     """What would load as a vocabulary but give other ids than its owner does."""
     theirs = hf_train(hf, TEXTS, 300)
     if kind == "EOS first":
-        theirs.train_from_iterator(TEXTS, hf.trainers.BpeTrainer(
-            special_tokens=[EOS], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        theirs.train_from_iterator(
+            TEXTS,
+            hf.trainers.BpeTrainer(
+                special_tokens=[EOS],
+                initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
     else:
         theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -192,14 +260,22 @@ def test_missing_tokenizer(tmp_path):
 
 def test_gpt2_by_name(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module.tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
-        name, pat_str=module.PATTERN, mergeable_ranks=trained.ranks, special_tokens={EOS: trained.eos}))
+    monkeypatch.setattr(
+        tokenizer.tiktoken,
+        "get_encoding",
+        lambda name: tiktoken.Encoding(
+            name,
+            pat_str=tokenizer.PATTERN,
+            mergeable_ranks=trained.ranks,
+            special_tokens={EOS: trained.eos},
+        ),
+    )
     assert Tokenizer.load("gpt2").encode(TEXTS[0]) == trained.encode(TEXTS[0])
 
     def offline(name):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(module.tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="gpt2.*no route to host"):
         Tokenizer.load("gpt2")
     Tokenizer.train(["ab"], 258).save("gpt2")  # a directory of that name comes first

@@ -9,13 +9,16 @@ from safetensors.torch import load_file
 
 import train_dpo
 import train_rm
-from minirlhf import batches, data, dpo, gpt, labelers, log, online
-from minirlhf.batches import Rows
-from minirlhf.data import Items
-from minirlhf.feedback import lists_epoch, thumbs, thumbs_epoch
+from minirlhf import data, dpo, gpt
+from minirlhf.data import Items, all_logps, parse_record, prefix_kl, stored_logps
+from minirlhf.engine import log
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import Rows, pad_rows
+from minirlhf.feedback import labelers
+from minirlhf.feedback.kinds import lists_epoch, thumbs, thumbs_epoch
+from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig
-from minirlhf.records import parse_record
-from minirlhf.runtime import UserError
+from minirlhf.online import samples
 from minirlhf.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -90,7 +93,12 @@ def np_kl(policy, reference, row, p):
 
 
 def np_h(policy, reference, rows):
-    return np.array([np_logp(policy, row, p) - np_logp(reference, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)])
+    return np.array(
+        [
+            np_logp(policy, row, p) - np_logp(reference, row, p)
+            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+        ]
+    )
 
 
 def sg(x):
@@ -101,15 +109,20 @@ def loss_of(kind, rows, *labels, policy, reference, **knobs):
     """batch_loss on rows, with the reference's log-probs."""
     settings = train_dpo.Knobs(loss=kind, **knobs)
     kind, options = train_dpo.loss_of(settings)
-    ref_logps = batches.all_logps(reference, rows)
-    return train_dpo.batch_loss(policy, reference, kind, options, settings, rows, ref_logps, *labels)
+    ref_logps = all_logps(reference, rows)
+    return train_dpo.batch_loss(
+        policy, reference, kind, options, settings, rows, ref_logps, *labels
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 3])
 def test_prefix_kl(micro_batch):
     policy, reference, rows = tiny(1), tiny(2), some_rows()
-    kl = rows.by_parts(lambda *row: batches.prefix_kl(policy, reference, *row), micro_batch)
-    expected = [np_kl(policy, reference, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)]
+    kl = rows.by_parts(lambda *row: prefix_kl(policy, reference, *row), micro_batch)
+    expected = [
+        np_kl(policy, reference, row, p)
+        for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+    ]
     assert np.allclose(kl.detach(), expected, atol=1e-4) and min(expected) > 0.01
     kl.sum().backward()
     assert all(p.grad is None for p in reference.parameters())
@@ -118,7 +131,12 @@ def test_prefix_kl(micro_batch):
     for sign in (1, -1):
         with torch.no_grad():
             weight[3, 2] += sign * step
-            sides.append(sum(np_kl(policy, reference, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)))
+            sides.append(
+                sum(
+                    np_kl(policy, reference, row, p)
+                    for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+                )
+            )
             weight[3, 2] -= sign * step
     assert weight.grad[3, 2].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.02)
 
@@ -130,9 +148,16 @@ def test_pairs_reach_their_losses(monkeypatch):
     h, b = np_h(policy, reference, rows), 0.1
     pairs, labels = np.array([[0, 1], [2, 3], [5, 4]]), np.array([0.9, 0.3, 1.0])
     chosen, rejected = np.array([0, 3, 5]), np.array([1, 2, 4])
-    kl = np.array([np_kl(policy, reference, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)])
+    kl = np.array(
+        [
+            np_kl(policy, reference, row, p)
+            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+        ]
+    )
     loss, stats = loss_of("tdpo1", rows, pairs, labels, **both)
-    assert loss.item() == pytest.approx(-np.log(sg(b * (h[chosen] - h[rejected] - kl[rejected] + kl[chosen]))).mean(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        -np.log(sg(b * (h[chosen] - h[rejected] - kl[rejected] + kl[chosen]))).mean(), rel=1e-4
+    )
     assert stats["rewards/chosen"].item() == pytest.approx(b * h[chosen].mean(), rel=1e-4)
     assert stats["rewards/accuracies"].item() == pytest.approx((h[chosen] > h[rejected]).mean())
     loss, _ = loss_of("npo", rows, pairs, labels, **both)
@@ -140,10 +165,12 @@ def test_pairs_reach_their_losses(monkeypatch):
     p = np.array([0.9, 0.7, 1.0])
     for wins, won, lost in [((), p, 1 - p), ((torch.linspace(0, 1, 8),), chosen / 7, rejected / 7)]:
         loss, _ = loss_of("sppo", rows, pairs, labels, *wins, **both)
-        expected = 0.5 * ((h[chosen] - (won - 0.5) / b) ** 2 + (h[rejected] - (lost - 0.5) / b) ** 2)
+        expected = 0.5 * (
+            (h[chosen] - (won - 0.5) / b) ** 2 + (h[rejected] - (lost - 0.5) / b) ** 2
+        )
         assert loss.item() == pytest.approx(expected.mean(), rel=1e-4)
-    own, real = [], online.own_answers
-    monkeypatch.setattr(online, "own_answers", lambda *a: own.append(real(*a)) or own[0])
+    own, real = [], samples.own_answers
+    monkeypatch.setattr(samples, "own_answers", lambda *a: own.append(real(*a)) or own[0])
     loss, _ = loss_of("d2o", rows, pairs, labels, **both, samples=3, response_length=5)
     assert [row[:p].tolist() for row, p in zip(own[0].tokens, own[0].prompt_lengths, strict=True)] == [
         row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(3)]  # fmt: skip
@@ -160,26 +187,46 @@ def test_thumbs_and_lists_reach_their_losses():
     z = max(0.0, np_h(policy, reference, other).mean())
     loss, stats = loss_of("kto", rows, good, **both)
     assert loss.item() == pytest.approx((1 - sg(b * np.where(good, h - z, z - h))).mean(), rel=1e-4)
-    assert stats["rewards/margins"].item() == pytest.approx(b * (h[good].mean() - h[~good].mean()), rel=1e-3)
+    assert stats["rewards/margins"].item() == pytest.approx(
+        b * (h[good].mean() - h[~good].mean()), rel=1e-3
+    )
     scores = np.array([1.5, -0.5, 0.25, 0.5, -1, -0.75], dtype=np.float32)
-    assert loss_of("una", rows, scores, **both)[0].item() == pytest.approx(((b * h - scores) ** 2).mean(), rel=1e-4)
-    assert loss_of("una", rows, good, **both)[0].item() == pytest.approx(-np.log(sg(np.where(good, b * h, -b * h))).mean(), rel=1e-4)
+    assert loss_of("una", rows, scores, **both)[0].item() == pytest.approx(
+        ((b * h - scores) ** 2).mean(), rel=1e-4
+    )
+    assert loss_of("una", rows, good, **both)[0].item() == pytest.approx(
+        -np.log(sg(np.where(good, b * h, -b * h))).mean(), rel=1e-4
+    )
     # two lists, of three and of two responses
     lists, rewards = np.array([[4, 0, 1], [3, 5, 0]]), np.array([[2.0, 1, 0], [1, 0, 7]])
     mask = np.array([[True, True, True], [True, True, False]])
-    s = np.array([np_logp(policy, row, p) / (len(row) - p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)])
-    expected = [max(0, s[0] - s[4]) + max(0, s[1] - s[4]) + max(0, s[1] - s[0]) - s[4], max(0, s[5] - s[3]) - s[3]]
+    s = np.array(
+        [
+            np_logp(policy, row, p) / (len(row) - p)
+            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+        ]
+    )
+    expected = [
+        max(0, s[0] - s[4]) + max(0, s[1] - s[4]) + max(0, s[1] - s[0]) - s[4],
+        max(0, s[5] - s[3]) - s[3],
+    ]
     loss, stats = loss_of("rrhf", rows, lists, rewards, mask, **both)
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
     ordered = [h[4] > h[0], h[4] > h[1], h[0] > h[1], h[3] > h[5]]
-    assert loss_of("lipo", rows, lists, rewards, mask, **both)[1]["rewards/accuracies"].item() == pytest.approx(np.mean(ordered))
+    assert loss_of("lipo", rows, lists, rewards, mask, **both)[1][
+        "rewards/accuracies"
+    ].item() == pytest.approx(np.mean(ordered))
 
 
 def test_nash_md_learns_from_its_wins():
     policy, reference, rows = tiny(1), tiny(2), some_rows(4)
     wins = torch.tensor([0.9, 0.2, 0.6, 0.5])
-    loss, _ = loss_of("nash_md", rows, None, None, wins, policy=policy, reference=reference, online=True)
-    logp = np.array([np_logp(policy, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)])
+    loss, _ = loss_of(
+        "nash_md", rows, None, None, wins, policy=policy, reference=reference, online=True
+    )
+    logp = np.array(
+        [np_logp(policy, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)]
+    )
     h = np_h(policy, reference, rows)
     assert loss.item() == pytest.approx(((0.1 * h - (wins.numpy() - 0.5)) * logp).mean(), rel=1e-4)
 
@@ -193,7 +240,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(kind):
         policy, reference = tiny(1, scale=3), tiny(2, scale=3)
         reference = None if kind in ("simpo", "pro") else reference
         given = labels.get(kind, [np.array([[0, 1], [3, 2], [4, 7], [5, 6]]), np.ones(4)])
-        loss_of(kind, rows, *given, policy=policy, reference=reference, micro_batch=micro_batch)[0].backward()
+        loss_of(kind, rows, *given, policy=policy, reference=reference, micro_batch=micro_batch)[
+            0
+        ].backward()
         gradients.append([p.grad for p in policy.parameters()])
     assert max(g.abs().max() for g in gradients[0]) > 1e-3
     for other in gradients[1:]:
@@ -211,9 +260,18 @@ def test_micro_batch_bounds_the_rows_in_memory():
 
 
 def test_mismatched_rows():
-    rows = Rows([np.array([0, 1, 2, 5, 0]), np.array([0, 3, 6, 7, 8, 0]), np.array([0, 4, 0])], np.array([3, 2, 2]), PAD, CPU)
+    rows = Rows(
+        [np.array([0, 1, 2, 5, 0]), np.array([0, 3, 6, 7, 8, 0]), np.array([0, 4, 0])],
+        np.array([3, 2, 2]),
+        PAD,
+        CPU,
+    )
     other = rows.mismatched(5)
-    assert [row.tolist() for row in other.tokens] == [[0, 1, 2, 0], [0, 3, 5, 0], [0, 6, 7, 8, 0]]  # the last prompt did not fit
+    assert [row.tolist() for row in other.tokens] == [
+        [0, 1, 2, 0],
+        [0, 3, 5, 0],
+        [0, 6, 7, 8, 0],
+    ]  # the last prompt did not fit
     assert other.prompt_lengths.tolist() == [3, 2, 1]
 
 
@@ -225,20 +283,30 @@ def items(n, **more):
 
 
 def test_thumbs_of_ratings_rankings_and_labels(capsys):
-    index, scores = thumbs(items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])]))  # the mean is 2
+    index, scores = thumbs(
+        items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])])
+    )  # the mean is 2
     assert index.tolist() == [1, 2, 3, 4] and "1 of 5" in capsys.readouterr().out
     assert np.allclose(scores, np.array([-2, 2, -1, 1]) / np.sqrt(2.5))
     index, scores = thumbs(items(6, groups=[[1, 0], [4, 3, 5]]))
     assert index.tolist() == [0, 1, 4, 5] and scores.tolist() == [False, True, True, False]
     assert "2 of 6" in capsys.readouterr().out
-    index, scores = thumbs(items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0]))  # labels count, also of rows in no pair
+    index, scores = thumbs(
+        items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0])
+    )  # labels count, also of rows in no pair
     assert index.tolist() == [0, 1, 2, 3] and scores.tolist() == [True, False, False, True]
     with pytest.raises(UserError, match="all 2 ratings are alike"):
         thumbs(items(2, ratings=[np.array([1.0])] * 2))
     with pytest.raises(UserError, match="all 3 ratings are alike"):
         thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
-    drawn = list(thumbs_epoch(*thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)))
-    assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {len(rows) for rows, _ in drawn} <= {3, 4, 5}
+    drawn = list(
+        thumbs_epoch(
+            *thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)
+        )
+    )
+    assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {
+        len(rows) for rows, _ in drawn
+    } <= {3, 4, 5}
     assert all((rows < 5).tolist() == scores.tolist() for rows, scores in drawn)
     with pytest.raises(UserError, match="at least 2"):
         list(thumbs_epoch(*thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
@@ -250,16 +318,23 @@ def test_lists_are_ranked_and_whole():
     assert len(drawn) == 2  # two lists of at most three are six responses
     found = []
     for rows, lists, rewards, mask in drawn:
-        assert lists.shape == rewards.shape == mask.shape and sorted(lists[mask]) == list(range(len(rows)))
+        assert lists.shape == rewards.shape == mask.shape and sorted(lists[mask]) == list(
+            range(len(rows))
+        )
         found += [rows[one[real]].tolist() for one, real in zip(lists, mask, strict=True)]
-        assert all(r[real].tolist() == list(range(real.sum()))[::-1] for r, real in zip(rewards, mask, strict=True))
+        assert all(
+            r[real].tolist() == list(range(real.sum()))[::-1]
+            for r, real in zip(rewards, mask, strict=True)
+        )
     assert sorted(found) == sorted(groups)
     means = np.arange(11.0)[::-1] % 4
     rated = items(11, ratings=[np.array([m]) for m in means])
     drawn = list(lists_epoch(rated, 100, 3, np.random.default_rng(0)))
     ((rows, lists, rewards, mask),) = drawn
     assert sorted(rows) == list(range(11)) and sorted(mask.sum(1)) == [3, 4, 4]
-    for one, worth, real in zip(lists, rewards, mask, strict=True):  # ranks: how many smaller values its list has
+    for one, worth, real in zip(
+        lists, rewards, mask, strict=True
+    ):  # ranks: how many smaller values its list has
         m = means[rows[one[real]]].tolist()
         assert worth[real].tolist() == [len({y for y in m if y < x}) for x in m]
     assert all((np.diff(r[real]) <= 0).all() for r, real in zip(rewards, mask, strict=True))
@@ -267,17 +342,26 @@ def test_lists_are_ranked_and_whole():
 
 def test_labels_in_a_file(tmp_path):
     line = '{"prompt": "p", "response": "r", "label": %s}'
-    assert parse_record(line % "true", "f") == ("p", ["r"], True) and parse_record(line % "false", "f")[2] is False
+    assert (
+        parse_record(line % "true", "f") == ("p", ["r"], True)
+        and parse_record(line % "false", "f")[2] is False
+    )
     for bad in ("1", '"true"', "null"):
         with pytest.raises(UserError, match="f: label: expected true or false"):
             parse_record(line % bad, "f")
     path = tmp_path / "labels.jsonl"
-    rows = [{"prompt": f"p{i // 2 % 15}", "response": f"r{i}", "label": i % 2 == 0} for i in range(60)]
+    rows = [
+        {"prompt": f"p{i // 2 % 15}", "response": f"r{i}", "label": i % 2 == 0} for i in range(60)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = data.load_feedback(str(path)).train  # two thumbs up and two down for each prompt: pairs too, but the labels stay
+    train = data.load_feedback(
+        str(path)
+    ).train  # two thumbs up and two down for each prompt: pairs too, but the labels stay
     index, scores = thumbs(train)
     assert len(index) == len(train) == 56
-    assert [good == (int(r[1:]) % 2 == 0) for good, r in zip(scores, train.responses, strict=True)] == [True] * 56
+    assert [
+        good == (int(r[1:]) % 2 == 0) for good, r in zip(scores, train.responses, strict=True)
+    ] == [True] * 56
     assert train.ratings is None and len(train.groups) == 14 * 4
     path.write_text(json.dumps(rows[0]) + "\n" + '{"prompt": "p", "response": "r", "rating": 1}\n')
     with pytest.raises(UserError, match="line 2: labels, ratings and comparisons in one file"):
@@ -289,9 +373,20 @@ def test_files_of_labels_and_rankings_train(loss, toy, tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "data.jsonl"
     word = lambda: "".join(rng.choice(list("abcdefgh"), 6))  # noqa: E731
     label = [{"prompt": word(), "response": word(), "label": i % 3 > 0} for i in range(60)]
-    rank = [{"prompt": word(), "responses": [word() for _ in range(k)], "ranking": rng.permutation(k).tolist()} for k in [2, 3, 4] * 10]
-    path.write_text("".join(json.dumps(row) + "\n" for row in (label if loss in ("kto", "una") else rank)))
-    summary, metrics, _ = run(toy, tmp_path / "out", data=str(path), loss=loss, epochs=6, steps=0, lr=1e-3)
+    rank = [
+        {
+            "prompt": word(),
+            "responses": [word() for _ in range(k)],
+            "ranking": rng.permutation(k).tolist(),
+        }
+        for k in [2, 3, 4] * 10
+    ]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in (label if loss in ("kto", "una") else rank))
+    )
+    summary, metrics, _ = run(
+        toy, tmp_path / "out", data=str(path), loss=loss, epochs=6, steps=0, lr=1e-3
+    )
     assert metrics[-1]["rewards/accuracies"] > 0.7
     if loss == "kto":
         with pytest.raises(UserError, match="no two rated responses share a prompt"):
@@ -303,68 +398,102 @@ def test_files_of_labels_and_rankings_train(loss, toy, tmp_path):
 
 def test_losses_without_a_reference_load_none(toy, tmp_path, monkeypatch):
     loaded, real = [], GPT.from_pretrained.__func__
-    monkeypatch.setattr(GPT, "from_pretrained", classmethod(lambda cls, *a, **k: loaded.append(a) or real(cls, *a, **k)))
-    for loss in [kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"] + ["sigmoid"]:
+    monkeypatch.setattr(
+        GPT,
+        "from_pretrained",
+        classmethod(lambda cls, *a, **k: loaded.append(a) or real(cls, *a, **k)),
+    )
+    for loss in [kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"] + [
+        "sigmoid"
+    ]:
         loaded.clear()
         summary, _, _ = run(toy, tmp_path, loss=loss, steps=1)
         assert len(loaded) == 1 + (loss == "sigmoid")
         assert ("eval/kl_after" in summary) == (loss == "sigmoid") and "eval/score_after" in summary
-    assert {"simpo", "orpo", "cpo", "slic", "rrhf", "pro"} == {kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"}
+    assert {"simpo", "orpo", "cpo", "slic", "rrhf", "pro"} == {
+        kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"
+    }
 
 
 def test_implicit_rewards_by_hand():
-    logps, ref, lengths = torch.tensor([-6.0, -2.0]), torch.tensor([-5.0, -4.0]), torch.tensor([3, 2])
+    logps, ref, lengths = (
+        torch.tensor([-6.0, -2.0]),
+        torch.tensor([-5.0, -4.0]),
+        torch.tensor([3, 2]),
+    )
     assert train_dpo.rewards_of("sigmoid", {}, logps, ref, lengths).tolist() == [-1, 2]
     assert train_dpo.rewards_of("cpo", {}, logps, None, lengths).tolist() == [-6, -2]
     assert train_dpo.rewards_of("simpo", {}, logps, None, lengths).tolist() == [-2, -1]
     for kind, options in (("sigmoid_norm", {}), ("ipo", {"length_normalise": True})):
-        assert torch.equal(train_dpo.rewards_of(kind, options, logps, ref, lengths), torch.tensor([-1 / 3, 1]))
+        assert torch.equal(
+            train_dpo.rewards_of(kind, options, logps, ref, lengths), torch.tensor([-1 / 3, 1])
+        )
 
 
 def test_reference_log_probs_are_computed_once(cache, monkeypatch):
-    calls, real = [], batches.all_logps
-    monkeypatch.setattr(batches, "all_logps", lambda *a: calls.append(a) or real(*a))
+    calls, real = [], all_logps
+    monkeypatch.setattr(data.logps, "all_logps", lambda *a: calls.append(a) or real(*a))
     model, rows = tiny(1), some_rows()
     off = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
     def misses(model, rows, dtype="float32"):
         calls.clear()
-        logps = batches.stored_logps(model, rows, off, dtype)
+        logps = stored_logps(model, rows, off, dtype)
         assert torch.equal(logps, real(model, rows))
         return len(calls)
 
-    assert misses(model, rows) == 1 and misses(model, rows) == 0 and misses(tiny(1), some_rows()) == 0
+    assert (
+        misses(model, rows) == 1 and misses(model, rows) == 0 and misses(tiny(1), some_rows()) == 0
+    )
     assert misses(tiny(2), rows) == 1 and misses(model, rows, "bfloat16") == 1
     changed = [rows.tokens[0].copy(), *rows.tokens[1:]]
     changed[0][1] = 8 if changed[0][1] != 8 else 7
     assert misses(model, rows._replace(tokens=changed)) == 1
-    assert misses(model, rows._replace(prompt_lengths=np.ones(8, dtype=int))) == 1 and misses(model, rows.take(np.arange(7))) == 1
+    assert (
+        misses(model, rows._replace(prompt_lengths=np.ones(8, dtype=int))) == 1
+        and misses(model, rows.take(np.arange(7))) == 1
+    )
     heads = GPT(GPTConfig(10, 16, 1, 4, 8))
     heads.load_state_dict(model.state_dict())  # the same weights, shared out among other heads
     assert misses(heads, rows) == 1
-    assert len(list(cache.iterdir())) == 7 and all(path.suffix == ".safetensors" for path in cache.iterdir())
-    assert batches.stored_logps(None, rows, off, "float32") is None
+    assert len(list(cache.iterdir())) == 7 and all(
+        path.suffix == ".safetensors" for path in cache.iterdir()
+    )
+    assert stored_logps(None, rows, off, "float32") is None
 
 
 def test_a_second_run_reads_the_cache(toy, tmp_path, cache, monkeypatch):
     first = run(toy, tmp_path / "a")
     assert len(list(cache.iterdir())) == 2  # training and test rows
-    models, real = [], batches.all_logps
-    monkeypatch.setattr(batches, "all_logps", lambda model, rows: models.append(model) or real(model, rows))
+    models, real = [], all_logps
+    monkeypatch.setattr(
+        data.logps, "all_logps", lambda model, rows: models.append(model) or real(model, rows)
+    )
     second = run(toy, tmp_path / "b")
     assert len(models) == 1  # the policy's, at the end
-    assert not differ(first[2], second[2]) and first[0]["eval/implicit_accuracy"] == second[0]["eval/implicit_accuracy"]
+    assert (
+        not differ(first[2], second[2])
+        and first[0]["eval/implicit_accuracy"] == second[0]["eval/implicit_accuracy"]
+    )
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(cache):
     cache.parent.write_text("a file where the folder should be")
     rows = some_rows()
-    assert len(batches.stored_logps(tiny(), rows, torch.autocast("cpu", enabled=False), "float32")) == len(rows.tokens)
+    assert len(stored_logps(tiny(), rows, torch.autocast("cpu", enabled=False), "float32")) == len(
+        rows.tokens
+    )
 
 
 @pytest.mark.parametrize("online", [False, True])
 def test_rounds_move_the_reference(online, toy, tmp_path):
-    losses = [[row["loss"] for row in run(toy, tmp_path, rounds=rounds, steps=4, online=online, seed=1)[1]] for rounds in (1, 2, 4)]
+    losses = [
+        [
+            row["loss"]
+            for row in run(toy, tmp_path, rounds=rounds, steps=4, online=online, seed=1)[1]
+        ]
+        for rounds in (1, 2, 4)
+    ]
     at_log_2 = [[abs(loss - np.log(2)) < 1e-4 for loss in one] for one in losses]
     assert at_log_2 == [[True, False, False, False], [True, False, True, False], [True] * 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -376,8 +505,10 @@ def test_rounds_move_the_reference(online, toy, tmp_path):
 
 def test_win_rates():
     p = torch.rand(5, 4, 4, generator=torch.manual_seed(0), dtype=torch.float64)
-    expected = [[np.mean([p[b, i, j] for j in range(4) if j != i]) for i in range(4)] for b in range(5)]
-    assert np.allclose(online.win_rates(p), expected)
+    expected = [
+        [np.mean([p[b, i, j] for j in range(4) if j != i]) for i in range(4)] for b in range(5)
+    ]
+    assert np.allclose(samples.win_rates(p), expected)
 
 
 class Letters:
@@ -393,9 +524,25 @@ def test_own_batch(kind, samples):
     shown = []
 
     def prefer(tokens, prompt_lengths, response_lengths, K):
-        rows = [row[p : p + r] for row, p, r in zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)]
+        rows = [
+            row[p : p + r]
+            for row, p, r in zip(
+                tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True
+            )
+        ]
         scores = torch.tensor([float(np.mean(row)) for row in rows]).view(-1, K)
-        shown.append((K, [row[: p + r] for row, p, r in zip(tokens.tolist(), prompt_lengths, response_lengths, strict=True)], scores))
+        shown.append(
+            (
+                K,
+                [
+                    row[: p + r]
+                    for row, p, r in zip(
+                        tokens.tolist(), prompt_lengths, response_lengths, strict=True
+                    )
+                ],
+                scores,
+            )
+        )
         return torch.sigmoid(scores[:, :, None] - scores[:, None])
 
     prompts = [np.array([0, *range(1, k)]) for k in (2, 3, 4, 3)]
@@ -403,7 +550,9 @@ def test_own_batch(kind, samples):
     policy, reference = tiny(1, scale=2), tiny(2, scale=2)
     torch.manual_seed(0)
     for _ in range(2):
-        bought, rows, ref_logps, pairs, labels, wins = online.own_batch(policy, reference, prefer, Letters, kind, knobs, prompts)
+        bought, rows, ref_logps, pairs, labels, wins = samples.own_batch(
+            policy, reference, prefer, Letters, kind, knobs, prompts
+        )
         K, all_rows, scores = shown.pop()
         assert bought == 4 * K * (K - 1) / 2 and len(all_rows) == 4 * K and samples == K
         expected, expected_wins, expected_labels = [], [], []
@@ -414,14 +563,27 @@ def test_own_batch(kind, samples):
             order = {"sigmoid": [order[0], order[-1]], "nash_md": [0]}[kind]
             expected += [all_rows[i * K + a] for a in order]
             expected_wins += [rate[a] for a in order]
-            expected_labels.append(sg(s[order[0]] - s[order[-1]]))  # P(the best is preferred to the worst)
+            expected_labels.append(
+                sg(s[order[0]] - s[order[-1]])
+            )  # P(the best is preferred to the worst)
         assert [row.tolist() for row in rows.tokens] == expected
-        assert np.allclose(wins, expected_wins, atol=1e-6) and np.allclose(labels, expected_labels, atol=1e-6)
+        assert np.allclose(wins, expected_wins, atol=1e-6) and np.allclose(
+            labels, expected_labels, atol=1e-6
+        )
         k = len(rows.tokens) // 4
         assert pairs.tolist() == [[i * k, i * k + k - 1] for i in range(4)]
         asked = [prompt.tolist() for prompt in prompts for _ in range(k)]
-        assert [row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)] == asked
-        assert np.allclose(ref_logps, [np_logp(reference, r, p) for r, p in zip(rows.tokens, rows.prompt_lengths, strict=True)], atol=1e-4)
+        assert [
+            row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+        ] == asked
+        assert np.allclose(
+            ref_logps,
+            [
+                np_logp(reference, r, p)
+                for r, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
+            ],
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
@@ -430,7 +592,9 @@ def test_mixture_samples(mu):
     policy, reference, n = tiny(3, scale=5), tiny(4, scale=5), 20_000
     prompts = torch.tensor([[0, 3, PAD], [0, 5, 2]]).repeat(n, 1)
     torch.manual_seed(0)
-    tokens, lengths = online.sample_mixture(policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2, eos=0, pad=PAD)
+    tokens, lengths = samples.sample_mixture(
+        policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2, eos=0, pad=PAD
+    )
 
     def mixture(row):
         p = np.exp((1 - mu) * log_softmax(policy, row)[-1] + mu * log_softmax(reference, row)[-1])
@@ -438,13 +602,21 @@ def test_mixture_samples(mu):
 
     for which, prompt in enumerate(([0, 3], [0, 5, 2])):
         rows, q = tokens[which::2].numpy(), len(prompt)
-        assert (rows[:, :q] == prompt).all() and ((lengths[which::2] == 1).numpy() == (rows[:, q] == 0)).all()
+        assert (rows[:, :q] == prompt).all() and (
+            (lengths[which::2] == 1).numpy() == (rows[:, q] == 0)
+        ).all()
         assert (rows[rows[:, q] == 0, q + 1] == PAD).all()  # nothing after the end
         first = mixture(prompt)
         assert np.abs(np.bincount(rows[:, q], minlength=10) / n - first).max() < 0.02
         likely = int(first[1:].argmax()) + 1
         second = rows[rows[:, q] == likely, q + 1]
-        assert len(second) > 500 and np.abs(np.bincount(second, minlength=10) / len(second) - mixture([*prompt, likely])).max() < 0.06
+        assert (
+            len(second) > 500
+            and np.abs(
+                np.bincount(second, minlength=10) / len(second) - mixture([*prompt, likely])
+            ).max()
+            < 0.06
+        )
 
 
 def test_online_counts_its_labels_and_answers_to_its_flags(toy, tmp_path):
@@ -455,7 +627,9 @@ def test_online_counts_its_labels_and_answers_to_its_flags(toy, tmp_path):
     assert [row["online/labels"] for row in more[1]] == [48, 96, 144] and differ(plain[2], more[2])
     assert differ(plain[2], run(toy, tmp_path / "d", online=True, reward="true")[2])
     assert "online/labels" not in run(toy, tmp_path / "e")[1][0]
-    nash = [run(toy, tmp_path / "f", online=True, loss="nash_md", mixture=mu)[2] for mu in (0.0, 1.0)]
+    nash = [
+        run(toy, tmp_path / "f", online=True, loss="nash_md", mixture=mu)[2] for mu in (0.0, 1.0)
+    ]
     assert differ(*nash)
 
 
@@ -472,7 +646,10 @@ def test_a_reward_model_that_was_not_asked_for_need_not_fit(toy, tmp_path, capsy
 def test_labels_without_pairs(prompt, toy, tmp_path):
     """Where all held-out labels are alike, or prompts differ, there is no accuracy, and the run ends well."""
     texts = ["abcdefgh"[i % 8] * 3 + str(i) for i in range(60)]
-    rows = [{"prompt": prompt % i if prompt else "", "response": text, "label": i % 20 != 3} for i, text in enumerate(texts)]
+    rows = [
+        {"prompt": prompt % i if prompt else "", "response": text, "label": i % 20 != 3}
+        for i, text in enumerate(texts)
+    ]
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert prompt or len({r.mean() for r in data.load_feedback(str(path)).test.ratings}) == 1
@@ -497,14 +674,16 @@ def test_bfloat16_online_reaches_every_weight(toy, tmp_path):
     """What autocast cast for sampling, without gradients, must not stand in for the weights in the loss."""
     before = load_file(toy / "sft" / "model" / "model.safetensors")
     _, _, after = run(toy, tmp_path, online=True, dtype="bfloat16", steps=1)
-    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    assert all(
+        not torch.equal(before[name], after[name]) for name in before if name.endswith("weight")
+    )
 
 
 def test_a_preference_model_labels(toy, tmp_path):
     """Its log-odds are of the embeddings at the last tokens, computed here from transformers' view of the saved directory."""
     from transformers import GPT2ForSequenceClassification
 
-    model = labelers.PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
+    model = PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
     model.save_pretrained(tmp_path, Tokenizer.load(toy / "sft" / "model"))
     scorer, prefer = labelers.load_labeler(str(tmp_path), None, None, tiny())
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 9], [0, 5, 9, 9], [0, 1, 2, 6]])
@@ -512,19 +691,35 @@ def test_a_preference_model_labels(toy, tmp_path):
     p = prefer(tokens, torch.ones(4, dtype=int), lengths, 2)
     theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path)
     with torch.no_grad():
-        e = [theirs(row[None, : 1 + n]).logits[0].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
+        e = [
+            theirs(row[None, : 1 + n]).logits[0].tolist()
+            for row, n in zip(tokens, lengths.tolist(), strict=True)
+        ]
     logit = [[sum(a[k] * b[k + 1] - a[k + 1] * b[k] for k in (0, 2)) for b in e] for a in e]
     expected = [[[sg(logit[i][j]) for j in (g, g + 1)] for i in (g, g + 1)] for g in (0, 2)]
     assert scorer is None and np.allclose(p.detach(), expected, atol=1e-6)
 
 
 def test_a_trained_preference_model_teaches_online(toy, tmp_path):
-    rm = {"data": "toy", "init": str(toy / "sft"), "out": str(tmp_path / "pm"), "epochs": 4, "lr": 3e-3, "delete": 0.0, "dropout": 0.0}
+    rm = {
+        "data": "toy",
+        "init": str(toy / "sft"),
+        "out": str(tmp_path / "pm"),
+        "epochs": 4,
+        "lr": 3e-3,
+        "delete": 0.0,
+        "dropout": 0.0,
+    }
     train_rm.main(train_rm.Knobs(**rm, embedding_lr=1.0, model="pairwise"))
     summary, rows, _ = run(toy, tmp_path / "dpo", reward=str(tmp_path / "pm"), online=True, steps=12, batch_size=64, lr=1e-3,
                            response_length=8, eval_samples=64)  # fmt: skip
-    samples = [json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()]
-    before, after = (np.mean(data.toy_reward([""] * len(samples), [s[when] for s in samples])) for when in ("before", "after"))
+    samples = [
+        json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()
+    ]
+    before, after = (
+        np.mean(data.toy_reward([""] * len(samples), [s[when] for s in samples]))
+        for when in ("before", "after")
+    )
     assert after > before + 0.3 and rows[-1]["online/labels"] == 12 * 32
 
 
@@ -533,7 +728,9 @@ def test_a_trained_preference_model_teaches_online(toy, tmp_path):
 
 @pytest.mark.parametrize("change", [{"group_size": 2}, {"loss_options": "lam=3"}])
 def test_flags_of_lists(change, toy, tmp_path):
-    assert differ(run(toy, tmp_path / "a", loss="pro")[2], run(toy, tmp_path / "b", loss="pro", **change)[2])
+    assert differ(
+        run(toy, tmp_path / "a", loss="pro")[2], run(toy, tmp_path / "b", loss="pro", **change)[2]
+    )
 
 
 @pytest.mark.parametrize("loss,option,value", [
@@ -570,12 +767,13 @@ def test_bad_values_of_options_and_labelers(toy, tmp_path):
 
 
 def test_the_toys_own_reward_scores_samples(toy):
-    from minirlhf.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(toy / "rm" / "model")
     scorer, prefer = labelers.load_labeler("true", data.load_feedback("toy"), tokenizer, tiny())
-    rows = [[tokenizer.eos, *tokenizer.encode("ab" + word), tokenizer.eos] for word in ("hh", "ha", "a")]
-    tokens, lengths = data.pad_rows([np.array(row) for row in rows], tokenizer.pad)
+    rows = [
+        [tokenizer.eos, *tokenizer.encode("ab" + word), tokenizer.eos] for word in ("hh", "ha", "a")
+    ]
+    tokens, lengths = pad_rows([np.array(row) for row in rows], tokenizer.pad)
     scores = scorer(tokens, torch.full((3,), 3), lengths - 3)
     assert np.allclose(scores, [4, 0, -4])
     p = prefer(tokens[:2], torch.full((2,), 3), lengths[:2] - 3, 2)

@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 
-from minirlhf import decode_kernels, kernels
+from minirlhf import kernels
+from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.kernels import decoding as decode_kernels
+from minirlhf.sampling import generate
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install triton")
-pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="needs TRITON_INTERPRET=1; on a GPU see test_gpu.py")
+pytestmark = pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="needs TRITON_INTERPRET=1; on a GPU see test_gpu.py"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +24,9 @@ def use_triton(monkeypatch):
 def head(N, C, V, std, dtype=torch.float32, seed=0):
     """hidden, weight, targets with logits of standard deviation std; targets in the first and the last tile."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = (torch.randn(N, C, generator=generator) * std / math.sqrt(C)).to(dtype).requires_grad_()
+    hidden = (
+        (torch.randn(N, C, generator=generator) * std / math.sqrt(C)).to(dtype).requires_grad_()
+    )
     weight = torch.randn(V, C, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), generator=generator)
     targets[0], targets[-1] = 0, V - 1
@@ -63,9 +70,17 @@ def test_equal_logits_no_rows_and_a_tied_weight():
 
 def test_chunks_do_not_change_the_gradient(monkeypatch):
     hidden, weight, targets = head(19, 32, 100, 3.0)
-    whole = torch.autograd.grad(kernels.token_logprobs(hidden, weight, targets).sum(), (hidden, weight))
+    whole = torch.autograd.grad(
+        kernels.token_logprobs(hidden, weight, targets).sum(), (hidden, weight)
+    )
     monkeypatch.setitem(kernels.CHUNK, "cpu", 700)  # 7 rows
-    for a, b in zip(torch.autograd.grad(kernels.token_logprobs(hidden, weight, targets).sum(), (hidden, weight)), whole, strict=True):
+    for a, b in zip(
+        torch.autograd.grad(
+            kernels.token_logprobs(hidden, weight, targets).sum(), (hidden, weight)
+        ),
+        whole,
+        strict=True,
+    ):
         assert relative(a, b) < 1e-6
 
 
@@ -91,7 +106,9 @@ def test_logprob_from_logits(V, dtype, std, temperature, grad_tolerance):
     expected = (logits.double() / temperature).log_softmax(1)[torch.arange(6), targets]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-5)
     upstream = torch.linspace(-1, 2, 6)
-    ours, theirs = (torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected))
+    ours, theirs = (
+        torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (got, expected)
+    )
     assert ours.dtype == dtype and relative(ours, theirs) < grad_tolerance
     assert kernels.logprob_from_logits(logits[:0], targets[:0]).shape == (0,)
 
@@ -99,18 +116,32 @@ def test_logprob_from_logits(V, dtype, std, temperature, grad_tolerance):
 def test_targets_with_a_stride():
     hidden, weight, targets = head(7, 32, 100, 1.0)
     strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
-    assert torch.equal(kernels.token_logprobs(hidden, weight, strided), kernels.token_logprobs(hidden, weight, targets))
+    assert torch.equal(
+        kernels.token_logprobs(hidden, weight, strided),
+        kernels.token_logprobs(hidden, weight, targets),
+    )
     logits = hidden @ weight.t()
-    assert torch.equal(kernels.logprob_from_logits(logits, strided), kernels.logprob_from_logits(logits, targets))
+    assert torch.equal(
+        kernels.logprob_from_logits(logits, strided), kernels.logprob_from_logits(logits, targets)
+    )
 
 
 def test_torch_compile_takes_the_operators_whole():
     hidden, weight, targets = head(6, 32, 50, 1.0)
-    compiled = torch.compile(lambda h, w: kernels.token_logprobs(h, w, targets) * 2, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(hidden, weight), 2 * kernels.token_logprobs(hidden, weight, targets))
+    compiled = torch.compile(
+        lambda h, w: kernels.token_logprobs(h, w, targets) * 2, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(
+        compiled(hidden, weight), 2 * kernels.token_logprobs(hidden, weight, targets)
+    )
     given = torch.randn(6, 50, requires_grad=True)
-    compiled = torch.compile(lambda z: kernels.logprob_from_logits(z, targets).sum(), fullgraph=True, backend="aot_eager")
-    ours, theirs = (torch.autograd.grad(f(given), given)[0] for f in (compiled, lambda z: kernels.logprob_from_logits(z, targets).sum()))
+    compiled = torch.compile(
+        lambda z: kernels.logprob_from_logits(z, targets).sum(), fullgraph=True, backend="aot_eager"
+    )
+    ours, theirs = (
+        torch.autograd.grad(f(given), given)[0]
+        for f in (compiled, lambda z: kernels.logprob_from_logits(z, targets).sum())
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -159,12 +190,14 @@ def test_sampler_noise_is_the_rows():
         assert torch.equal(part, tokens[first:])
     flat = torch.zeros(40, 50)  # nothing but noise
     rows, steps = (decode_kernels.sample_logits(flat, 1.0, seed, one * step)[0] for step in (1, 2))
-    assert not torch.equal(rows[1:], steps[:-1]) and not torch.equal(rows, steps) and len(rows.unique()) > 15
+    assert (
+        not torch.equal(rows[1:], steps[:-1])
+        and not torch.equal(rows, steps)
+        and len(rows.unique()) > 15
+    )
 
 
 def test_a_rows_sample_is_its_own():
-    from minirlhf.gpt import GPT, GPTConfig
-    from minirlhf.sampling import generate
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 32, 1, 2, 32)).eval()
@@ -172,7 +205,16 @@ def test_a_rows_sample_is_its_own():
 
     def sampled(rows, first_row):
         generator = torch.Generator().manual_seed(5)
-        return generate(model, prompts[rows], lengths[rows], 4, eos=-1, pad=0, generator=generator, first_row=first_row)
+        return generate(
+            model,
+            prompts[rows],
+            lengths[rows],
+            4,
+            eos=-1,
+            pad=0,
+            generator=generator,
+            first_row=first_row,
+        )
 
     whole = sampled(slice(0, 6), 0)
     for rows in (slice(0, 2), slice(2, 6), slice(5, 6)):
@@ -186,7 +228,9 @@ def test_sampler_over_several_splits_and_greedy():
     one = torch.ones(1, dtype=torch.int64)
     tokens, logprobs = decode_kernels.sample_logits(logits, 0, one, one)
     assert torch.equal(tokens, logits.argmax(1))
-    torch.testing.assert_close(logprobs, logits.double().log_softmax(1)[torch.arange(3), tokens].float())
+    torch.testing.assert_close(
+        logprobs, logits.double().log_softmax(1)[torch.arange(3), tokens].float()
+    )
     peaked = logits.clone()
     peaked[:, 4500] = 100.0
     assert (decode_kernels.sample_logits(peaked, 1.0, one, one)[0] == 4500).all()
@@ -194,8 +238,6 @@ def test_sampler_over_several_splits_and_greedy():
 
 def test_generation_is_a_loop_that_recomputes_everything():
     """The whole decoder by Triton kernels: greedy tokens, and log-probs of sampled ones."""
-    from minirlhf.gpt import GPT, GPTConfig
-    from minirlhf.sampling import generate
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 32, 2, 2, 32)).eval()

@@ -13,12 +13,13 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from minirlhf import parallel, runtime
-from minirlhf.checkpoint import State, atomic_write, finished, json_line, lock, write_json
-from minirlhf.runtime import UserError, versions
+from minirlhf.engine import machine, parallel
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import atomic_write, finished, json_line, lock, write_json
+from minirlhf.engine.machine import versions
+from minirlhf.engine.states import State
 
 
 class Run:
@@ -92,7 +93,7 @@ class Run:
         before = {number: signal.signal(number, catch) for number in own}
         try:
             for step in range(self.first, len(self.plan)):
-                runtime.seed_everything(self.knobs.seed, step)
+                machine.seed_everything(self.knobs.seed, step)
                 yield step, self.plan[step]
                 done, stop = step + 1, parallel.any_process(bool(caught), self.device)
                 if stop or done == len(self.plan) or (self.knobs.save_every and done % self.knobs.save_every == 0):
@@ -101,7 +102,7 @@ class Run:
                     self.close()
                     print(f"stopped after {done} of {len(self.plan)} steps; saved in {self.state.folder}: go on with --resume", flush=True)
                     raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
-            runtime.seed_everything(self.knobs.seed, len(self.plan))
+            machine.seed_everything(self.knobs.seed, len(self.plan))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -136,35 +137,6 @@ class Run:
 
     def say(self, text=""):
         tqdm.write(text, file=sys.stdout)
-
-    def compare(self, before, after, earlier, more=None):
-        """Ends a run that tuned a policy: answers to the same prompts before and after, side by side, and their figures.
-
-        `earlier` are the summaries of the stages before, for the figures to stand beside, `more` this run's own. Returns the summary.
-        """
-        rows = [{"prompt": b.prompt, "before": b.response, "after": a.response, "score_before": b.score, "score_after": a.score}
-                for b, a in zip(before, after, strict=True)]  # fmt: skip
-        self.samples(rows)
-        old, new = answer_figures(before), answer_figures(after)
-        figures = {key: value for key, value in earlier.items()
-                   if key.startswith("eval/") and not key.endswith(("_before", "_after", "implicit_accuracy"))}  # fmt: skip
-        figures |= {f"{key}_before": value for key, value in old.items()} | {f"{key}_after": value for key, value in new.items()}
-        summary = self.finish(figures | (more or {}) | {"data": self.knobs.data})
-        print("\nsix held-out prompts, answered by the base model and by the policy")
-        for row in rows[:6]:
-            print(f"\n  prompt  {row['prompt']!r}\n  before  {row['before']!r}  ({row['score_before']:+.2f})"
-                  f"\n  after   {row['after']!r}  ({row['score_after']:+.2f})")  # fmt: skip
-        print()
-        if "eval/perplexity" in figures:
-            print(f"base model     perplexity {figures['eval/perplexity']:.1f} on held-out texts")
-        if "eval/accuracy" in figures:
-            print(f"reward model   orders {figures['eval/accuracy']:.3f} of the test pairs as people do"
-                  + (f"; one person does {figures['eval/human_ceiling']:.3f}" if "eval/human_ceiling" in figures else ""))  # fmt: skip
-        print(f"{f'policy, {len(rows)} held-out prompts':<40} {'before':>8} {'after':>8}")
-        for key in old:
-            print(f"  {key.removeprefix('eval/'):<38} {old[key]:>8.3f} {new[key]:>8.3f}")
-        print(f"{summary['seconds']:.0f} s; left in {self.out}")
-        return summary
 
     def samples(self, rows):
         if not self.writes:
@@ -215,25 +187,3 @@ class Run:
         figure.supxlabel("step", fontsize=8)
         with atomic_write(self.out / "curves.png") as tmp:
             figure.savefig(tmp, format="png", dpi=110)
-
-
-def answer_figures(answers):
-    """Means over sampled answers; VADER (Hutto and Gilbert 2014), a rule-based rater of sentiment from -1 to 1, where installed."""
-    figures = {
-        "eval/score": float(np.mean([a.score for a in answers])), "eval/kl": float(np.mean([a.kl for a in answers])),
-        "eval/response_length": float(np.mean([a.tokens for a in answers])),
-        "eval/distinct_bigrams": distinct_bigrams([a.response for a in answers]),
-    }  # fmt: skip
-    figures = {key: value for key, value in figures.items() if value == value}  # without a scorer there is no score
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        return figures
-    judge = SentimentIntensityAnalyzer()
-    return figures | {"eval/vader": float(np.mean([judge.polarity_scores(a.prompt + a.response)["compound"] for a in answers]))}
-
-
-def distinct_bigrams(texts):
-    """Distinct over all pairs of neighbouring words in all texts together: it falls when a policy collapses."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))

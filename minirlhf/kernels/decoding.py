@@ -3,14 +3,11 @@
 Left out: top-k in the fused sampler.
 """
 
+
 import torch
 import torch.nn.functional as F
 
-from minirlhf.kernels import fused, jit, tl, triton
-
-# The sampler: Gumbel-max (the index of the largest z + g is a sample of softmax z, for g = -log(-log u)). A program owns a split of a row
-# and reads it once: temperature, noise, maximum and log-sum-exp together; a second kernel puts a row's splits together.
-# Reads 4 V bytes a row, writes five numbers a split.
+from minirlhf.kernels.logprobs import fused, jit, tl, triton
 
 
 def sample_logits(logits, temperature, seed, step):
@@ -68,9 +65,6 @@ def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, siz
     tl.store(logprob_ptr + row, tl.sum(tl.where(at == best, z, 0.0), 0) - lse)
 
 
-# Its twin draws by inverse transform.
-
-
 def sample(logits, temperature, top_k, noise):
     """The next token (B,) by logits (B, V) and noise (B, 2) in [0, 1), and its log-prob (B,) in the distribution it was drawn from."""
     if temperature not in (0, 1):
@@ -96,13 +90,6 @@ def inverse_transform(weights, u):
     """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1) of their sum."""
     cumulated = weights.cumsum(1, dtype=torch.float64)
     return torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
-
-
-# The attention of one decoding step: a program owns a head of a row, puts its key and value into the cache and reads the
-# slots before them, with a running maximum and sum as above. It reads what is filled, 2 p D numbers, not the whole cache.
-#
-#     cache of a head   [ k k k k k k . . . . ]      p = 6: slots 0..5 are read, slot 6 is written, its k and v are at hand
-#                         block    block
 
 
 def decode_attention(qkv, cache, positions, mask):

@@ -1,107 +1,22 @@
-"""What lies on disk is whole or absent: atomic writes, states to resume from, locks, and which directories hold a finished run.
+"""States to resume from: one safetensors file with JSON in its header; nothing pickles, and nothing unpickles."""
 
-A state is one safetensors file with JSON in its header: nothing here pickles, and nothing unpickles.
-"""
-
-import contextlib
 import hashlib
 import json
-import math
-import os
-import socket
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from minirlhf import parallel
-from minirlhf.records import parse_json, read_json
-from minirlhf.runtime import UserError, parameters_of
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yields a temporary path beside `path` and moves it into place on success: after a crash, too, a file is whole or absent."""
-    path = Path(path)
-    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        yield tmp
-        sync(tmp)
-        os.replace(tmp, path)
-        sync(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def save_tensors(tensors, path, metadata):
-    """A safetensors file, whole or not at all. Raises OSError where it cannot be written."""
-    with atomic_write(path) as tmp:
-        try:
-            save_file(tensors, tmp, metadata=metadata)
-        except SafetensorError as e:  # a full disk
-            raise OSError(f"{path} could not be written ({e})") from None
-
-
-def sync(path):
-    """Waits until a file, or what names a directory has, is on the disk."""
-    if os.name == "posix" or Path(path).is_file():
-        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def json_line(row, **options):
-    """A dict as JSON, with null for a number that is not one: NaN is no JSON."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps(row, ensure_ascii=False, **options) + "\n"
-
-
-def write_json(path, data):
-    with atomic_write(path) as tmp:
-        tmp.write_text(json_line(data, indent=2), encoding="utf-8")
-
-
-def finished(directory):
-    """The summary of the run in a directory, or None when no run ended there with its model in place."""
-    directory = Path(directory)
-    if not (directory / "model" / "model.safetensors").exists() or not (directory / "summary.json").exists():
-        return None
-    summary = read_json(directory / "summary.json")
-    if not isinstance(summary, dict) or "data" not in summary:
-        raise UserError(f"{directory}/summary.json: not the summary of a run; delete {directory} to make it again")
-    return summary
-
-
-def lock(directory):
-    """A file that this process alone may hold open, until it ends. Raises UserError when another one writes in the directory."""
-    file = open(directory / "lock", "a+")  # noqa: SIM115  open as long as the lock
-    if fcntl:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            who = file.read().strip()
-            raise UserError(f"{directory.parent}: another run is writing here ({who}): wait for it, or give another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
-# States
-
+from minirlhf.engine import parallel
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import json_line, parse_json, save_tensors
+from minirlhf.engine.optim import parameters_of
 
 MAY_DIFFER = {"out", "resume", "save_every", "on_nonfinite", "device", "shard", "compile", "micro_batch", "eval_samples"}
+
+
 MAY_DIFFER |= {"data", "init", "reward"}  # of these the content counts
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minirlhf.runtime import UserError, pick_device
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.machine import pick_device
 
 
 def start(name):

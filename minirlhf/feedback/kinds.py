@@ -3,9 +3,10 @@
 Left out: thumbs that mean different things from one prompt to another.
 """
 
+
 import numpy as np
 
-from minirlhf.runtime import UserError
+from minirlhf.engine.cli import UserError
 
 
 def thumbs(items):

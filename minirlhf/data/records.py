@@ -6,19 +6,12 @@ Left out: other file formats; dialogues keep the plain-text form of Bai et al. 2
 """
 
 import gzip
-import io
-import json
 import os
 import re
-import tarfile
 import zlib
-from collections import Counter
 
-import numpy as np
-
-from minirlhf.runtime import UserError
-
-LIMIT = 2**26  # bytes of a line, of a JSON file, and of what an archive holds
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import LIMIT, number_of, parse_json, shown
 
 
 def read_lines(path):
@@ -40,36 +33,6 @@ def read_lines(path):
         raise UserError(f"{path}: not readable{' as gzip' if path.suffix == '.gz' else ''}: {e}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line {number}: not UTF-8: {e}") from None
-
-
-def read_json(path):
-    """What a JSON file says. Raises FileNotFoundError, or UserError as in `parse_json` and for a file over LIMIT."""
-    with open(path, "rb") as file:
-        text = file.read(LIMIT + 1)
-    if len(text) > LIMIT:
-        raise UserError(f"{path}: over {LIMIT >> 20} MiB, which no such file needs")
-    return parse_json(text, f"{path} is broken")
-
-
-def parse_json(text, where):
-    """What JSON, a str or bytes, says. Raises UserError for what is not JSON or too deep, and for a key twice in one object."""
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:  # ValueError: not UTF-8, or an integer of thousands of digits, too
-        raise UserError(f"{where}: not JSON: {e}".replace(": line 1 column", ": column")) from None
-
-
-def unique(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} twice in one object")
-    return found
-
-
-def shown(value):
-    """A value out of JSON, in an error message: its start, or its kind where it may be nested."""
-    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else json.dumps(value)[:60]
 
 
 def parse_record(line, where):
@@ -117,12 +80,6 @@ def parse_record(line, where):
     )
 
 
-def number_of(value, where, key):
-    if type(value) not in (int, float) or not abs(value) < 1e300:
-        raise UserError(f"{where}: {key}: expected a finite number, found {shown(value)}")
-    return float(value)
-
-
 def text_of(value, where, key):
     """A string as it is; a list of messages as a dialogue in the form of Bai et al. 2022."""
     if isinstance(value, str):
@@ -142,62 +99,3 @@ def shared_prefix(chosen, rejected):
     prefix = os.path.commonprefix([chosen, rejected])
     turn = prefix.rfind("\n\nAssistant:")
     return prefix[: turn + len("\n\nAssistant:")] if turn >= 0 else prefix[: prefix.rfind(" ") + 1].rstrip()
-
-
-def read_reviews(path, inner, folder):
-    """({id: snippet}, {id: its ratings (n,)}, [other sentences]) of an archive of the reviews: `inner` is the archive inside, `folder` the
-    place of the tables in it. Raises UserError that names table and line."""
-    texts, rates = (f"{folder}movieReviewSnippets_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings"))
-    others = [f"{folder}{kind}_GroundTruth.txt" for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")]
-    files = unpack(io.BytesIO(unpack(path, [inner], path)[inner]), [texts, rates, *others], path)
-
-    def table(name, columns):
-        """(place, first column, last column) of each line that is not blank."""
-        text = files[name].decode("utf-8" if "movie" in name else "latin-1", errors="replace")
-        for number, line in enumerate(text.split("\n"), 1):
-            row, where = line.rstrip("\r").split("\t"), f"{path}: {name}, line {number}"
-            if line.strip() and len(row) != columns:
-                raise UserError(f"{where}: expected {columns} columns between tabs, found {len(row)}")
-            if line.strip():
-                yield where, row[0], row[-1]
-
-    def by_number(name, columns):
-        """{number: (place, last column)}."""
-        rows = {}
-        for where, number, last in table(name, columns):
-            if not re.fullmatch("[0-9]{1,9}", number) or int(number) in rows:
-                raise UserError(f"{where}: expected a number of its own, found {number[:60]!r}")
-            rows[int(number)] = where, last
-        return rows
-
-    snippets, ratings = by_number(texts, 3), by_number(rates, 4)
-    for i, (where, last) in (snippets | ratings).items():
-        if i not in snippets or i not in ratings:
-            raise UserError(f"{where}: {i} is in only one of the tables of snippets and of ratings")
-        given = parse_json(last, where)
-        if not isinstance(given, list) or not given or not all(type(r) in (int, float) and -4 <= r <= 4 for r in given):
-            raise UserError(f"{where}: expected a list of ratings from -4 to 4")
-        ratings[i] = np.array(given)
-    return {i: text.strip() for i, (_, text) in snippets.items()}, ratings, [text.strip() for name in others for *_, text in table(name, 3)]
-
-
-def unpack(file, names, path):
-    """{name: bytes} of these files in a gzipped tar archive. Raises UserError, also where they are links, devices or folders, or a bomb."""
-    found = {}
-    with gzip.open(file) as packed:
-        try:
-            raw = packed.read(LIMIT + 1)
-            if len(raw) > LIMIT:
-                raise ValueError(f"it unpacks to over {LIMIT >> 20} MiB")
-            with tarfile.open(fileobj=io.BytesIO(raw), mode="r|") as archive:  # as a stream, which a negative size cannot send back
-                for member in archive:
-                    if member.name in names:
-                        if not member.isreg() or member.issparse() or member.size < 0 or member.name in found:
-                            raise ValueError(f"{member.name} is not one plain file")
-                        found[member.name] = archive.extractfile(member).read()
-            missing = [name for name in names if name not in found]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
-        except Exception as e:  # broken bytes raise nearly anything in tarfile
-            raise UserError(f"{path}: not the archive of the reviews: {str(e)[:200]}") from None
-    return found

@@ -18,19 +18,24 @@ TorchTrainer(lambda: train_ppo.main(train_ppo.Knobs(...)), scaling_config=...), 
 
 from dataclasses import dataclass, replace
 
-from minirlhf import kernels, runtime
+from minirlhf import kernels
+from minirlhf.engine import cli
+from minirlhf.engine.cli import UserError, knob
 from minirlhf.gpt import GPTConfig
-from minirlhf.runtime import UserError, knob
 
 SIZES = {name: GPTConfig(50257, *sizes) for name, *sizes in (  # context, layers, heads, width
     ("gpt2", 1024, 12, 12, 768), ("gpt2-medium", 1024, 24, 16, 1024), ("gpt2-large", 1024, 36, 20, 1280),
     ("gpt2-xl", 1024, 48, 25, 1600), ("3b", 2048, 36, 32, 2560), ("7b", 2048, 32, 32, 4096))}  # fmt: skip
+
+
 MODELS = {"sft": (1, 0), "rm": (1, 1), "ppo": (2, 2), "dpo": (1, 1)}  # trained and frozen: ppo trains policy and critic
+
+
 EPOCHS, MINIBATCHES, DROPOUT, GIB = 2, 2, 0.2, 2**30  # defaults of ppo, ppo and rm
 
 
 @dataclass
-class Knobs(runtime.Ranges):
+class Knobs(cli.Ranges):
     plan: str = knob("gpt2", f"{', '.join(SIZES)}; vocabulary,context,layers,heads,width; or all: a table of all, on 1, 8, 64 GPUs")
     gpus: int = knob(1, "GPUs, in nodes of 8", least=1)
     shard: bool = knob(False, "divide weights, gradients and optimizer states among the GPUs")

@@ -4,13 +4,16 @@ Left out: a pool of earlier policies as opponents; a choice of which comparison 
 are short.
 """
 
+
 import numpy as np
 import torch
 
-from minirlhf import data, parallel
-from minirlhf.batches import Rows, all_logps
-from minirlhf.decode_kernels import draw
-from minirlhf.sampling import before_response, generate, generate_all, row_noise
+from minirlhf.data import all_logps
+from minirlhf.engine import parallel
+from minirlhf.engine.decoding import row_noise
+from minirlhf.engine.rows import Rows, pad_rows
+from minirlhf.kernels.decoding import draw
+from minirlhf.sampling import before_response, generate, generate_all
 
 
 def win_rates(preferences):
@@ -28,7 +31,7 @@ def own_batch(policy, reference, prefer, tokenizer, kind, knobs, prompts):
     and compares its share of the prompts.
     """
     n, R, device = len(prompts), knobs.response_length, policy.wte.weight.device
-    tokens, lengths = data.pad_rows(prompts, tokenizer.pad, device)  # (n, Q), (n,)
+    tokens, lengths = pad_rows(prompts, tokenizer.pad, device)  # (n, Q), (n,)
     mine, _ = parallel.share(n)
     K, options = 2 if kind == "nash_md" else knobs.samples, {"eos": tokenizer.eos, "pad": tokenizer.pad, "first_row": int(mine[0])}
     if kind == "nash_md":
@@ -56,7 +59,7 @@ def own_batch(policy, reference, prefer, tokenizer, kind, knobs, prompts):
 def own_answers(policy, rows, K, response_length):
     """K samples of the policy to the prompt of each row, in turn: Rows (N K)."""
     prompts = [row[:p] for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(K)]
-    tokens, lengths = data.pad_rows(prompts, rows.pad, rows.device)
+    tokens, lengths = pad_rows(prompts, rows.pad, rows.device)
     sampled = generate_all(policy, tokens, lengths, response_length, eos=int(prompts[0][0]), pad=rows.pad)
     return Rows.sampled(sampled.tokens, lengths, sampled.response_lengths, rows.pad)
 

@@ -4,50 +4,20 @@ Left out, so far: people, judge models, rules.
 """
 
 import importlib
-import math
 import runpy
 import sys
 from functools import partial
 
 import torch
 
-from minirlhf import sft
-from minirlhf.gpt import GPTConfig, HeadedGPT
-from minirlhf.runtime import UserError
-from minirlhf.weights import expect_kind, load_strictly, local_directory, read_config, read_directory
-
-
-class PreferenceModel(HeadedGPT):
-    """The general preference model of Zhang et al. 2024 (arXiv 2410.02197): P(a preferred to b) without a score of a or b.
-
-    Each response has an embedding of `dim` = 2k numbers, and logit(a, b) = sum_i a_2i b_2i+1 - a_2i+1 b_2i: k planes, in each of which
-    a beats what lies up to half a turn ahead of it. So logit(b, a) = -logit(a, b), and circles of preference can be held. The head's
-    standard deviation makes fresh logits of independent unit-variance hidden states have one near 1. Raises ValueError for an odd dim.
-    """
-
-    def __init__(self, config, dim=8):
-        if dim < 2 or dim % 2:
-            raise ValueError(f"dim {dim}: expected an even number, two for each plane")
-        super().__init__(config, dim, dim**-0.25 / math.sqrt(config.n_embd + 1))
-
-    def embed(self, idx, lengths):
-        """The embedding (B, dim) of each row: the head at its last real token."""
-        hidden = self.transformer.hidden(idx, lengths=lengths)
-        return self.score(hidden[torch.arange(len(idx), device=idx.device), lengths - 1])
-
-    def logit(self, a, b):
-        """The log-odds that a is preferred to b: (...) of embeddings (..., dim), which broadcast."""
-        return (a[..., ::2] * b[..., 1::2] - a[..., 1::2] * b[..., ::2]).sum(-1)
-
-    def save_pretrained(self, directory, tokenizer=None):
-        self.save(directory, {}, tokenizer)
-
-    @classmethod
-    def from_pretrained(cls, directory, *, dropout=0.0):
-        """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
-        sizes, weights, _ = read_directory(directory)
-        dim = expect_kind("preference model", directory, weights)
-        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), dim), weights, directory)
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.weights import (
+    local_directory,
+    model_directory,
+    read_config,
+)
+from minirlhf.feedback.preference_model import PreferenceModel
+from minirlhf.gpt import RewardModel
 
 
 def load_labeler(source, feedback, tokenizer, base):
@@ -65,7 +35,7 @@ def load_labeler(source, feedback, tokenizer, base):
             return rate(tokens, prompt_lengths, response_lengths)[:, 0]
 
     else:
-        config = local_directory(sft.model_directory(source)) / "config.json"
+        config = local_directory(model_directory(source)) / "config.json"
         if config.is_file() and read_config(config.parent).get("num_labels", 1) > 1:
             model = PreferenceModel.from_pretrained(config.parent).to(base.wte.weight.device).eval()
 
@@ -75,7 +45,7 @@ def load_labeler(source, feedback, tokenizer, base):
                 return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
 
             return None, prefer
-        rm = sft.load_reward_model(source, tokenizer, base)
+        rm = load_reward_model(source, tokenizer, base)
 
         def scorer(tokens, prompt_lengths, response_lengths):
             return rm(tokens, prompt_lengths + response_lengths, prompt_lengths).float()
@@ -120,3 +90,12 @@ def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_len
     if [s.shape for s in scores] != [(n,) for n in expected] or not all(s.isfinite().all() for s in scores):
         raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
     return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)
+
+
+def load_reward_model(path, tokenizer, base):
+    """The reward model of a run or a directory, on the base model's device. Raises UserError when the two do not fit together."""
+    rm = RewardModel.from_pretrained(model_directory(path)).to(base.wte.weight.device).eval()
+    if rm.config.vocab_size != tokenizer.vocab_size or rm.config.n_ctx < base.config.n_ctx:
+        raise UserError(f"reward model {path}: vocabulary {rm.config.vocab_size} and context {rm.config.n_ctx}, but the base model "
+                        f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model")  # fmt: skip
+    return rm

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from minirlhf.runtime import products
+from minirlhf.engine.machine import products
 
 try:
     import triton
@@ -25,10 +25,15 @@ try:
 except ImportError:  # then the twins do everything
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
+
 # Logits held at a time: 29 MB in fp32, as the C library keeps an array of up to 32 for the next step, and fresh pages cost as much as a
 # matrix product (KEEP such parts stay for backward); 512 MB in bf16 on a GPU.
 CHUNK, KEEP = {"cpu": 7 << 20, "cuda": 1 << 28}, 4
+
+
 MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8: a matrix product of bf16 operands that keeps its fp32 sums
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
 
 
@@ -190,16 +195,6 @@ def backward(ctx, grad, *_):
 
 token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)
 
-# Forward without logits. A program owns BM rows and walks over one split of the vocabulary, BN columns a tile:
-#
-#                  vocabulary ->
-#            split 0          split 1            each tile: acc (BM, BN) += hidden (BM, BK) @ weight (BN, BK).T over C / BK steps,
-#   rows  [ >tile>tile> ] [ >tile>tile> ]        then for each row  m' = max(m, max z),  s = s exp(m - m') + sum exp(z - m')
-#     |   [ >tile>tile> ] [ >tile>tile> ]        and z at the target where it lies in the tile
-#     v
-# Reads hidden (N, C) once a tile (from the cache) and weight (V, C) once per BM rows; writes three floats a row and split.
-# With the entropy there is a fourth: t, the sum of exp(z - m) z. The splits are put together by a few small PyTorch operations.
-
 
 def fused_forward(hidden, weight, targets, temperature, entropy):
     """Log-probs, log-sum-exp and entropy (or an empty tensor) of hidden (N, C) and weight (V, C)."""
@@ -268,10 +263,6 @@ def split_logsumexp(h_ptr, w_ptr, target_ptr, m_ptr, s_ptr, z_ptr, t_ptr, N, V, 
         tl.store(t_ptr + out, t, mask=rows < N)
 
 
-# Backward makes the same tiles again, one program each, and turns them into d_logits before they leave the registers:
-# reads hidden and weight, writes d_logits (rows of a chunk, V) in the type of the two matrix products that follow.
-
-
 def fused_d_logits(hidden, weight, lse, targets, scale, temperature, V):
     """scale * (onehot - softmax) of hidden (n, C) @ weight (W, C).T / temperature: (n, W), 0 from column V on."""
     (N, C), W = hidden.shape, len(weight)
@@ -307,93 +298,3 @@ def d_logits_kernel(h_ptr, w_ptr, lse_ptr, target_ptr, scale_ptr, out_ptr, N, V,
     p = tl.where((cols < V)[None], tl.exp(acc * inverse_temperature - lse[:, None]), 0.0)
     d = (tl.where(cols[None] == target[:, None], 1.0, 0.0) - p) * scale[:, None]
     tl.store(out_ptr + rows[:, None] * W + cols[None], d.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < W)[None])
-
-
-# Given logits, for code that has them: a program owns a row, reads it once in blocks, and keeps a running maximum and sum in each lane
-#
-#     row  [ block > block > block > . . ]     m, s (BLOCK,)  ->  lse = max m + log sum s exp(m - max m)
-# Backward reads it again and writes the gradient: 2 reads and 1 write of (N, V), where log_softmax, gather and their backward take 8.
-
-
-def logprob_from_logits(logits, targets, *, temperature=1.0):
-    """log softmax(logits / temperature) at `targets`: (N,) fp32 (float64 for float64), of logits (N, V), differentiable in them, and
-    targets (N,) int. Raises ValueError for a temperature that is not positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: expected a positive number")
-    if fused(logits) and logits.dtype != torch.float64:
-        return logprob_from_logits_op(logits.contiguous(), targets.contiguous(), float(temperature))[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets.long(), reduction="none", ignore_index=-(1 << 40))
-
-
-@torch.library.custom_op("minirlhf::logprob_from_logits", mutates_args=(),
-                         schema="(Tensor z, Tensor targets, float temperature) -> (Tensor, Tensor)")  # fmt: skip
-def logprob_from_logits_op(logits, targets, temperature):
-    """Log-probs and log-sum-exp (N,)."""
-    logprobs, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    V = logits.shape[1]
-    row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=min(4096, triton.next_power_of_2(V)))
-    return logprobs, lse
-
-
-@torch.library.custom_op("minirlhf::logprob_from_logits_backward", mutates_args=(),
-                         schema="(Tensor z, Tensor targets, float temperature, Tensor grad, Tensor lse) -> Tensor")  # fmt: skip
-def logprob_from_logits_backward_op(logits, targets, temperature, grad, lse):
-    d_logits = torch.empty_like(logits)
-    V, scale = logits.shape[1], 1 / temperature
-    row_gradient[(len(logits),)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=min(4096, triton.next_power_of_2(V)))
-    return d_logits
-
-
-@logprob_from_logits_op.register_fake
-def _(logits, targets, temperature):
-    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-
-
-@logprob_from_logits_backward_op.register_fake
-def _(logits, targets, temperature, grad, lse):
-    return torch.empty_like(logits)
-
-
-def save_logits(ctx, inputs, output):
-    logits, targets, ctx.temperature = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-def logits_backward(ctx, grad, _):
-    logits, targets, lse = ctx.saved_tensors
-    return logprob_from_logits_backward_op(logits, targets, ctx.temperature, grad.contiguous(), lse), None, None
-
-
-logprob_from_logits_op.register_autograd(logits_backward, setup_context=save_logits)
-
-
-@jit
-def row_logsumexp(z_ptr, target_ptr, logprob_ptr, lse_ptr, V, scale, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)  # a running maximum and sum in each lane
-    s = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * scale
-        larger = tl.maximum(m, z)
-        s = tl.where(larger == float("-inf"), 0.0, s * tl.exp(m - larger) + tl.exp(z - larger))
-        m = larger
-    largest = tl.max(m, 0)
-    lse = largest + tl.log(tl.sum(s * tl.exp(m - largest), 0))
-    at_target = tl.load(z_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32) * scale
-    tl.store(lse_ptr + row, lse)
-    tl.store(logprob_ptr + row, at_target - lse)
-
-
-@jit
-def row_gradient(z_ptr, target_ptr, grad_ptr, lse_ptr, out_ptr, V, scale, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
-    grad = tl.load(grad_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32) * scale
-        d = grad * (tl.where(cols == target, 1.0, 0.0) - tl.exp(z - lse))
-        tl.store(out_ptr + row * V + cols, d.to(out_ptr.dtype.element_ty), mask=cols < V)

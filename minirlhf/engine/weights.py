@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minirlhf import parallel
-from minirlhf.checkpoint import atomic_write, save_tensors
-from minirlhf.records import read_json, shown
-from minirlhf.runtime import UserError
+from minirlhf.engine import parallel
+from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import atomic_write, read_json, save_tensors, shown
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -136,3 +135,9 @@ def load_strictly(model, weights, source):
         raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0][:200]} ({len(wrong)} such problems)")
     model.load_state_dict(weights)
     return model
+
+
+def model_directory(path):
+    """The model directory of a run, or the directory or hub name as it is."""
+    inner = Path(path) / "model"
+    return inner if inner.is_dir() else path

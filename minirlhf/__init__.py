@@ -1,0 +1,1 @@
+"""RLHF for language models, small enough to read: README.md is the way in."""

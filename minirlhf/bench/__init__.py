@@ -1,0 +1,1 @@
+"""Speed beside peers and roofs, and memory plans."""

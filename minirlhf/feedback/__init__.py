@@ -1,0 +1,1 @@
+"""Who prefers, and how they say it."""

@@ -1,0 +1,1 @@
+"""A policy's own samples against one another."""
