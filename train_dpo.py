@@ -59,13 +59,13 @@ LOSSES = dpo.KINDS | THUMBS | LISTS | {"nash_md": dpo.nash_md_loss}
 PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 
 
-@dataclass
-class Knobs(cli.Ranges):
-    data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
-    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
+@dataclass(kw_only=True)
+class Knobs(cli.RunKnobs):
+    data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)", free=True)
     reward: str = knob("", "reward or preference model that labels online samples and scores samples before and after: a run, a directory, "
-                           "or true: the toy's own (default: rm beside --out, made if missing with --online)")  # fmt: skip
-    out: str = knob("runs/dpo", "run directory")
+                           "or true: the toy's own (default: rm beside --out, made if missing with --online)", free=True)  # fmt: skip
+    out: str = knob("runs/dpo", "run directory", free=True)
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", sft.OVERLONG)
     loss: str = knob("sigmoid", "pairs: " + ", ".join(dpo.KINDS) + "; thumbs: kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
                      (*LOSSES, *dpo.ALIASES))  # fmt: skip
@@ -81,20 +81,11 @@ class Knobs(cli.Ranges):
     epochs: int = knob(3, "passes over the responses, stored ones", least=1)
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts", least=1)
-    micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch")
+    micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
     lr: float = knob(5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     response_length: int = knob(24, "most tokens of a sample", least=1)
-    eval_samples: int = knob(512, "held-out prompts answered before and after", least=1)
-    seed: int = knob(0, "seed of order and samples")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
-    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
-    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
-    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
-    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
-    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
+    eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
 
 
 def main(knobs):

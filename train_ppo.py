@@ -56,14 +56,14 @@ from minirlhf.sampling import before_response, generate, response_logprobs, resp
 from minirlhf.tokenizer import load_tokenizer
 
 
-@dataclass
-class Knobs(cli.Ranges):
-    data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
-    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
+@dataclass(kw_only=True)
+class Knobs(cli.RunKnobs):
+    data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)", free=True)
     reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION or "
-                           "package.module:FUNCTION of (prompts, responses) -> floats, or true: the toy's own")  # fmt: skip
+                           "package.module:FUNCTION of (prompts, responses) -> floats, or true: the toy's own", free=True)  # fmt: skip
     reward_level: str = knob("", "what a function rates: response (the default) or token; a reward model knows", ("", "response", "token"))
-    out: str = knob("runs/ppo", "run directory")
+    out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate on the left", sft.OVERLONG)
     steps: int = knob(48, "iterations", least=1)
     batch_size: int = knob(128, "episodes an iteration", least=1)
@@ -91,21 +91,13 @@ class Knobs(cli.Ranges):
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
     minibatches: int = knob(2, "optimizer steps a pass", least=1)
-    micro_batch: int = knob(32, "episodes in memory at a time in the update, on each process; 0: all of a minibatch")
+    micro_batch: int = knob(32, "episodes in memory at a time in the update, on each process; 0: all of a minibatch", free=True)
     lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
-    eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1)
-    seed: int = knob(0, "seed of order and samples")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
-    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
-    save_every: int = knob(10, "steps between states to resume from; the last one is always saved; 0: no others")
-    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
-    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
-    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
+    eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1, free=True)
+    save_every: int = knob(10, "steps between states to resume from; the last one is always saved; 0: no others", free=True)
 
 
 class Episodes(NamedTuple):

@@ -49,11 +49,11 @@ from minirlhf.tokenizer import load_tokenizer
 LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
 
 
-@dataclass
-class Knobs(cli.Ranges):
-    data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
-    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)")
-    out: str = knob("runs/rm", "run directory")
+@dataclass(kw_only=True)
+class Knobs(cli.RunKnobs):
+    data: str = knob("reviews", "feedback: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)", free=True)
+    out: str = knob("runs/rm", "run directory", free=True)
     overlong: str = knob("", "rows longer than the context: error, or truncate (the default for the reviews)", sft.OVERLONG)
     model: str = knob("pointwise", "pointwise: a score for each response; pairwise: a preference between two", ("pointwise", "pairwise"))
     level: str = knob("response", "the score is that of the last token, or the sum of those of all response tokens", ("response", "token"))
@@ -62,7 +62,7 @@ class Knobs(cli.Ranges):
     soft_labels: bool = knob(True, "labels of pairs are shares of raters, where there are several; off: the majority, without ties")
     epochs: int = knob(5, "passes over the responses", least=1)
     batch_size: int = knob(64, "responses a step; every pair of them that people compared counts", least=1)
-    micro_batch: int = knob(0, "responses in memory at a time, at the price of a second forward pass; 0: all")
+    micro_batch: int = knob(0, "responses in memory at a time, at the price of a second forward pass; 0: all", free=True)
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "learning rate of the token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
@@ -70,17 +70,8 @@ class Knobs(cli.Ranges):
     delete: float = knob(0.35, "share of input tokens deleted at random while training", most=0.99)
     margin: float = knob(0.0, "how far the preferred score should lead, subtracted from the difference; added to a record's own margin")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
     normalize: bool = knob(True, "scores of base samples get mean 0 and standard deviation 1")
     response_length: int = knob(24, "most tokens of a base sample for the normalisation", least=1)
-    seed: int = knob(0, "seed of head, order, dropout and samples")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
-    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
-    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
-    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
-    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
-    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 def main(knobs):

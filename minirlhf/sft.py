@@ -33,11 +33,11 @@ from minirlhf.tokenizer import Tokenizer, load_tokenizer
 OVERLONG = ("", "error", "truncate")
 
 
-@dataclass
-class Knobs(cli.Ranges):
-    data: str = knob("reviews", "source of text: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE")
-    init: str = knob("", "model to start from: a run, a model directory or a name on the hub; none: fresh weights")
-    out: str = knob("runs/sft", "run directory")
+@dataclass(kw_only=True)
+class Knobs(cli.RunKnobs):
+    data: str = knob("reviews", "source of text: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "model to start from: a run, a model directory or a name on the hub; none: fresh weights", free=True)
+    out: str = knob("runs/sft", "run directory", free=True)
     vocab_size: int = knob(8192, "tokens to train when fresh, EOS included; the toy language has 257: the bytes alone", least=1)
     n_ctx: int = knob(64, "context in tokens, when fresh", least=1)
     n_layer: int = knob(4, "blocks, when fresh", least=1)
@@ -47,19 +47,10 @@ class Knobs(cli.Ranges):
     epochs: int = knob(2, "passes over the responses", least=1)
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step", least=1)
-    micro_batch: int = knob(0, "rows in memory at a time, their gradients added up; 0: all")
+    micro_batch: int = knob(0, "rows in memory at a time, their gradients added up; 0: all", free=True)
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "learning rate of the token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
-    seed: int = knob(0, "seed of weights and order")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", machine.DTYPES)
-    compile: bool = knob(False, "compile the models' layers: a minute at the start, then a tenth quicker")
-    save_every: int = knob(200, "steps between states to resume from; the last one is always saved; 0: no others")
-    resume: bool = knob(False, "go on from the state in --out, if there is one, as if it had never stopped")
-    on_nonfinite: str = knob("stop", "a batch whose loss or gradient is not finite: stop, or skip it and count", ("stop", "skip"))
-    shard: bool = knob(False, "under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2)")
 
 
 def main(knobs):

@@ -35,7 +35,7 @@ EPOCHS, MINIBATCHES, DROPOUT, GIB = 2, 2, 0.2, 2**30  # defaults of ppo, ppo and
 
 
 @dataclass
-class Knobs(cli.Ranges):
+class Knobs(cli.Checked):
     plan: str = knob("gpt2", f"{', '.join(SIZES)}; vocabulary,context,layers,heads,width; or all: a table of all, on 1, 8, 64 GPUs")
     gpus: int = knob(1, "GPUs, in nodes of 8", least=1)
     shard: bool = knob(False, "divide weights, gradients and optimizer states among the GPUs")

@@ -36,7 +36,7 @@ from minirlhf.sampling import generate
 @dataclass
 class Knobs:
     device: str = knob("auto", "auto, cpu or cuda")
-    dtype: str = knob("", "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)", ("", *machine.DTYPES))
+    dtype: str = knob("", "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)", ("", *cli.DTYPES))
     rows: str = knob("", "some of lm,logprobs,logits,rollout,gae,adamw,reward,dpo,ppo (default: all)")
     peers: str = knob("", "some of hf,trl,liger, to run where they are installed (default: all)")
     out: str = knob("", "JSONL file to append the rows to")

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import signal
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -13,12 +14,20 @@ class UserError(ValueError):
     """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
 
 
-def knob(default, help, choices=None, *, least=0, most=float("inf")):
-    """A field of a script's dataclass of knobs, with the line that `--help` shows for it; a number lies between least and most."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, most)})
+DTYPES = ("float32", "tf32", "bfloat16")
 
 
-class Ranges:
+def knob(default, help, choices=None, *, least=0, most=float("inf"), free=False):
+    """A field of a script's dataclass of knobs, with the line that `--help` shows for it.
+
+    A number lies between least and most. A knob that is `free` may differ where a run is resumed: it has no part
+    in what the run computes, or its content is compared instead.
+    """
+    about = {"help": help, "choices": choices, "range": (least, most), "free": free}
+    return dataclasses.field(default=default, metadata=about)
+
+
+class Checked:
     """What a dataclass of knobs inherits: a number out of its knob's range is a UserError."""
 
     def __post_init__(self):
@@ -27,6 +36,23 @@ class Ranges:
             if field.type in (int, float) and not least <= value <= most and not (math.isnan(value) and math.isnan(field.default)):
                 expected = f"at least {least:g}" if most == float("inf") else f"{least:g} to {most:g}"
                 raise UserError(f"--{field.name.replace('_', '-')} {value}: expected {expected}")
+
+
+@dataclass(kw_only=True)
+class RunKnobs(Checked):
+    """What every run has, whatever it trains."""
+
+    seed: int = knob(0, "seed of everything random")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
+    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", DTYPES)
+    compile: bool = knob(False, "compile the models' layers: a minute, then a tenth quicker", free=True)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
+    save_every: int = knob(200, "steps between states to resume from; 0: the last alone", free=True)
+    resume: bool = knob(False, "go on from the state in --out, if there is one", free=True)
+    on_nonfinite: str = knob(
+        "stop", "a loss or gradient that is not finite: stop, or skip it", ("stop", "skip"), free=True
+    )
+    shard: bool = knob(False, "under torchrun: FSDP2, weights and states in parts", free=True)
 
 
 class Parser(argparse.ArgumentParser):

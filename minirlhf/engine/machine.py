@@ -10,8 +10,6 @@ import torch
 
 from minirlhf.engine.cli import UserError
 
-DTYPES = ("float32", "tf32", "bfloat16")
-
 
 def pick_device(name):
     """`auto` is the GPU when there is one; anything else is torch's name of a device."""

@@ -1,5 +1,6 @@
 """States to resume from: one safetensors file with JSON in its header; nothing pickles, and nothing unpickles."""
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -14,11 +15,6 @@ from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import json_line, parse_json, save_tensors
 from minirlhf.engine.optim import parameters_of
 
-MAY_DIFFER = {"out", "resume", "save_every", "on_nonfinite", "device", "shard", "compile", "micro_batch", "eval_samples"}
-
-
-MAY_DIFFER |= {"data", "init", "reward"}  # of these the content counts
-
 
 class State:
     """All that changes in a run's steps, and its files: state/00000120.safetensors is that after 120 steps; the newest two are kept.
@@ -29,6 +25,7 @@ class State:
 
     def __init__(self, folder, stage, knobs, parts, given):
         self.folder = Path(folder)
+        self.free = {f.name for f in dataclasses.fields(knobs) if f.metadata["free"]}
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.origin = {"stage": stage, "knobs": json.loads(json_line(vars(knobs))), "given": {k: fingerprint(x) for k, x in given.items()}}
 
@@ -95,7 +92,7 @@ class State:
         if facts["stage"] != self.origin["stage"]:
             raise UserError(f"{path}: a state of stage {facts['stage']}, expected {self.origin['stage']}: give another --out")
         old, new = facts["knobs"], self.origin["knobs"]
-        for name in sorted((old.keys() | new.keys()) - MAY_DIFFER):
+        for name in sorted((old.keys() | new.keys()) - self.free):
             if old.get(name) != new.get(name):
                 raise UserError(f"{path}: that run had --{name.replace('_', '-')} {old.get(name)}, this one has {new.get(name)}: {fix}")
         for name, print_of in self.origin["given"].items():
