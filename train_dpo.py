@@ -88,6 +88,7 @@ class Knobs(cli.RunKnobs):
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
 
 
+@cli.contained
 def main(knobs):
     kind, options = loss_of(knobs)
     device = parallel.start(knobs.device)

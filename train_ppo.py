@@ -116,6 +116,7 @@ class Episodes(NamedTuple):
         return Episodes(*(None if x is None else x[index] for x in self))
 
 
+@cli.contained
 def main(knobs):
     check(knobs)
     device = parallel.start(knobs.device)

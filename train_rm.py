@@ -74,6 +74,7 @@ class Knobs(cli.RunKnobs):
     response_length: int = knob(24, "most tokens of a base sample for the normalisation", least=1)
 
 
+@cli.contained
 def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)

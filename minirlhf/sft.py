@@ -53,6 +53,7 @@ class Knobs(cli.RunKnobs):
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
 
+@cli.contained
 def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)

@@ -1,17 +1,28 @@
-"""The command line of every script: knobs, what the user can mend, exit codes."""
+"""The command line of every script: knobs, what the user can mend, exit codes.
+
+Knobs are the fields of one dataclass a script, each made by `knob`; `parse` makes a flag of each.
+A UserError is what the person at the keyboard can mend: `run_script` prints it as one line and
+exits with 2. Whatever else a program raises is a mistake in it, and keeps its traceback.
+"""
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import numbers
+import os
 import signal
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from minirlhf.engine.contain import contained as contained
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend: the scripts print it as one line and exit with 2."""
+    """Something the person at the keyboard can mend."""
 
 
 DTYPES = ("float32", "tf32", "bfloat16")
@@ -20,39 +31,101 @@ DTYPES = ("float32", "tf32", "bfloat16")
 def knob(default, help, choices=None, *, least=0, most=float("inf"), free=False):
     """A field of a script's dataclass of knobs, with the line that `--help` shows for it.
 
-    A number lies between least and most. A knob that is `free` may differ where a run is resumed: it has no part
-    in what the run computes, or its content is compared instead.
+    A number lies between least and most. A knob that is `free` may differ where a run is resumed:
+    it has no part in what the run computes, or its content is compared instead.
     """
     about = {"help": help, "choices": choices, "range": (least, most), "free": free}
     return dataclasses.field(default=default, metadata=about)
 
 
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
+
+
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 class Checked:
-    """What a dataclass of knobs inherits: a number out of its knob's range is a UserError."""
+    """What a dataclass of knobs inherits: made in Python, too, it holds what its flags would take.
+
+    A path is taken as its text; a number of another type, NumPy's included, as the same number.
+    Raises UserError for another type, a number out of range, and what is not among the choices.
+    """
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (least, most) = getattr(self, field.name), field.metadata["range"]
-            if field.type in (int, float) and not least <= value <= most and not (math.isnan(value) and math.isnan(field.default)):
-                expected = f"at least {least:g}" if most == float("inf") else f"{least:g} to {most:g}"
-                raise UserError(f"--{field.name.replace('_', '-')} {value}: expected {expected}")
+            value = as_kind(field.type, getattr(self, field.name))
+            setattr(self, field.name, value)
+            problem = wrong_with(value, field)
+            if problem:
+                raise UserError(f"{flag_of(field)} {problem}")
+
+
+def as_kind(kind, value):
+    """The value as bool, int, float or str; as it is where that would change what it says."""
+    if kind is str:
+        return str(value) if isinstance(value, (str, os.PathLike)) else value
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value) if kind is bool else value
+    if kind is bool or not isinstance(value, numbers.Real):
+        return value
+    try:
+        same = kind(value)
+    except (ValueError, OverflowError):  # no whole number is NaN or infinite
+        return value
+    return same if kind is float or same == value else value
+
+
+def wrong_with(value, field):
+    """What a knob's value is and what was expected; None where all is well."""
+    if field.type not in EXPECTED or (value is None and field.default is None):
+        return None
+    if type(value) is not field.type:
+        return f"{value!r}: expected {EXPECTED[field.type]}"
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        return f"{value!r}: expected one of {', '.join(map(repr, choices))}"
+    least, most = field.metadata["range"]
+    if field.type not in (int, float) or least <= value <= most:
+        return None
+    if math.isnan(value) and math.isnan(field.default):
+        return None
+    expected = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+    return f"{value}: expected {expected}"
 
 
 @dataclass(kw_only=True)
 class RunKnobs(Checked):
     """What every run has, whatever it trains."""
 
-    seed: int = knob(0, "seed of everything random")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
-    dtype: str = knob("float32", "float32, bfloat16 autocast, or tf32 on a GPU", DTYPES)
-    compile: bool = knob(False, "compile the models' layers: a minute, then a tenth quicker", free=True)
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this; 0: off")
-    save_every: int = knob(200, "steps between states to resume from; 0: the last alone", free=True)
-    resume: bool = knob(False, "go on from the state in --out, if there is one", free=True)
-    on_nonfinite: str = knob(
-        "stop", "a loss or gradient that is not finite: stop, or skip it", ("stop", "skip"), free=True
+    seed: int = knob(0, "all that is random follows from this number: same seed, same run")
+    device: str = knob(
+        "auto", "what computes: cpu, cuda, cuda:1, ...; auto: the GPU where there is one", free=True
     )
-    shard: bool = knob(False, "under torchrun: FSDP2, weights and states in parts", free=True)
+    dtype: str = knob(
+        "float32", "how matrices multiply: float32, bfloat16 autocast, or a GPU's tf32", DTYPES
+    )
+    compile: bool = knob(
+        False, "compile the models' layers first: a minute, then a tenth quicker", free=True
+    )
+    max_grad_norm: float = knob(
+        1.0, "a gradient longer than this is shortened to it before a step; 0: never"
+    )
+    save_every: int = knob(
+        200, "steps from one saved state to the next; 0: only that after the last step", free=True
+    )
+    resume: bool = knob(
+        False, "go on from the newest state in --out; without one, from the first step", free=True
+    )
+    on_nonfinite: str = knob(
+        "stop",
+        "where a loss or gradient is not finite: stop, or skip that batch",
+        ("stop", "skip"),
+        free=True,
+    )
+    shard: bool = knob(
+        False, "under torchrun: a GPU holds only its part of weights and states (FSDP2)", free=True
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,22 +134,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(knobs, doc, argv=None):
-    """The dataclass `knobs` filled from the command line: a flag a field; an unknown flag or a bad value is an error."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The dataclass `knobs` filled from the command line: a flag a field.
+
+    `--help` shows the script's own knobs first, then those that every run has. Raises UserError for
+    an unknown flag and for a bad value.
+    """
+    parser = Parser(
+        description=doc,
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    shared = dataclasses.fields(RunKnobs) if issubclass(knobs, RunKnobs) else ()
+    shared = {field.name for field in shared}
+    method = parser.add_argument_group("knobs of this script")
+    run = parser.add_argument_group("knobs of every run") if shared else method
     for field in dataclasses.fields(knobs):
-        text = field.metadata["help"].replace("%", "%%")
-        text += f" (default: {field.default})" if field.default not in ("", None) else ""
-        flag = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        else:
-            parser.add_argument(flag, type=field.type, default=field.default, help=text, choices=field.metadata["choices"],
-                                metavar=field.type.__name__)  # fmt: skip
+        add_flag(run if field.name in shared else method, field)
+    run.add_argument("-h", "--help", action="help", help="show this, and do nothing")
     return knobs(**vars(parser.parse_args(argv)))
 
 
+def add_flag(group, field):
+    text = field.metadata["help"].replace("%", "%%")
+    if field.default not in ("", None):
+        text += f" (default: {field.default})"
+    about = {"default": field.default, "help": text}
+    if field.type is bool:
+        about |= {"action": argparse.BooleanOptionalAction}
+    else:
+        about |= {"type": field.type, "metavar": field.type.__name__}
+        about |= {"choices": field.metadata["choices"]}
+    group.add_argument(flag_of(field), **about)
+
+
 def run_script(main, knobs, doc):
-    """`main(parse(knobs))`, with what the user can mend printed as one line: exit code 2, no traceback."""
+    """`main(parse(knobs))`; what the user can mend is printed as one line, and the exit code 2."""
 
     def stop(number, _):
         raise SystemExit(128 + number)
@@ -100,12 +194,31 @@ def run_script(main, knobs, doc):
 
 def explained(error):
     """What to tell a user about an error, or None where it is a mistake in the program."""
-    if isinstance(error, (UserError, OSError)):
+    if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError):
+        return unwritable_output()
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return (f"{first} What takes less: a smaller --micro-batch (the same result), --batch-size or --response-length, "
-                "--dtype bfloat16, a base model of a shorter context, or more GPUs and --shard")  # fmt: skip
+        return (
+            f"{first} What takes less: a smaller --micro-batch (the same result), --batch-size or "
+            "--response-length, --dtype bfloat16, a base model of a shorter context, or more GPUs "
+            "and --shard"
+        )
     if torch.distributed.is_initialized() and ("gloo" in first or "NCCL" in first):
-        return f"another process of this run has died or cannot be reached; start all of them again, with --resume ({first[:200]})"
+        return (
+            "another process of this run has died or cannot be reached; start all of them again, "
+            f"with --resume ({first[:200]})"
+        )
+    return None
+
+
+def unwritable_output():
+    """What to tell where nothing can be printed any more, as to a closed pipe; else None."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        with contextlib.suppress(OSError, ValueError):  # nothing is said about it again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"standard output: {e.strerror}"
     return None
