@@ -1,1 +1,1 @@
-"""Speed beside peers and roofs, and memory plans."""
+"""Speed beside peers and roofs (rows.py), and memory plans (plan.py)."""

@@ -1,4 +1,4 @@
-"""python -m minirlhf.bench"""
+"""python -m minirlhf.bench: the command of rows.py."""
 
 from minirlhf.bench.rows import Knobs, __doc__, main
 from minirlhf.engine.cli import run_script

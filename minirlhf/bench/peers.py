@@ -1,4 +1,4 @@
-"""TRL's trainers at their quickest settings on work like ours, for the benchmark: the seconds of their own steps.
+"""TRL's trainers at their quickest settings on work like ours: the seconds of their own steps.
 
 Left out: vLLM, several processes.
 """
@@ -13,18 +13,34 @@ from minirlhf.gpt import RewardModel
 from minirlhf.tokenizer import Tokenizer
 
 
-def setting(bench, bf16, folder, batch, steps):
-    """(tokenizer, arguments that all of TRL's configurations share, at their quickest)."""
+def tokenizer_of_bytes(folder):
+    """A tokenizer of TRL's that knows bytes and EOS."""
     from transformers import PreTrainedTokenizerFast
 
     Tokenizer.train([], 257).save(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>", pad_token="ÿ")
-    return tokenizer, dict(output_dir=f"{folder}/out", per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4,
-                           gradient_checkpointing=False, bf16=bf16, use_cpu=not bench.cuda, report_to=[], save_strategy="no",
-                           disable_tqdm=True)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>", pad_token="ÿ"
+    )
+
+
+def quickest(bench, bf16, folder, batch, steps):
+    """Arguments that all of TRL's configurations share."""
+    return dict(
+        output_dir=f"{folder}/out",
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=1e-4,
+        gradient_checkpointing=False,
+        bf16=bf16,
+        use_cpu=not bench.cuda,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 def make_clock(bench):
+    """A callback that notes when each step has ended."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -43,8 +59,9 @@ def read(folder, model):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     model.save_pretrained(folder, Tokenizer.train([], 257))
-    kind = AutoModelForSequenceClassification if isinstance(model, RewardModel) else AutoModelForCausalLM
-    return kind.from_pretrained(folder)
+    if isinstance(model, RewardModel):
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def pair_steps(bench, bf16, model, rows, shape):
@@ -52,19 +69,30 @@ def pair_steps(bench, bf16, model, rows, shape):
     import trl
     from datasets import Dataset
 
-    (P, Q, _), clock = shape, make_clock(bench)
-    text = ["a" * (int(n) - 1) for n in rows.lengths()]  # the tokenizer knows bytes, and adds EOS
-    data = [{"prompt": "<|endoftext|>" + "b" * (Q - 1), "chosen": text[i], "rejected": text[P + i][:-1] + "c"} for i in range(P)]
+    P, Q, _ = shape
+    clock = make_clock(bench)
+    text = ["a" * (int(n) - 1) for n in rows.lengths()]  # a byte a token, and TRL adds EOS
+    prompt = "<|endoftext|>" + "b" * (Q - 1)
+    data = []
+    for i in range(P):
+        rejected = text[P + i][:-1] + "c"
+        data.append({"prompt": prompt, "chosen": text[i], "rejected": rejected})
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = setting(bench, bf16, folder, P, 14 if bench.cuda else 7)
-        shared = {"train_dataset": Dataset.from_list(data * 2), "processing_class": tokenizer, "callbacks": [clock]}
+        shared = {
+            "train_dataset": Dataset.from_list(data * 2),
+            "processing_class": tokenizer_of_bytes(folder),
+            "callbacks": [clock],
+        }
+        common = quickest(bench, bf16, folder, P, 14 if bench.cuda else 7)
         if isinstance(model, RewardModel):
-            trainer = trl.RewardTrainer(model=read(folder, model), args=trl.RewardConfig(**common, logging_strategy="no"), **shared)
+            args = trl.RewardConfig(**common, logging_strategy="no")
+            trainer = trl.RewardTrainer(model=read(folder, model), args=args, **shared)
         else:
             args = trl.DPOConfig(**common, logging_strategy="no")
-            trainer = trl.DPOTrainer(model=read(folder, model), ref_model=read(folder, model), args=args, **shared)
+            policy, reference = read(folder, model), read(folder, model)
+            trainer = trl.DPOTrainer(model=policy, ref_model=reference, args=args, **shared)
         trainer.train()
-    return np.diff(clock.times)[2:]
+    return np.diff(clock.times)[2:]  # the first steps warm up
 
 
 def ppo_iterations(bench, bf16, policy, rm, B, Q, R):
@@ -78,11 +106,29 @@ def ppo_iterations(bench, bf16, policy, rm, B, Q, R):
 
     clock = make_clock(bench)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, common = setting(bench, bf16, folder, B, -1)
+        tokenizer = tokenizer_of_bytes(folder)
         tokenizer.padding_side = "left"
-        args = PPOConfig(**common, num_mini_batches=4, num_ppo_epochs=4, total_episodes=4 * B, response_length=R, temperature=1.0,
-                         local_rollout_forward_batch_size=B, num_sample_generations=0, stop_token=None)  # fmt: skip
-        models = [read(folder, model) for model in (policy, policy, rm, rm)]
-        dataset = Dataset.from_list([{"input_ids": row} for row in torch.randint(1, 250, (4 * B, Q)).tolist()])
-        PPOTrainer(args, tokenizer, *models[:3], train_dataset=dataset, value_model=models[3], callbacks=[clock]).train()
+        args = PPOConfig(
+            **quickest(bench, bf16, folder, B, -1),
+            num_mini_batches=4,
+            num_ppo_epochs=4,
+            total_episodes=4 * B,
+            response_length=R,
+            temperature=1.0,
+            local_rollout_forward_batch_size=B,
+            num_sample_generations=0,
+            stop_token=None,
+        )
+        prompts = torch.randint(1, 250, (4 * B, Q)).tolist()
+        trainer = PPOTrainer(
+            args,
+            tokenizer,
+            model=read(folder, policy),
+            ref_model=read(folder, policy),
+            reward_model=read(folder, rm),
+            train_dataset=Dataset.from_list([{"input_ids": row} for row in prompts]),
+            value_model=read(folder, rm),
+            callbacks=[clock],
+        )
+        trainer.train()
     return np.diff(clock.times)[1:]

@@ -1,17 +1,19 @@
-"""How fast: each row beside its peers and its roof.   python -m minirlhf.bench
+"""How fast: each row beside its peers and its roof.
 
-    python -m minirlhf.bench                                  # CPU, one thread: the tiny model of the default runs
-    python -m minirlhf.bench --device cuda                    # GPU: GPT-2 124M in bf16
-    python -m minirlhf.bench --rows rollout,dpo --out minirlhf/bench.jsonl
+    python -m minirlhf.bench                   # CPU, one thread: the tiny model of the default runs
+    python -m minirlhf.bench --device cuda     # GPU: GPT-2 124M in bf16
+    python -m minirlhf.bench --rows rollout,dpo --out minirlhf/bench/bench.jsonl
 
-Ours and the peer run in turn in one process, on the same weights' shapes and the same token counts: on a GPU the median of times between
-CUDA events, on the CPU the least CPU time of a process with one thread. Peers run at torch's own settings; TRL in fp32 and in bf16, of
-which the quicker counts. A peer that is not installed is left out. Roofs come from this machine's own matrix product and copy,
-measured first.
+Ours and the peer run in turn in one process, on the same weights' shapes and the same token counts:
+on a GPU the median of times between CUDA events, on the CPU the least CPU time of a process with
+one thread. Peers run at torch's own settings; TRL in fp32 and in bf16, of which the quicker counts.
+A peer that is not installed is left out. Roofs come from this machine's own matrix product and
+copy, measured first.
 
 Left out: several GPUs, other models.
 """
 
+import importlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -36,8 +38,14 @@ from minirlhf.sampling import generate
 @dataclass
 class Knobs:
     device: str = knob("auto", "auto, cpu or cuda")
-    dtype: str = knob("", "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)", ("", *cli.DTYPES))
-    rows: str = knob("", "some of lm,logprobs,logits,rollout,gae,adamw,reward,dpo,ppo (default: all)")
+    dtype: str = knob(
+        "",
+        "float32, tf32 or bfloat16 (default: bfloat16 on a GPU, float32 on the CPU)",
+        ("", *cli.DTYPES),
+    )
+    rows: str = knob(
+        "", "some of lm,logprobs,logits,rollout,gae,adamw,reward,dpo,ppo (default: all)"
+    )
     peers: str = knob("", "some of hf,trl,liger, to run where they are installed (default: all)")
     out: str = knob("", "JSONL file to append the rows to")
 
@@ -48,26 +56,34 @@ def row_lm(bench):
     idx, model = bench.tokens(B, T + 1), bench.gpt()
     inputs, targets = idx[:, :-1], idx[:, 1:].flatten()
 
-    def train(loss, optimizer):
-        def step():
+    def step(loss, optimizer):
+        def run():
             with bench.autocast:
                 value = loss()
             value.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return step
+        return run
 
-    def ours():
-        return -kernels.token_logprobs(model.hidden(inputs).flatten(0, 1), model.lm_head_weight, targets).mean()
+    def our_loss():
+        hidden = model.hidden(inputs).flatten(0, 1)  # (B T, C)
+        return -kernels.token_logprobs(hidden, model.lm_head_weight, targets).mean()
 
-    def theirs():
-        return F.cross_entropy(other(inputs).logits.flatten(0, 1).float(), targets)
+    ours = step(our_loss, optim.make_optimizer(model, 1e-4))
+    theirs = {}
+    if "hf" in bench.peers:
+        other = bench.hf()
 
-    other = bench.hf() if "hf" in bench.peers else None
-    peers = {"hf": train(theirs, torch.optim.AdamW(other.parameters(), 1e-4, fused=True))} if other else {}
-    bench.row("language-model step", [B, T], "tokens/s", B * T, train(ours, optim.make_optimizer(model, 1e-4)), peers,
-              roof=bench.train_flops(B * T, T) / bench.flops, memory=True, n=10)  # fmt: skip
+        def their_loss():
+            return F.cross_entropy(other(inputs).logits.flatten(0, 1).float(), targets)
+
+        theirs["hf"] = step(their_loss, torch.optim.AdamW(other.parameters(), 1e-4, fused=True))
+    roof = bench.train_flops(B * T, T) / bench.flops
+    bench.row(
+        "language-model step", [B, T], "tokens/s", B * T, ours, theirs,
+        roof=roof, memory=True, n=10,
+    )  # fmt: skip
 
 
 def row_logprobs(bench):
@@ -77,13 +93,15 @@ def row_logprobs(bench):
     weight = (0.05 * torch.randn(V, C, device=bench.device)).requires_grad_()
     targets = torch.randint(0, V, (N,), device=bench.device)
 
-    ways = {"ours": lambda h, w: kernels.token_logprobs(h, w, targets),
-            "full logits": lambda h, w: F.linear(h, w).float().log_softmax(-1).gather(1, targets[:, None])}  # fmt: skip
+    def full_logits(h, w):
+        return F.linear(h, w).float().log_softmax(-1).gather(1, targets[:, None])
+
+    ways = {"ours": lambda h, w: kernels.token_logprobs(h, w, targets), "full logits": full_logits}
     if "liger" in bench.peers and bench.cuda:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         fused = LigerFusedLinearCrossEntropyLoss()
-        ways["liger"] = lambda h, w: -fused(w, h, targets)  # a mean; its gradient is made in forward
+        ways["liger"] = lambda h, w: -fused(w, h, targets)  # a mean; its gradient made in forward
 
     def runner(f, backward):
         def run():
@@ -94,10 +112,15 @@ def row_logprobs(bench):
 
         return run
 
-    for backward, products in ((False, 1), (True, 4)):  # backward makes the logits again
-        peers = {name: runner(f, backward) for name, f in ways.items()}
-        bench.row("token log-probs, forward" + " and backward" * backward, [N, C, V], "rows/s", N, peers.pop("ours"), peers,
-                  roof=products * 2 * N * C * V / bench.flops, memory=True, n=10 if bench.cuda else 2)  # fmt: skip
+    name = "token log-probs, forward"
+    for backward in (False, True):
+        theirs = {way: runner(f, backward) for way, f in ways.items()}
+        ours = theirs.pop("ours")
+        products = 4 if backward else 1  # backward makes the logits again
+        bench.row(
+            f"{name} and backward" if backward else name, [N, C, V], "rows/s", N, ours, theirs,
+            roof=products * 2 * N * C * V / bench.flops, memory=True, n=10 if bench.cuda else 2,
+        )  # fmt: skip
 
 
 def row_logits(bench):
@@ -107,21 +130,29 @@ def row_logits(bench):
     logits = torch.randn(N, V, device=bench.device, dtype=dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), device=bench.device)
 
-    def runner(f):
-        return lambda: torch.autograd.grad(f().sum(), logits)
+    def ours():
+        torch.autograd.grad(kernels.logprob_from_logits(logits, targets).sum(), logits)
 
-    ours = runner(lambda: kernels.logprob_from_logits(logits, targets))
-    peers = {"log_softmax": runner(lambda: logits.float().log_softmax(-1).gather(1, targets[:, None]))}
+    def log_softmax():
+        out = logits.float().log_softmax(-1).gather(1, targets[:, None])
+        torch.autograd.grad(out.sum(), logits)
+
     roof = 3 * N * V * logits.element_size() / bench.bandwidth  # two reads and a write
-    bench.row("log-probs of given logits", [N, V], "rows/s", N, ours, peers, roof=roof, memory=True)
+    bench.row(
+        "log-probs of given logits", [N, V], "rows/s", N, ours, {"log_softmax": log_softmax},
+        roof=roof, memory=True,
+    )  # fmt: skip
 
 
 def row_rollout(bench):
     """Sampled tokens a second, no EOS: 128 + 128 on a GPU, 32 + 32 on the CPU."""
     Q = R = 128 if bench.cuda else 32
+    size = 2 if bench.cuda else 4  # bytes of a number
     model = bench.gpt().eval()
-    weights = sum(p.numel() for p in model.parameters()) * (2 if bench.cuda else 4)
-    other = bench.hf().to(torch.bfloat16 if bench.cuda else torch.float32).eval() if "hf" in bench.peers else None
+    weights = sum(p.numel() for p in model.parameters()) * size
+    other = None
+    if "hf" in bench.peers:
+        other = bench.hf().to(torch.bfloat16 if bench.cuda else torch.float32).eval()
     for B in (1, 64, 512) if bench.cuda else (1, 64):
         idx, lengths = bench.tokens(B, Q), torch.full((B,), Q, device=bench.device)
 
@@ -130,40 +161,55 @@ def row_rollout(bench):
                 generate(model, idx, lengths, R, eos=-1, pad=0)
 
         def hf(idx=idx, **more):
-            other.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=R, min_new_tokens=R, do_sample=True, top_k=0,
-                           pad_token_id=0, eos_token_id=None, **more)  # fmt: skip
+            other.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=R, min_new_tokens=R,
+                do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **more,
+            )  # fmt: skip
 
-        cache = 2 * bench.config.n_layer * bench.config.n_embd * B * (Q + R / 2) * (2 if bench.cuda else 4)
-        peers = {"hf": hf} if other else {}
+        theirs = {"hf": hf} if other else {}
         if other and bench.cuda and B < 512:
-            peers["hf static"] = lambda: hf(cache_implementation="static")
-        bench.row(f"rollout, batch {B}", [B, Q, R], "tokens/s", B * R, ours, peers, roof=R * (weights + cache) / bench.bandwidth,
-                  n=5 if B > 1 else 20)  # fmt: skip
+            theirs["hf static"] = lambda: hf(cache_implementation="static")
+        slots = Q + R / 2  # filled on average
+        cache = 2 * bench.config.n_layer * bench.config.n_embd * B * slots * size
+        bench.row(
+            f"rollout, batch {B}", [B, Q, R], "tokens/s", B * R, ours, theirs,
+            roof=R * (weights + cache) / bench.bandwidth, n=5 if B > 1 else 20,
+        )  # fmt: skip
 
 
 def row_gae(bench):
+    """As one product of matrices, beside the recursion."""
     B = R = 512
     rewards, values = torch.randn(2, B, R, device=bench.device)
     mask = torch.rand(B, 1, device=bench.device) * R > torch.arange(R, device=bench.device)
-    peers = {"loop": lambda: gae_by_loop(rewards, values, mask)}
-    bench.row("GAE", [B, R], "rows/s", B, lambda: gae(rewards, values, mask), peers)
+    theirs = {"loop": lambda: gae_by_loop(rewards, values, mask)}
+    bench.row("GAE", [B, R], "rows/s", B, lambda: gae(rewards, values, mask), theirs)
 
 
 def row_adamw(bench):
+    """An optimizer step, fused, beside torch's foreach."""
     model = bench.gpt()
-    fused, foreach = optim.make_optimizer(model, 1e-4), torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
+    fused = optim.make_optimizer(model, 1e-4)
+    foreach = torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     size = sum(p.numel() for p in model.parameters())
-    bench.row("AdamW step", [size], "parameters/s", size, fused.step, {"foreach": foreach.step}, roof=28 * size / bench.bandwidth)
+    roof = 28 * size / bench.bandwidth  # 4 numbers of 4 bytes are read, 3 written
+    theirs = {"foreach": foreach.step}
+    bench.row("AdamW step", [size], "parameters/s", size, fused.step, theirs, roof=roof)
 
 
 def pairs(bench):
-    """(P, Q, R), and 2 P Rows of prompts of Q and responses of R/2 to R tokens, as in real text: the chosen, then the rejected."""
+    """(P, Q, R), and 2 P Rows, the chosen, then the rejected.
+
+    Prompts have Q tokens, responses R/2 to R, as in real text.
+    """
     P, Q, R = (32, 256, 256) if bench.cuda else (32, 8, 40)
-    lengths = torch.as_tensor(np.random.default_rng(0).integers(R // 2, R + 1, 2 * P), device=bench.device)
-    rows = Rows.sampled(bench.tokens(2 * P, Q + R), torch.full((2 * P,), Q, device=bench.device), lengths, 0)
-    return [P, Q, R], rows
+    lengths = np.random.default_rng(0).integers(R // 2, R + 1, 2 * P)
+    tokens = bench.tokens(2 * P, Q + R)
+    prompt_lengths = torch.full((2 * P,), Q, device=bench.device)
+    response_lengths = torch.as_tensor(lengths, device=bench.device)
+    return [P, Q, R], Rows.sampled(tokens, prompt_lengths, response_lengths, 0)
 
 
 def row_reward(bench):
@@ -173,14 +219,19 @@ def row_reward(bench):
     rm = RewardModel(bench.config).to(bench.device)
     optimizer = optim.make_optimizer(rm, 1e-4)
 
+    def score(tokens, p, r):
+        return rm(tokens, p + r).float()
+
     def ours():
         with bench.autocast:
-            scores = rows.by_parts(lambda tokens, p, r: rm(tokens, p + r).float())
+            scores = rows.by_parts(score)
         loss = bradley_terry_loss(*scores.chunk(2))
         loss.backward()
         optim.optimizer_step(optimizer, 1.0, loss)
 
-    bench.against_trl("reward-model step", shape, "pairs/s", shape[0], ours, peers.pair_steps, rm, rows, shape)
+    bench.against_trl(
+        "reward-model step", shape, "pairs/s", shape[0], ours, peers.pair_steps, rm, rows, shape
+    )
 
 
 def row_dpo(bench):
@@ -198,33 +249,56 @@ def row_dpo(bench):
         loss.backward()
         optim.optimizer_step(optimizer, 1.0, loss)
 
-    bench.against_trl("DPO step", shape, "pairs/s", shape[0], ours, peers.pair_steps, policy, rows, shape)
+    bench.against_trl(
+        "DPO step", shape, "pairs/s", shape[0], ours, peers.pair_steps, policy, rows, shape
+    )
 
 
 def row_ppo(bench):
     """A whole PPO iteration, no EOS, 4 epochs of 4 minibatches, separate networks."""
-    import train_ppo  # from the folder of the scripts
-
+    # The script's own loop is what is timed, and it stands beside the package, not in it: a command
+    # may load a script by name, a module may not import one.
+    train_ppo = importlib.import_module("train_ppo")
     B, Q, R = (128, 128, 128) if bench.cuda else (64, 8, 24)
-    knobs = train_ppo.Knobs(batch_size=B, response_length=R, stop_at_eos=False, ppo_epochs=4, minibatches=4, micro_batch=0)
+    knobs = train_ppo.Knobs(
+        batch_size=B, response_length=R, stop_at_eos=False, ppo_epochs=4, minibatches=4,
+        micro_batch=0,
+    )  # fmt: skip
     policy, reference = bench.gpt(), bench.gpt()
     rm, critic = (RewardModel.from_base(policy).to(bench.device) for _ in range(2))
     trained = parallel.Together(policy, critic)
     optimizer = optim.make_optimizer(trained, 1e-5)
     prompts = bench.tokens(B, Q), torch.full((B,), Q, device=bench.device)
+    tokenizer = SimpleNamespace(eos=0, pad=0)
+    everywhere = torch.ones(B, R, device=bench.device)
+    ended = torch.zeros(B, device=bench.device).bool()
 
     def scorer(tokens, p, r):
-        return on_last_token(rm(tokens, p + r).float(), torch.ones(B, R, device=bench.device)), torch.zeros(B, device=bench.device).bool()
+        return on_last_token(rm(tokens, p + r).float(), everywhere), ended
 
     def ours():
         with torch.no_grad(), bench.autocast:
-            episodes, _ = train_ppo.rollout(policy, reference, scorer, critic, prompts, SimpleNamespace(eos=0, pad=0), knobs, 0.05)
+            episodes, _ = train_ppo.rollout(
+                policy, reference, scorer, critic, prompts, tokenizer, knobs, 0.05
+            )
         train_ppo.update(trained, optimizer, episodes, knobs, 0.05, bench.autocast)
 
-    bench.against_trl("PPO iteration", [B, Q, R], "episodes/s", B, ours, peers.ppo_iterations, policy, rm, B, Q, R)
+    bench.against_trl(
+        "PPO iteration", [B, Q, R], "episodes/s", B, ours, peers.ppo_iterations, policy, rm, B, Q, R
+    )
 
 
-ROWS = {f.__name__[4:]: f for f in (row_lm, row_logprobs, row_logits, row_rollout, row_gae, row_adamw, row_reward, row_dpo, row_ppo)}
+ROWS = {
+    "lm": row_lm,
+    "logprobs": row_logprobs,
+    "logits": row_logits,
+    "rollout": row_rollout,
+    "gae": row_gae,
+    "adamw": row_adamw,
+    "reward": row_reward,
+    "dpo": row_dpo,
+    "ppo": row_ppo,
+}
 
 
 def main(knobs):
@@ -232,8 +306,10 @@ def main(knobs):
     if machine.pick_device(knobs.device).type == "cpu":
         torch.set_num_threads(1)
     bench = Bench(knobs)
-    print(f"{machine.versions(bench.device)}\nmatrix product {bench.flops / 1e12:.3g} TFLOP/s, copy {bench.bandwidth / 1e9:.4g} GB/s\n"
-          f"peers: {', '.join(bench.peers) or 'none is installed'}")  # fmt: skip
+    product, copy = f"{bench.flops / 1e12:.3g} TFLOP/s", f"{bench.bandwidth / 1e9:.4g} GB/s"
+    print(machine.versions(bench.device))
+    print(f"matrix product {product}, copy {copy}")
+    print(f"peers: {', '.join(bench.peers) or 'none is installed'}")
     for name in rows:
         ROWS[name](bench)
         torch.cuda.empty_cache()
