@@ -1,7 +1,9 @@
-"""Damaged files for every reader: each must give a clear error or what the file says, in little time, and touch nothing else.
+"""Damaged files for every reader: each gives a clear error, or what the file says, in little time.
 
-`python tests/fuzz.py` prints a table and exits with 1 where a reader crashed, hung, lost or changed something, ran or wrote something.
-What a reader returns is held against a second, small reading of the same bytes (json, zlib, struct and NumPy).
+It touches nothing else. `python tests/fuzz.py` prints a table and exits with 1 where a reader
+crashed, hung, lost or changed something, ran or wrote something; `--records 1000` is quick. What a
+reader returns is held against a second, small reading of the same bytes (json, zlib, struct and
+NumPy).
 """
 
 import argparse
@@ -25,19 +27,18 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
-sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import torch  # noqa: E402
-
 from minirlhf import data
+from minirlhf.data import sources
 from minirlhf.engine.cli import UserError
 from minirlhf.feedback import labelers
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.tokenizer import EOS, Tokenizer
 
+sys.dont_write_bytecode = True
 SECONDS = 2  # a record may take
 
 
@@ -47,32 +48,44 @@ class Hang(BaseException):
 
 # What readers must not do
 
-FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class", "os.mkdir",
-             "os.rename",
-             "os.remove", "os.link", "os.symlink", "os.chmod", "os.rmdir", "os.truncate", "socket.connect", "ctypes.dlopen"}  # fmt: skip
+FORBIDDEN = {
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+    "pickle.find_class", "os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.chmod",
+    "os.rmdir", "os.truncate", "socket.connect", "ctypes.dlopen",
+}  # fmt: skip
 reading, forbidden = [False], []
 
 
 def audit(event, args):
     flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    writes = event == "open" and (
-        any(c in str(args[1]) for c in "wax+") or args[1] is None and args[2] & flags
-    )
+    writes = False
+    if event == "open":
+        _, mode, opened = args
+        writes = any(c in str(mode) for c in "wax+") or (mode is None and opened & flags)
     if reading[0] and (event in FORBIDDEN or writes):
         forbidden.append(f"{event} {args!r}"[:200])
 
 
 # Damage
 
-TEXTS = ["", " ", "a", "film", "\0", "\u2028", "\x85", "\ufeff", "😀👍🏽", "日本", "e\u0301", "\r\n", EOS, "\u202e", "\U0010ffff", 
-         "a" * 3000, "\n\nAssistant:"]  # fmt: skip
-ODD = [None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, 1.0, -1.5, 1e308, float("nan"), float("inf"), [], {}, [[]],
-       [None], {"a": []}, "\ud800", "@digits@", "@1e999@", "@deep@", "@deeper@", "@deepest@", "@objects@", *TEXTS]  # fmt: skip
-RAW = {"@digits@": "9" * 5000, "@1e999@": "1e999", "@deep@": "[" * 90 + "]" * 90, "@deeper@": "[" * 985 + "]" * 985,
-       "@deepest@": "[" * 50_000 + "]" * 50_000, "@objects@": '{"a":' * 20_000 + "1" + "}" * 20_000}  # fmt: skip
-SNIPPETS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\\ud800", b"1e999", b"NaN", b"-",
-            b"[" * 2000, b"9" * 5000, b'"', b"{", b"}", b",", b":", b"\t", b"\x1f\x8b\x08\0", b"\x80\x04c", b"null", bytes(512),
-            b"\xff" * 8, b"-1"]  # fmt: skip
+TEXTS = ["", " ", "a", "film", "\0", "\u2028", "\x85", "\ufeff", "😀👍🏽", "日本", "e\u0301",
+         "\r\n", EOS, "\u202e", "\U0010ffff", "a" * 3000, "\n\nAssistant:"]  # fmt: skip
+ODD = [None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, 1.0, -1.5, 1e308,
+       float("nan"), float("inf"), [], {}, [[]], [None], {"a": []}, "\ud800", "@digits@",
+       "@1e999@", "@deep@", "@deeper@", "@deepest@", "@objects@", *TEXTS]  # fmt: skip
+RAW = {
+    "@digits@": "9" * 5000,
+    "@1e999@": "1e999",
+    "@deep@": "[" * 90 + "]" * 90,
+    "@deeper@": "[" * 985 + "]" * 985,
+    "@deepest@": "[" * 50_000 + "]" * 50_000,
+    "@objects@": '{"a":' * 20_000 + "1" + "}" * 20_000,
+}
+SNIPPETS = [
+    b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\\ud800",
+    b"1e999", b"NaN", b"-", b"[" * 2000, b"9" * 5000, b'"', b"{", b"}", b",", b":", b"\t",
+    b"\x1f\x8b\x08\0", b"\x80\x04c", b"null", bytes(512), b"\xff" * 8, b"-1",
+]  # fmt: skip
 
 
 def damage_bytes(rng, raw, other=b""):
@@ -101,7 +114,10 @@ def damage_bytes(rng, raw, other=b""):
 
 
 def damage_json(rng, value):
-    """JSON text of a value in which something is replaced, deleted, renamed, wrapped or there twice; the value itself stays."""
+    """JSON text of a value in which something is replaced, deleted, renamed, wrapped or doubled.
+
+    The value itself stays.
+    """
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 2, 3))):
         node = value
@@ -120,9 +136,8 @@ def damage_json(rng, value):
             elif kind == 3 and isinstance(node, dict):
                 node[rng.choice(TEXTS)] = node.pop(key)
             elif kind == 4:
-                node[key] = node[
-                    rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-                ]
+                other = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+                node[key] = node[other]
             elif kind == 5 and type(node[key]) in (int, float) and abs(node[key]) < 1e300:
                 n = node[key]
                 node[key] = rng.choice((n + 1, n - 1, -n, n * 2, float(n), str(n), bool(n)))
@@ -156,9 +171,8 @@ def as_text(value):
     names = {"user": "Human", "assistant": "Assistant"}
     if isinstance(value, str):
         return value
-    return "".join(
-        "\n\n" + names.get(m["role"], m["role"].capitalize()) + ": " + m["content"] for m in value
-    )
+    said = [(names.get(m["role"], m["role"].capitalize()), m["content"]) for m in value]
+    return "".join("\n\n" + name + ": " + content for name, content in said)
 
 
 def check_record(text, prompt, responses, number):
@@ -171,17 +185,13 @@ def check_record(text, prompt, responses, number):
         assert responses == given and "prompt" in record or [prompt + r for r in responses] == given
         assert given[0] != given[1] and number == record.get("margin")
     elif "responses" in record and "ranking" in record:
-        assert responses == [
-            as_text(record["responses"][i]) for i in record["ranking"]
-        ] and number == record.get("margin")
+        assert responses == [as_text(record["responses"][i]) for i in record["ranking"]]
+        assert number == record.get("margin")
         assert sorted(record["ranking"]) == list(range(len(record["responses"])))
     else:
         label = record["rating"] if "rating" in record else record["label"]
-        assert (
-            responses == [as_text(record["response"])]
-            and number == float(label)
-            and abs(number) < 1e301
-        )
+        assert responses == [as_text(record["response"])]
+        assert number == float(label) and abs(number) < 1e301
         assert type(number) is (float if "rating" in record else bool)
 
 
@@ -190,9 +200,8 @@ def check_feedback(raw, feedback):
     lines = {n: line for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()}
     found = {n: [] for n in lines}
     for items in (feedback.train, feedback.test):
-        for prompt, response, where in zip(
-            items.prompts, items.responses, items.where, strict=True
-        ):
+        rows = zip(items.prompts, items.responses, items.where, strict=True)
+        for prompt, response, where in rows:
             found[int(where.rsplit(" ", 1)[1])].append((prompt, response))
     for n, line in lines.items():
         record, (prompts, responses) = plain(line.decode("utf-8-sig")), zip(*found[n], strict=True)
@@ -226,11 +235,8 @@ def form(rng, kind, i):
     a, b = rng.choice(texts), f"{rng.choice(texts)}{i}"
     say = [{"role": "user", "content": f"{a}{i}"}, {"role": "assistant", "content": b}]
     if kind == "rating":
-        return {
-            "prompt": rng.choice((f"p{i}", "")),
-            "response": a,
-            "rating": rng.choice((1, -2.5, i, 1e99)),
-        }
+        prompt = rng.choice((f"p{i}", ""))
+        return {"prompt": prompt, "response": a, "rating": rng.choice((1, -2.5, i, 1e99))}
     if kind == "label":
         return {"prompt": f"p{i}", "response": a, "label": rng.random() < 0.5}
     return rng.choice((
@@ -238,11 +244,13 @@ def form(rng, kind, i):
         {"chosen": f"x{i} y " + b, "rejected": f"x{i} y " + b + "z"},
         {"chosen": say, "rejected": [say[0], {"role": "assistant", "content": b + "!"}]},
         {"prompt": say, "chosen": b + "c", "rejected": "d"},
-        {"prompt": f"{a}p{i}", "responses": [b, b + "1", b + "2"], "ranking": rng.sample(range(3), 3)},
+        {"prompt": f"{a}p{i}", "responses": [b, b + "1", b + "2"],
+         "ranking": rng.sample(range(3), 3)},
     ))  # fmt: skip
 
 
-# The readers, each a class: `make(rng)` -> what to read and whether it is undamaged; `read`; `check` against the second reading
+# The readers, each a class: `make(rng)` -> what to read and whether it is undamaged; `read`;
+# `check` against the second reading
 
 
 class Line:
@@ -257,9 +265,8 @@ class Line:
             return json.dumps(record, ensure_ascii=rng.random() < 0.5), True
         if rng.random() < 0.6:
             return damage_json(rng, record), False
-        raw = damage_bytes(
-            rng, json.dumps(record).encode(), b'{"prompt": "", "response": "b", "rating": 1}'
-        )
+        other = b'{"prompt": "", "response": "b", "rating": 1}'
+        raw = damage_bytes(rng, json.dumps(record).encode(), other)
         return raw.decode(errors="replace"), False
 
     def read(self, text):
@@ -277,22 +284,15 @@ class File:
 
     def make(self, rng):
         kind = rng.choice(("pair", "rating", "label"))
-        lines = [
-            json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5)
-            for i in range(rng.choice((11, 14)))
-        ]
+        n = rng.choice((11, 14))
+        lines = []
+        for i in range(n):
+            lines.append(json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5))
         whole = rng.random() < 0.1 and kind == "pair"
         if not whole and rng.random() < 0.5:
             i = rng.randrange(len(lines))
-            lines[i] = rng.choice(
-                (
-                    damage_json(rng, json.loads(lines[i])),
-                    "",
-                    " ",
-                    "\ufeff" + lines[i],
-                    lines[i] + "\r",
-                )
-            )
+            one = damage_json(rng, json.loads(lines[i]))
+            lines[i] = rng.choice((one, "", " ", "\ufeff" + lines[i], lines[i] + "\r"))
         raw = "\n".join(lines).encode(errors="surrogatepass") + rng.choice((b"", b"\n", b"\r\n\n"))
         if not whole and rng.random() < 0.5:
             raw = damage_bytes(rng, raw, raw)
@@ -318,8 +318,11 @@ class Gzip(File):
 
     def pack(self, rng, raw, whole):
         half = rng.randrange(len(raw) + 1)
-        packed = rng.choice((lambda: gzip.compress(raw, 1), lambda: gzip.compress(raw[:half], 1) + gzip.compress(raw[half:], 1),
-                             lambda: gzip.compress(raw, 0) + bytes(rng.randrange(9))))()  # fmt: skip
+        packed = rng.choice((
+            lambda: gzip.compress(raw, 1),
+            lambda: gzip.compress(raw[:half], 1) + gzip.compress(raw[half:], 1),
+            lambda: gzip.compress(raw, 0) + bytes(rng.randrange(9)),
+        ))()  # fmt: skip
         return packed if whole or rng.random() < 0.3 else damage_bytes(rng, packed, packed)
 
 
@@ -328,18 +331,13 @@ class TokenizerFile:
 
     def __init__(self, folder):
         self.path, self.seeds = folder / "tokenizer.json", []
-        for texts, size in (
-            (["the film, the films"], 257),
-            (["the film, the films", "日本 \n\n aaaa"], 290),
-            (["aaaaaaaa bbbb"], 262),
-        ):
+        film = "the film, the films"
+        corpora = ([film], 257), ([film, "日本 \n\n aaaa"], 290), (["aaaaaaaa bbbb"], 262)
+        for texts, size in corpora:
             Tokenizer.train(texts, size).save(folder)
             self.seeds.append(json.loads(self.path.read_text()))
-        printable = [
-            *range(33, 127),
-            *range(161, 173),
-            *range(174, 256),
-        ]  # as in GPT-2's bytes_to_unicode
+        # as in GPT-2's bytes_to_unicode
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         self.byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -355,9 +353,8 @@ class TokenizerFile:
         model = seed["model"]
         part = rng.choice(("vocab", "merges"))
         whole = json.dumps(seed | {"model": model | {part: "@part@"}})
-        return whole.replace('"@part@"', damage_json(rng, model[part])).encode(
-            errors="surrogatepass"
-        ), False
+        text = whole.replace('"@part@"', damage_json(rng, model[part]))
+        return text.encode(errors="surrogatepass"), False
 
     def read(self, raw):
         self.path.write_bytes(raw)
@@ -368,12 +365,10 @@ class TokenizerFile:
     def check(self, raw, found):
         tokenizer, ids = found
         vocab = dict(json.loads(raw)["model"]["vocab"])
-        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab) and all(
-            type(i) is int for i in vocab.values()
-        )
-        assert tokenizer.ranks == {
-            bytes(self.byte[c] for c in token): i for token, i in vocab.items()
-        }
+        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab)
+        assert all(type(i) is int for i in vocab.values())
+        ranks = {bytes(self.byte[c] for c in token): i for token, i in vocab.items()}
+        assert tokenizer.ranks == ranks
         assert sorted(vocab.values()) == list(range(len(vocab))) and max(ids) < tokenizer.eos
         assert tokenizer.decode(ids) == "the film 日本 \0" + EOS
 
@@ -387,12 +382,11 @@ def parse_safetensors(raw):
         if name != "__metadata__":
             a, b = t["data_offsets"]
             part = raw[8 + n + a : 8 + n + b]
-            numbers = (
-                np.frombuffer(part, "<u2").astype("<u4") << 16 if t["dtype"] == "BF16" else None
-            )
-            out[name] = (
-                np.frombuffer(part, types[t["dtype"]]) if numbers is None else numbers.view("<f4")
-            ).reshape(t["shape"])
+            if t["dtype"] == "BF16":
+                numbers = (np.frombuffer(part, "<u2").astype("<u4") << 16).view("<f4")
+            else:
+                numbers = np.frombuffer(part, types[t["dtype"]])
+            out[name] = numbers.reshape(t["shape"])
     return out
 
 
@@ -403,12 +397,8 @@ class Model:
         self.folder, self.seeds = folder, []
         config = GPTConfig(vocab_size=258, n_ctx=8, n_layer=1, n_head=2, n_embd=4)
         self.tokenizer, self.base = Tokenizer.train(["ab"], 258), GPT(config)
-        models = (
-            GPT(config),
-            RewardModel(config),
-            RewardModel(config, level="token", shift=0.5),
-            PreferenceModel(config, 4),
-        )
+        models = [GPT(config), RewardModel(config)]
+        models += [RewardModel(config, level="token", shift=0.5), PreferenceModel(config, 4)]
         for model in models:
             model.save_pretrained(folder)
             files = [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
@@ -420,8 +410,9 @@ class Model:
         (self.folder / "model.safetensors").write_bytes(weights)
         reading[0] = True
         try:
+            place = str(self.folder)
             labels = cls is not GPT and labelers.load_labeler(
-                str(self.folder), None, self.tokenizer, self.base
+                place, None, self.tokenizer, self.base
             )
         except UserError:
             labels = None
@@ -430,27 +421,23 @@ class Model:
     def check(self, case, found):
         (cls, config, weights), (model, labels) = case, found
         settings, c = plain(config), model.config
-        assert [
-            settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-        ] == [*vars(c).values()][:5]
+        sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        assert [settings[k] for k in sizes] == [*vars(c).values()][:5]
+        transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight")
+        transposed += ("mlp.c_proj.weight",)
         expected = {}
         for name, w in parse_safetensors(weights).items():
             name = name.removeprefix("transformer.") if cls is GPT else name
-            linear = name.endswith(
-                ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-            )
             if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                expected[name] = w.T if linear else w
+                expected[name] = w.T if name.endswith(transposed) else w
         state = model.state_dict()
         assert state.keys() == expected.keys()
         for name, w in expected.items():
-            assert state[name].dtype == torch.float32 and np.array_equal(
-                state[name].numpy(), w.astype(np.float32)
-            )
+            assert state[name].dtype == torch.float32
+            assert np.array_equal(state[name].numpy(), w.astype(np.float32))
         if cls is RewardModel:
-            assert model.level == settings.get(
-                "reward_level", "response"
-            ) and model.shift == settings.get("reward_shift", 0.0)
+            assert model.level == settings.get("reward_level", "response")
+            assert model.shift == settings.get("reward_shift", 0.0)
         if labels:
             assert (labels[0] is None) == (settings.get("num_labels", 1) > 1)
 
@@ -466,23 +453,10 @@ class Config(Model):
         if kind < 0.4:
             return (cls, damage_bytes(rng, config, self.seeds[1][1]), weights), False
         if kind < 0.7:
-            return (
-                cls,
-                damage_json(rng, json.loads(config)).encode(errors="surrogatepass"),
-                weights,
-            ), False
-        key = rng.choice(
-            (
-                "vocab_size",
-                "n_positions",
-                "n_layer",
-                "n_head",
-                "n_embd",
-                "num_labels",
-                "reward_level",
-                "reward_shift",
-            )
-        )
+            text = damage_json(rng, json.loads(config))
+            return (cls, text.encode(errors="surrogatepass"), weights), False
+        keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "num_labels")
+        key = rng.choice((*keys, "reward_level", "reward_shift"))
         value = rng.choice((*ODD, 10**9, 2**30, 3, 6, 1000, "token", "1"))
         text = json.dumps(json.loads(config) | {key: value})
         for name, raw in RAW.items():
@@ -510,67 +484,57 @@ class Safetensors(Model):
         if kind < 0.8:
             text = damage_json(rng, header).encode(errors="surrogatepass")
         else:
-            one = header[rng.choice([k for k in header if k != "__metadata__"])]
-            shape, offsets = one["shape"], one["data_offsets"]
-            one |= rng.choice((
-                {"dtype": rng.choice(("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "Q"))},
-                {"shape": rng.choice(([2**32, 2**32], [2**63, 0], [2**60, 0], [0], [-1], shape[::-1], [*shape, 1], [1.0], "4"))},
-                {"data_offsets": rng.choice(([0, 2**63], [-4, 0], [0, 0], [8, 4], [0, len(body)], offsets[::-1], [0], [0.0, 16]))},
-            ))  # fmt: skip
-            if rng.random() < 0.3:  # one that fits its type again
-                size = {
-                    "F16": 2,
-                    "BF16": 2,
-                    "BOOL": 1,
-                    "U8": 1,
-                    "F8_E4M3": 1,
-                    "F8_E8M0": 1,
-                    "I32": 4,
-                    "F64": 8,
-                    "C64": 8,
-                }
-                dtype, at, new = rng.choice(list(size)), 0, b""
-                for name, t in header.items():
-                    if name != "__metadata__":
-                        count = int(
-                            np.prod(
-                                np.array(
-                                    t["shape"] if isinstance(t["shape"], list) else [1],
-                                    dtype=np.float64,
-                                )
-                            )
-                            % 1000
-                        )
-                        new += (
-                            rng.randbytes(count * size[dtype])
-                            if rng.random() < 0.1
-                            else bytes(count * size[dtype])
-                        )
-                        t |= {"dtype": dtype, "data_offsets": [at, len(new)]}
-                        at = len(new)
-                body = new
+            self.damage_header(rng, header, len(body))
+            if rng.random() < 0.3:
+                body = self.fitting_body(rng, header)
             text = json.dumps(header).encode()
         length = rng.choice((len(text),) * 8 + (0, 2**60, 2**64 - 1, len(text) + 1, len(text) - 1))
         return (cls, config, struct.pack("<Q", length) + text + body), False
 
+    def damage_header(self, rng, header, end):
+        """One tensor's type, shape or place is another."""
+        one = header[rng.choice([k for k in header if k != "__metadata__"])]
+        shape, offsets = one["shape"], one["data_offsets"]
+        dtypes = ("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3",
+                  "C64", "Q")  # fmt: skip
+        shapes = ([2**32, 2**32], [2**63, 0], [2**60, 0], [0], [-1], shape[::-1], [*shape, 1],
+                  [1.0], "4")  # fmt: skip
+        places = ([0, 2**63], [-4, 0], [0, 0], [8, 4], [0, end], offsets[::-1], [0], [0.0, 16])
+        dtype, shape, offsets = rng.choice(dtypes), rng.choice(shapes), rng.choice(places)
+        one |= rng.choice(({"dtype": dtype}, {"shape": shape}, {"data_offsets": offsets}))
+
+    def fitting_body(self, rng, header):
+        """Numbers of one type for all tensors of a header, which is made to fit."""
+        size = {"F16": 2, "BF16": 2, "BOOL": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I32": 4,
+                "F64": 8, "C64": 8}  # fmt: skip
+        dtype, at, body = rng.choice(list(size)), 0, b""
+        for name, t in header.items():
+            if name != "__metadata__":
+                shape = t["shape"] if isinstance(t["shape"], list) else [1]
+                count = int(np.prod(np.array(shape, dtype=np.float64)) % 1000)
+                n = count * size[dtype]
+                body += rng.randbytes(n) if rng.random() < 0.1 else bytes(n)
+                t |= {"dtype": dtype, "data_offsets": [at, len(body)]}
+                at = len(body)
+        return body
+
 
 class Archive:
     share, name = 10, "reviews archive"
-    others = (
-        "amazonReviewSnippets_GroundTruth",
-        "nytEditorialSnippets_GroundTruth",
-        "tweets_GroundTruth",
-    )
+    texts, rates = "movieReviewSnippets_GroundTruth", "movieReviewSnippets_anonDataRatings"
+    others = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth",
+              "tweets_GroundTruth")  # fmt: skip
 
     def __init__(self, folder):
         self.path = folder / "reviews.tar.gz"
-        self.files = {"movieReviewSnippets_GroundTruth": [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)],
-                      "movieReviewSnippets_anonDataRatings": [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 13)],
-                      **{name: [f"1_1\t0\t{name} one", "1_2\t0\ttwo\r"] for name in self.others}}  # fmt: skip
-        self.files = {
-            f"{data.FOLDER}{name}.txt": "\n".join(lines).encode()
-            for name, lines in self.files.items()
+        tables = {
+            self.texts: [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)],
+            self.rates: [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 13)],
         }
+        tables |= {name: [f"1_1\t0\t{name} one", "1_2\t0\ttwo\r"] for name in self.others}
+        self.files = {}
+        for name, lines in tables.items():
+            self.files[f"{sources.FOLDER}{name}.txt"] = "\n".join(lines).encode()
 
     @staticmethod
     def tar(files, odd=None):
@@ -591,36 +555,29 @@ class Archive:
         if 0.1 < kind < 0.4:
             files[name] = damage_bytes(rng, files[name], files[rng.choice(list(files))])
         elif kind < 0.5 and kind > 0.1:
-            type_ = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.REGTYPE,
-                                tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME))  # fmt: skip
-            odd = (
-                name,
-                type_,
-                rng.choice(("/etc/passwd", "../../x", name)),
-                rng.choice((None, None, "../x", "/tmp/x", "a" * 300)),
-            )
+            type_ = rng.choice((
+                tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE,
+                tarfile.DIRTYPE, tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE,
+                tarfile.GNUTYPE_LONGNAME,
+            ))  # fmt: skip
+            link = rng.choice(("/etc/passwd", "../../x", name))
+            odd = name, type_, link, rng.choice((None, None, "../x", "/tmp/x", "a" * 300))
         inner = self.tar(files, odd)
         if 0.5 < kind < 0.7:
             inner = damage_bytes(rng, inner, inner)
         elif 0.7 < kind < 0.75:  # a header whose checksum is right
             at = rng.choice([i for i in range(0, len(inner), 512) if inner[i : i + 4] == b"hutt"])
             head = bytearray(inner[at : at + 512])
-            head[124:136] = rng.choice(
-                (
-                    b"\xff" * 12,
-                    b"\x80" + b"\xff" * 11,
-                    b"77777777777\0",
-                    b"-0000000512\0",
-                    bytes(12),
-                )
-            )
+            sizes = (b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000512\0",
+                     bytes(12))  # fmt: skip
+            head[124:136] = rng.choice(sizes)
             head[148:156] = b" " * 8
             head[148:156] = b"%06o\0 " % sum(head)
             inner = inner[:at] + bytes(head) + inner[at + 512 :]
         inner = gzip.compress(inner, 1)
         if 0.75 < kind < 0.8:
             inner = damage_bytes(rng, inner, inner)
-        outer = self.tar({data.INNER: inner})
+        outer = self.tar({sources.INNER: inner})
         if 0.8 < kind < 0.9:
             outer = damage_bytes(rng, outer, inner)
         outer = gzip.compress(outer, 1)
@@ -629,7 +586,7 @@ class Archive:
     def read(self, raw):
         self.path.write_bytes(raw)
         reading[0] = True
-        return data.read_reviews(self.path, data.INNER, data.FOLDER)
+        return data.read_reviews(self.path, sources.INNER, sources.FOLDER)
 
     def walk(self, raw):
         """{name: bytes} of a tar archive, from the fields of its headers (POSIX ustar)."""
@@ -637,38 +594,31 @@ class Archive:
         while at + 512 <= len(raw) and raw[at]:
             head = raw[at : at + 512]
             given = re.match(rb" *([0-7]*)", head[148:156])[1]
-            if int(given or b"0", 8) != sum(head[:148]) + 8 * 32 + sum(
-                head[156:]
-            ):  # the checksum; an archive ends at a wrong one
+            checksum = sum(head[:148]) + 8 * 32 + sum(head[156:])
+            if int(given or b"0", 8) != checksum:  # an archive ends at a wrong one
                 break
             size = int(head[124:136].strip(b" \0") or b"0", 8)
             if head[156:157] in (b"0", b"\0"):
-                out.setdefault(
-                    head[:100].rstrip(b"\0").split(b"\0")[0].decode(),
-                    raw[at + 512 : at + 512 + size],
-                )
+                name = head[:100].rstrip(b"\0").split(b"\0")[0].decode()
+                out.setdefault(name, raw[at + 512 : at + 512 + size])
             at += 512 + -(-size // 512) * 512
         return out
 
     def check(self, raw, found):
-        files = self.walk(gunzip(self.walk(gunzip(raw))[data.INNER]))
-        rows = {name.removeprefix(data.FOLDER)[:-4]: [line.rstrip(b"\r").split(b"\t") for line in raw.split(b"\n") if line.strip()]
-                for name, raw in files.items()}  # fmt: skip
+        files = self.walk(gunzip(self.walk(gunzip(raw))[sources.INNER]))
+        rows = {}
+        for name, table in files.items():
+            lines = [line for line in table.split(b"\n") if line.strip()]
+            name = name.removeprefix(sources.FOLDER)[:-4]
+            rows[name] = [line.rstrip(b"\r").split(b"\t") for line in lines]
         snippets, ratings, others = found
-        assert snippets == {
-            int(i): t.decode(errors="replace").strip()
-            for i, _, t in rows["movieReviewSnippets_GroundTruth"]
-        }
-        given = {
-            int(row[0]): json.loads(row[3]) for row in rows["movieReviewSnippets_anonDataRatings"]
-        }
-        assert (
-            given == {i: r.tolist() for i, r in ratings.items()} and given.keys() == snippets.keys()
-        )
-        assert len(given) == len(rows["movieReviewSnippets_anonDataRatings"])
-        assert others == [
-            row[2].decode("latin-1").strip() for name in self.others for row in rows[name]
-        ]
+        texts = {int(i): t.decode(errors="replace").strip() for i, _, t in rows[self.texts]}
+        assert snippets == texts
+        given = {int(row[0]): json.loads(row[3]) for row in rows[self.rates]}
+        assert given == {i: r.tolist() for i, r in ratings.items()}
+        assert given.keys() == snippets.keys() and len(given) == len(rows[self.rates])
+        sentences = [row[2].decode("latin-1").strip() for name in self.others for row in rows[name]]
+        assert others == sentences
 
 
 READERS = Line, File, Gzip, TokenizerFile, Config, Safetensors, Archive
@@ -688,9 +638,8 @@ def attempt(reader, case, whole):
     except UserError as e:
         if forbidden:
             return f"did what no reader may do: {forbidden.pop()}"
-        if not 10 < len(str(e)) < 900 or not any(
-            where in str(e) for where in ("line 7", "/dev/shm", tempfile.gettempdir())
-        ):
+        named = any(where in str(e) for where in ("line 7", "/dev/shm", tempfile.gettempdir()))
+        if not 10 < len(str(e)) < 900 or not named:
             return f"an unclear error: {str(e)[:300]}"
         return f"refused what is right: {e}" if whole else "error"
     except Hang:
@@ -712,6 +661,32 @@ def hang(*_):
     raise Hang
 
 
+COLUMNS = "{:<18}{:>14,}{:>9,}{:>14,}{:>9,}"
+
+
+def try_out(cls, place, n, seed):
+    """Gives a reader n files, prints its row of the table, and returns the numbers of it."""
+    reader, rng = cls(place), random.Random(f"{seed} {cls.name}")
+    slowest, before = 0.0, None
+    counts = {"correct": 0, "error": 0}
+    for i in range(n):
+        if i % 500 == 0:
+            faulthandler.dump_traceback_later(120, exit=True)  # a hang that no signal ends
+        case, whole = reader.make(rng)
+        began = time.perf_counter()
+        outcome = attempt(reader, case, whole)
+        slowest = max(slowest, time.perf_counter() - began)
+        counts[outcome] = counts.get(outcome, 0) + 1
+        before = before or set(os.listdir(place))
+    counts["files left behind"] = len(set(os.listdir(place)) - before)
+    bad = {k: v for k, v in counts.items() if k not in ("correct", "error") and v}
+    row = [n, counts["correct"], counts["error"], sum(bad.values())]
+    print(COLUMNS.format(cls.name, *row) + f"{1000 * slowest:>12.1f}", flush=True)
+    for outcome in list(bad)[:5]:
+        print("   ", outcome.encode("ascii", "backslashreplace").decode())
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -720,53 +695,23 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     knobs = parser.parse_args()
     torch.set_num_threads(1)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (8 << 30, 8 << 30)
-    )  # an absurd allocation fails instead of filling the machine
+    # an absurd allocation fails instead of filling the machine
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     signal.signal(signal.SIGALRM, hang)
     sys.addaudithook(audit)
     total, start = [0] * 4, time.time()
-    print(
-        f"{'reader':<18}{'records tried':>14}{'correct':>9}{'clear errors':>14}{'crashes':>9}{'slowest ms':>12}"
-    )
-    with tempfile.TemporaryDirectory(
-        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-    ) as folder:
+    names = "records tried", "correct", "clear errors", "crashes", "slowest ms"
+    print("{:<18}{:>14}{:>9}{:>14}{:>9}{:>12}".format("reader", *names))
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
         for cls in READERS:
             place = Path(folder) / cls.__name__
             place.mkdir()
-            reader, rng = cls(place), random.Random(f"{knobs.seed} {cls.name}")
-            n, slowest, counts, before = (
-                max(1, knobs.records * cls.share // 100),
-                0.0,
-                {"correct": 0, "error": 0},
-                None,
-            )
-            for i in range(n):
-                if i % 500 == 0:
-                    faulthandler.dump_traceback_later(120, exit=True)  # a hang that no signal ends
-                case, whole = reader.make(rng)
-                began = time.perf_counter()
-                outcome = attempt(reader, case, whole)
-                slowest = max(slowest, time.perf_counter() - began)
-                counts[outcome] = counts.get(outcome, 0) + 1
-                before = before or set(os.listdir(place))
-            counts["files left behind"] = len(set(os.listdir(place)) - before)
-            bad = {k: v for k, v in counts.items() if k not in ("correct", "error") and v}
-            row = [n, counts["correct"], counts["error"], sum(bad.values())]
+            n = max(1, knobs.records * cls.share // 100)
+            row = try_out(cls, place, n, knobs.seed)
             total = [a + b for a, b in zip(total, row, strict=True)]
-            print(
-                "{:<18}{:>14,}{:>9,}{:>14,}{:>9,}{:>12.1f}".format(cls.name, *row, 1000 * slowest),
-                flush=True,
-            )
-            for outcome in list(bad)[:5]:
-                print("   ", outcome.encode("ascii", "backslashreplace").decode())
     faulthandler.cancel_dump_traceback_later()
-    print(
-        "{:<18}{:>14,}{:>9,}{:>14,}{:>9,}   in {:.0f} s".format(
-            "total", *total, time.time() - start
-        )
-    )
+    print(COLUMNS.format("total", *total) + f"   in {time.time() - start:.0f} s")
     raise SystemExit(int(total[3] > 0))
 
 

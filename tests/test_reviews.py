@@ -1,4 +1,7 @@
-"""The real reviews, where they can be had: counts and reference figures known from elsewhere (Hutto and Gilbert 2014, and a first look)."""
+"""The real reviews, where they can be had: counts and figures known from elsewhere.
+
+They come from Hutto and Gilbert 2014 and from a first look.
+"""
 
 import numpy as np
 import pytest
@@ -26,29 +29,15 @@ def test_counts(reviews):
     assert min(r.min() for r in ratings) == -4 and max(r.max() for r in ratings) == 4
     first = train.responses + test.responses
     at = first.index("Effective but too tepid biopic")
-    assert (train.ratings + test.ratings)[at].tolist() == [
-        -1,
-        0,
-        -1,
-        0,
-        -1,
-        -1,
-        -1,
-        -1,
-        0,
-        -2,
-        1,
-        1,
-        -1,
-        -1,
-        -1,
-    ]
+    given = [-1, 0, -1, 0, -1, -1, -1, -1, 0, -2, 1, 1, -1, -1, -1]
+    assert (train.ratings + test.ratings)[at].tolist() == given
 
 
 def test_the_split_is_the_documented_one(reviews):
     ids = [int(w.split()[-1]) for w in reviews.train.where + reviews.test.where]
     order = np.random.default_rng(0).permutation(len(ids))
-    assert ids == [sorted(ids)[i] for i in order]
+    in_order = sorted(ids)
+    assert ids == [in_order[i] for i in order]
 
 
 def test_reference_accuracies(reviews):
@@ -56,17 +45,16 @@ def test_reference_accuracies(reviews):
     assert len(pairs) == 20_000 and gaps.min() > 0
     assert data.human_ceiling(reviews.test, pairs) == pytest.approx(0.834, abs=0.004)
     ridge = train_rm.ridge_scores(reviews.train, reviews.test)
-    assert pair_accuracy(ridge, torch.as_tensor(pairs)).item() == pytest.approx(
-        0.7534, abs=0.002
-    )  # by a dense solver
+    accuracy = pair_accuracy(ridge, torch.as_tensor(pairs)).item()
+    assert accuracy == pytest.approx(0.7534, abs=0.002)  # by a dense solver
 
 
 def test_vader_accuracy(reviews):
     vader = pytest.importorskip("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     pairs, _ = reviews.test.comparisons(20_000, seed=1)
-    scores = torch.tensor(
-        [vader.polarity_scores(text)["compound"] for text in reviews.test.responses]
-    )
+    texts = reviews.test.responses
+    scores = torch.tensor([vader.polarity_scores(text)["compound"] for text in texts])
     strictly = (scores[pairs[:, 0]] > scores[pairs[:, 1]]).float().mean().item()
-    assert strictly <= pair_accuracy(scores, torch.as_tensor(pairs)).item()
-    assert pair_accuracy(scores, torch.as_tensor(pairs)).item() == pytest.approx(0.654, abs=0.02)
+    accuracy = pair_accuracy(scores, torch.as_tensor(pairs)).item()
+    assert strictly <= accuracy
+    assert accuracy == pytest.approx(0.654, abs=0.02)

@@ -1,4 +1,4 @@
-"""Byte-level BPE against Hugging Face's trainer, merge for merge and id for id, and against every kind of text."""
+"""Byte-level BPE: merge for merge and id for id as Hugging Face's trainer; every kind of text."""
 
 import json
 import random
@@ -13,43 +13,27 @@ from minirlhf.tokenizer import BYTE_TO_CHAR, EOS, Tokenizer, split
 
 RANDOM = random.Random(0)
 CORPORA = {
-    "english": [
-        "It's the world's best film, isn't it? We'll see; they've said I'd like it.",
-        "THE END'S near's",
-        "low lower lowest, new newer newest, wide wider widest",
-    ]
-    * 3,
+    "english": ["It's the world's best film, isn't it? We'll see; they've said I'd like it.",
+                "THE END'S near's", "low lower lowest, new newer newest, wide wider widest"] * 3,
     "ties": ["ab ba ca ac bc cb", "abcd dcba", "xyzzy zyxxy"],
     "runs": ["aaaaaaa aaaa aa aaaaa", "ababababab", "abaabaaab", "bbbbbbbbbbbbbbbbbbb"],
-    "unicode": [
-        "héllo wörld ñandú",
-        "日本語のテキスト、日本",
-        "Привет, мир",
-        "😀😀👍🏽 e\u0301",
-        "١٢٣ ४५६ Ⅷ²",
-    ]
-    * 2,
-    "space": [
-        "a  b   c    d",
-        "\n\n\n\tx\t\t y \r\n",
-        "  lead and trail  ",
-        "\u00a0\u3000 \u2028x\x85y\x1c z",
-        "    ",
-    ],
+    "unicode": ["héllo wörld ñandú", "日本語のテキスト、日本", "Привет, мир", "😀😀👍🏽 e\u0301",
+                "١٢٣ ४५६ Ⅷ²"] * 2,
+    "space": ["a  b   c    d", "\n\n\n\tx\t\t y \r\n", "  lead and trail  ",
+              "\u00a0\u3000 \u2028x\x85y\x1c z", "    "],
     "numbers": ["1 22 333 4444 2024-01-01 3.14159", "a1b2c3 $100,000.00!!! ??? --- ..."],
     "random": ["".join(RANDOM.choices("abcd  é'", k=RANDOM.randint(1, 40))) for _ in range(60)],
     "empty": ["", "x"],
-}
-TEXTS = [text for corpus in CORPORA.values() for text in corpus] + [
-    "unseen Words, 'tis; we've\n\n ok  "
-]
+}  # fmt: skip
+ALL = [text for corpus in CORPORA.values() for text in corpus]
+TEXTS = [*ALL, "unseen Words, 'tis; we've\n\n ok  "]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 WORDS = st.text(st.sampled_from("aaabbc 'sté\n日"), max_size=30)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return Tokenizer.train([text for corpus in CORPORA.values() for text in corpus], 420)
+    return Tokenizer.train(ALL, 420)
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +41,27 @@ def hf():
     return pytest.importorskip("tokenizers")
 
 
+def hf_trainer(hf, **options):
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    return hf.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False, **options)
+
+
 def hf_train(hf, texts, size):
     """The model of Hugging Face's own trainer: `size` tokens without EOS."""
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = hf.decoders.ByteLevel()
-    theirs.train_from_iterator(
-        texts,
-        hf.trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    theirs.train_from_iterator(texts, hf_trainer(hf, vocab_size=size))
     return theirs
+
+
+def chars(token):
+    return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
 def written(ranks):
     """{token: id} with the bytes written as Hugging Face's characters."""
-    return {"".join(BYTE_TO_CHAR[b] for b in token): i for token, i in ranks.items()}
+    return {chars(token): i for token, i in ranks.items()}
 
 
 def assert_same(hf, texts, size):
@@ -83,10 +69,7 @@ def assert_same(hf, texts, size):
     assert written(ours.ranks) == theirs.get_vocab()
     merges = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
     by_rank = sorted(ours.ranks, key=ours.ranks.get)[256:]
-    assert merges == [
-        tuple("".join(BYTE_TO_CHAR[b] for b in part) for part in split(ours.ranks, token))
-        for token in by_rank
-    ]
+    assert merges == [tuple(map(chars, split(ours.ranks, token))) for token in by_rank]
     return ours, theirs
 
 
@@ -112,10 +95,8 @@ def test_saved_file(hf, trained, tmp_path):
     directory = tmp_path / "deep" / "er"
     trained.save(directory)
     assert [p.name for p in directory.iterdir()] == ["tokenizer.json"]
-    ours, theirs = (
-        Tokenizer.load(directory),
-        hf.Tokenizer.from_file(str(directory / "tokenizer.json")),
-    )
+    ours = Tokenizer.load(directory)
+    theirs = hf.Tokenizer.from_file(str(directory / "tokenizer.json"))
     assert (ours.ranks, ours.eos, ours.pad) == (trained.ranks, trained.eos, trained.pad)
     assert theirs.get_vocab() == written(trained.ranks) | {EOS: trained.eos}
     for text in TEXTS:
@@ -159,7 +140,7 @@ def test_text_never_becomes_eos(trained, text):
 
 
 def test_ids(trained):
-    """The order of the bytes is GPT-2's: its ids of `!`, `A`, space and newline are 0, 32, 220 and 198."""
+    """The order of the bytes is GPT-2's: its `!`, `A`, space and newline are 0, 32, 220 and 198."""
     assert [trained.ranks[b] for b in (b"!", b"A", b" ", b"\n")] == [0, 32, 220, 198]
     assert sorted(trained.ranks.values()) == list(range(trained.eos))
     assert trained.vocab_size == 420 == trained.eos + 1
@@ -167,26 +148,17 @@ def test_ids(trained):
     assert trained.decode([trained.pad]) == "\ufffd"
 
 
-@pytest.mark.parametrize(
-    "texts, size, expected",
-    [
-        ([], 300, 257),
-        (["a"], 300, 257),
-        (["ab"], 300, 258),
-        (["abc"], 300, 259),
-        (["aaaa"], 300, 259),
-        (["abc"], 258, 258),
-        (TEXTS, 257, 257),
-        (TEXTS, 301, 301),
-        (iter(["ab", "ab"]), 300, 258),
-    ],
-)
+@pytest.mark.parametrize("texts, size, expected", [
+    ([], 300, 257), (["a"], 300, 257), (["ab"], 300, 258), (["abc"], 300, 259),
+    (["aaaa"], 300, 259), (["abc"], 258, 258), (TEXTS, 257, 257), (TEXTS, 301, 301),
+    (iter(["ab", "ab"]), 300, 258),
+])  # fmt: skip
 def test_vocab_size(texts, size, expected):
     assert Tokenizer.train(texts, size).vocab_size == expected
 
 
 def test_merges_by_hand():
-    """ab occurs 3 times, then abc twice, then abd once. In abcabcab, abc and cab tie: c comes before ab."""
+    """ab occurs 3 times, abc twice, abd once. In abcabcab, abc and cab tie: c comes before ab."""
     tokenizer = Tokenizer.train(["abc", "abc", "abd"], 259)
     assert list(tokenizer.ranks)[256:] == [b"ab", b"abc"]
     assert [tokenizer.decode([i]) for i in tokenizer.encode("abcd ab")] == ["abc", "d", " ", "ab"]
@@ -197,12 +169,8 @@ def test_merges_by_hand():
     "token, parts", [(b"abcd", [b"abc", b"d"]), (b"abc", [b"ab", b"c"]), (b"ab", [b"a", b"b"])]
 )
 def test_split(token, parts):
-    ranks = {bytes([b]): b for b in range(256)} | {
-        b"ab": 256,
-        b"bc": 257,
-        b"abc": 258,
-        b"abcd": 259,
-    }
+    longer = {b"ab": 256, b"bc": 257, b"abc": 258, b"abcd": 259}
+    ranks = {bytes([b]): b for b in range(256)} | longer
     assert split(ranks, token) == parts
 
 
@@ -210,23 +178,15 @@ def test_split(token, parts):
 
 
 def content(**model):
-    return json.dumps(
-        {"model": {"type": "BPE", "vocab": written({bytes([b]): b for b in range(256)})} | model}
-    )
+    vocab = written({bytes([b]): b for b in range(256)})
+    return json.dumps({"model": {"type": "BPE", "vocab": vocab} | model})
 
 
-@pytest.mark.parametrize(
-    "text, names",
-    [
-        ("{", "JSON"),
-        ("[]", "TypeError"),
-        ("{}", "model"),
-        (content(type="Unigram"), "Unigram"),
-        (content(vocab={"a": 0}), "KeyError"),
-        (content(vocab={"日": 0}), "KeyError"),
-        pytest.param(content(vocab=[["a", 0]]), "vocab"),
-    ],
-)
+@pytest.mark.parametrize("text, names", [
+    ("{", "JSON"), ("[]", "TypeError"), ("{}", "model"), (content(type="Unigram"), "Unigram"),
+    (content(vocab={"a": 0}), "KeyError"), (content(vocab={"日": 0}), "KeyError"),
+    (content(vocab=[["a", 0]]), "vocab"),
+])  # fmt: skip
 def test_not_a_tokenizer(tmp_path, text, names):
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"tokenizer.json.*{names}"):
@@ -238,14 +198,7 @@ def test_another_byte_level_tokenizer_is_refused(hf, tmp_path, kind):
     """What would load as a vocabulary but give other ids than its owner does."""
     theirs = hf_train(hf, TEXTS, 300)
     if kind == "EOS first":
-        theirs.train_from_iterator(
-            TEXTS,
-            hf.trainers.BpeTrainer(
-                special_tokens=[EOS],
-                initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            ),
-        )
+        theirs.train_from_iterator(TEXTS, hf_trainer(hf, special_tokens=[EOS]))
     else:
         theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -260,16 +213,14 @@ def test_missing_tokenizer(tmp_path):
 
 def test_gpt2_by_name(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        tokenizer.tiktoken,
-        "get_encoding",
-        lambda name: tiktoken.Encoding(
-            name,
-            pat_str=tokenizer.PATTERN,
-            mergeable_ranks=trained.ranks,
-            special_tokens={EOS: trained.eos},
-        ),
-    )
+    pattern, special = tokenizer.PATTERN, {EOS: trained.eos}
+
+    def online(name):
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=trained.ranks, special_tokens=special
+        )
+
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", online)
     assert Tokenizer.load("gpt2").encode(TEXTS[0]) == trained.encode(TEXTS[0])
 
     def offline(name):

@@ -1,4 +1,4 @@
-"""The archive of the reviews."""
+"""The archive of the reviews, read in memory: nothing of it is unpacked to the disk."""
 
 import gzip
 import io
@@ -10,61 +10,95 @@ import numpy as np
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import LIMIT, parse_json
 
+OTHERS = "amazonReviewSnippets", "nytEditorialSnippets", "tweets"
+
 
 def read_reviews(path, inner, folder):
-    """({id: snippet}, {id: its ratings (n,)}, [other sentences]) of an archive of the reviews: `inner` is the archive inside, `folder` the
-    place of the tables in it. Raises UserError that names table and line."""
-    texts, rates = (f"{folder}movieReviewSnippets_{kind}.txt" for kind in ("GroundTruth", "anonDataRatings"))
-    others = [f"{folder}{kind}_GroundTruth.txt" for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")]
-    files = unpack(io.BytesIO(unpack(path, [inner], path)[inner]), [texts, rates, *others], path)
+    """({id: snippet}, {id: its ratings (n,)}, [other sentences]) of an archive of the reviews.
 
-    def table(name, columns):
-        """(place, first column, last column) of each line that is not blank."""
-        text = files[name].decode("utf-8" if "movie" in name else "latin-1", errors="replace")
-        for number, line in enumerate(text.split("\n"), 1):
-            row, where = line.rstrip("\r").split("\t"), f"{path}: {name}, line {number}"
-            if line.strip() and len(row) != columns:
-                raise UserError(f"{where}: expected {columns} columns between tabs, found {len(row)}")
-            if line.strip():
-                yield where, row[0], row[-1]
-
-    def by_number(name, columns):
-        """{number: (place, last column)}."""
-        rows = {}
-        for where, number, last in table(name, columns):
-            if not re.fullmatch("[0-9]{1,9}", number) or int(number) in rows:
-                raise UserError(f"{where}: expected a number of its own, found {number[:60]!r}")
-            rows[int(number)] = where, last
-        return rows
-
-    snippets, ratings = by_number(texts, 3), by_number(rates, 4)
-    for i, (where, last) in (snippets | ratings).items():
-        if i not in snippets or i not in ratings:
+    `inner` is the archive inside it, `folder` the place of the tables in that one. Raises
+    UserError that names table and line.
+    """
+    texts = f"{folder}movieReviewSnippets_GroundTruth.txt"
+    rates = f"{folder}movieReviewSnippets_anonDataRatings.txt"
+    others = [f"{folder}{kind}_GroundTruth.txt" for kind in OTHERS]
+    inside = unpack(path, [inner], path)[inner]
+    files = unpack(io.BytesIO(inside), [texts, rates, *others], path)
+    texts_of = by_number(table(files[texts], 3, f"{path}: {texts}"))
+    ratings_of = by_number(table(files[rates], 4, f"{path}: {rates}"))
+    snippets, ratings = {}, {}
+    for i, (where, last) in (texts_of | ratings_of).items():
+        if i not in texts_of or i not in ratings_of:
             raise UserError(f"{where}: {i} is in only one of the tables of snippets and of ratings")
-        given = parse_json(last, where)
-        if not isinstance(given, list) or not given or not all(type(r) in (int, float) and -4 <= r <= 4 for r in given):
-            raise UserError(f"{where}: expected a list of ratings from -4 to 4")
-        ratings[i] = np.array(given)
-    return {i: text.strip() for i, (_, text) in snippets.items()}, ratings, [text.strip() for name in others for *_, text in table(name, 3)]
+        snippets[i] = texts_of[i][1].strip()
+        ratings[i] = parse_ratings(last, where)
+    sentences = []
+    for name in others:
+        rows = table(files[name], 3, f"{path}: {name}", encoding="latin-1")
+        sentences += [text.strip() for _, _, text in rows]
+    return snippets, ratings, sentences
+
+
+def table(content, columns, where, encoding="utf-8"):
+    """Yields (place, first column, last column) of each line that is not blank."""
+    text = content.decode(encoding, errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = line.rstrip("\r").split("\t")
+        place = f"{where}, line {number}"
+        if len(row) != columns:
+            raise UserError(f"{place}: expected {columns} columns between tabs, found {len(row)}")
+        yield place, row[0], row[-1]
+
+
+def by_number(rows):
+    """{number in the first column: (place, last column)}."""
+    found = {}
+    for place, number, last in rows:
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) in found:
+            raise UserError(f"{place}: expected a number of its own, found {number[:60]!r}")
+        found[int(number)] = place, last
+    return found
+
+
+def parse_ratings(text, where):
+    given = parse_json(text, where)
+    whole = isinstance(given, list) and len(given) > 0
+    if not whole or not all(type(r) in (int, float) and -4 <= r <= 4 for r in given):
+        raise UserError(f"{where}: expected a list of ratings from -4 to 4")
+    return np.array(given)
 
 
 def unpack(file, names, path):
-    """{name: bytes} of these files in a gzipped tar archive. Raises UserError, also where they are links, devices or folders, or a bomb."""
-    found = {}
+    """{name: bytes} of these files in a gzipped tar archive, which `path` names in messages.
+
+    Raises UserError, also where they are links, devices or folders, or a bomb.
+    """
     with gzip.open(file) as packed:
         try:
             raw = packed.read(LIMIT + 1)
             if len(raw) > LIMIT:
                 raise ValueError(f"it unpacks to over {LIMIT >> 20} MiB")
-            with tarfile.open(fileobj=io.BytesIO(raw), mode="r|") as archive:  # as a stream, which a negative size cannot send back
-                for member in archive:
-                    if member.name in names:
-                        if not member.isreg() or member.issparse() or member.size < 0 or member.name in found:
-                            raise ValueError(f"{member.name} is not one plain file")
-                        found[member.name] = archive.extractfile(member).read()
-            missing = [name for name in names if name not in found]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
+            return members(raw, names)
         except Exception as e:  # broken bytes raise nearly anything in tarfile
-            raise UserError(f"{path}: not the archive of the reviews: {str(e)[:200]}") from None
+            message = f"{path}: not the archive of the reviews: {str(e)[:200]}"
+            raise UserError(message) from None
+
+
+def members(raw, names):
+    """{name: bytes} of these files in a tar archive. Raises ValueError."""
+    found = {}
+    # as a stream, which a negative size cannot send back
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r|") as archive:
+        for member in archive:
+            if member.name not in names:
+                continue
+            plain = member.isreg() and not member.issparse() and member.size >= 0
+            if not plain or member.name in found:
+                raise ValueError(f"{member.name} is not one plain file")
+            found[member.name] = archive.extractfile(member).read()
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
     return found
