@@ -1,35 +1,46 @@
-"""The kernels of a decoding step, each beside its plain PyTorch twin: the sampler, and the attention of one new token.
+"""The kernels of a decoding step, each beside its plain PyTorch twin.
+
+They are the sampler, and the attention of one new token over the filled part of the cache.
 
 Left out: top-k in the fused sampler.
 """
 
-
 import torch
 import torch.nn.functional as F
 
-from minirlhf.kernels.logprobs import fused, jit, tl, triton
+from minirlhf.kernels.choice import fused, jit, tl, triton
 
 
 def sample_logits(logits, temperature, seed, step):
-    """Tokens (B,) sampled from fp32 logits (B, V) at a temperature, and their log-probs (B,); temperature 0 takes the largest.
+    """Tokens (B,) sampled from fp32 logits (B, V) at a temperature, and their log-probs (B,).
 
-    The noise is a function of seed (1,) int64, the row, and step (1,) int64: tensors on the device, so that a captured graph can be
-    replayed with others.
+    Temperature 0 takes the largest. The noise is a function of seed (1,) int64, the row, and step
+    (1,) int64: tensors on the device, so that a captured graph can be replayed with others.
     """
     B, V = logits.shape
     block = min(2048, max(16, triton.next_power_of_2(V)))
     splits = triton.cdiv(V, block)
     parts = torch.empty(4, B, splits, device=logits.device)
     candidates = torch.empty(B, splits, dtype=torch.int64, device=logits.device)
-    tokens, logprobs = torch.empty(B, dtype=torch.int64, device=logits.device), torch.empty(B, device=logits.device)
-    sample_kernel[(B, splits)](logits, seed, step, parts, candidates, V, logits.stride(0), 1 / (temperature or 1), B * splits,
-                               NOISE=temperature > 0, BLOCK=block)  # fmt: skip
-    sample_combine[(B,)](parts, candidates, tokens, logprobs, splits, B * splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(B, device=logits.device)
+    size, scale = B * splits, 1 / (temperature or 1)
+    sample_kernel[(B, splits)](
+        logits, seed, step, parts, candidates, V, logits.stride(0), scale, size,
+        NOISE=temperature > 0, BLOCK=block,
+    )  # fmt: skip
+    sample_combine[(B,)](
+        parts, candidates, tokens, logprobs, splits, size,
+        SPLITS=triton.next_power_of_2(splits), num_warps=1,
+    )  # fmt: skip
     return tokens, logprobs
 
 
 @jit
-def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride, scale, size, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+def sample_kernel(
+    z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride, scale, size,
+    NOISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * stride + cols, mask=cols < V, other=float("-inf")) * scale
@@ -37,7 +48,8 @@ def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride
     noisy = z
     if NOISE:
         key = tl.load(seed_ptr) + (row << 32) + tl.load(step_ptr)
-        four = tl.rand4x(key, tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4))  # what one call of Philox gives
+        # what one call of Philox gives
+        four = tl.rand4x(key, tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
         u = tl.reshape(tl.join(tl.join(four[0], four[1]), tl.join(four[2], four[3])), [BLOCK])
         noisy = tl.where(cols < V, z - tl.log(-tl.log(u)), float("-inf"))
     best = tl.argmax(noisy, 0)
@@ -50,7 +62,9 @@ def sample_kernel(z_ptr, seed_ptr, step_ptr, parts_ptr, candidate_ptr, V, stride
 
 
 @jit
-def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, size, SPLITS: tl.constexpr):
+def sample_combine(
+    parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, size, SPLITS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SPLITS)
     ptr = parts_ptr + row * splits + at
@@ -66,7 +80,10 @@ def sample_combine(parts_ptr, candidate_ptr, token_ptr, logprob_ptr, splits, siz
 
 
 def sample(logits, temperature, top_k, noise):
-    """The next token (B,) by logits (B, V) and noise (B, 2) in [0, 1), and its log-prob (B,) in the distribution it was drawn from."""
+    """The next token (B,) by logits (B, V) and noise (B, 2) in [0, 1), and its log-prob (B,).
+
+    The log-prob is that in the distribution the token was drawn from.
+    """
     if temperature not in (0, 1):
         logits = logits / temperature
     if top_k:
@@ -78,41 +95,54 @@ def sample(logits, temperature, top_k, noise):
 
 
 def draw(probs, noise, block=64):
-    """A token of each row of probs (B, V) by noise (B, 2): which block of tokens, then which of it, as to cumulate all V takes longer."""
+    """A token of each row of probs (B, V) by noise (B, 2).
+
+    Which block of tokens, then which of it, as to cumulate all V takes longer.
+    """
     B, V = probs.shape
-    blocks = (F.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
+    padded = F.pad(probs, (0, -V % block)) if V % block else probs
+    blocks = padded.view(B, -1, block)
     u = 1 - noise.double()  # in (0, 1]
-    chosen = inverse_transform(blocks.sum(2), u[:, :1]).clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
-    return (chosen * block + inverse_transform(blocks[torch.arange(B, device=probs.device), chosen], u[:, 1:])).clamp(max=V - 1)
+    chosen = inverse_transform(blocks.sum(2), u[:, :1])
+    chosen = chosen.clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
+    within = blocks[torch.arange(B, device=probs.device), chosen]
+    place = inverse_transform(within, u[:, 1:])
+    return (chosen * block + place).clamp(max=V - 1)
 
 
 def inverse_transform(weights, u):
-    """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1) of their sum."""
+    """The first place (B,) at which the cumulated weights (B, n) reach the share u (B, 1)."""
     cumulated = weights.cumsum(1, dtype=torch.float64)
     return torch.searchsorted(cumulated, u * cumulated[:, -1:]).squeeze(1)
 
 
 def decode_attention(qkv, cache, positions, mask):
-    """Stores the new token's key and value in its row's slot of the cache, and attends to all slots up to its own: (B, H, 1, D).
+    """Stores the new token's key and value in its row's slot of the cache, and attends.
 
-    qkv (B, 3 H D); cache (2, B, H, S, D), changed in place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to
-    it, which only the twin needs.
+    (B, H, 1, D), over all slots up to its own. qkv (B, 3 H D); cache (2, B, H, S, D), changed in
+    place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to it, which only
+    the twin needs.
     """
     _, B, H, S, D = cache.shape
     qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
     if not fused(qkv):
-        cache.scatter_(3, positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D), qkv[1:])
+        slots = positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D)
+        cache.scatter_(3, slots, qkv[1:])
         return F.scaled_dot_product_attention(qkv[0], cache[0], cache[1], attn_mask=mask)
     q, k, v = qkv
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
-    decode_attention_kernel[(B * H,)](q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S, D=D,
-                                      BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2)  # fmt: skip
+    decode_attention_kernel[(B * H,)](
+        q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S,
+        D=D, BD=triton.next_power_of_2(D), BLOCK=64, num_warps=2,
+    )  # fmt: skip
     return out
 
 
 @jit
-def decode_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache, v_cache, position_ptr, out_ptr, stride_row, stride_head, H, S,
-                            D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_cache, v_cache, position_ptr, out_ptr, stride_row, stride_head, H, S,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     new = (program // H) * stride_row + (program % H) * stride_head + d

@@ -1,39 +1,58 @@
-"""Log-probs of given logits."""
+"""Log-probs of logits that are there already, and their gradient: one program a row.
 
+The twin is torch's cross entropy, in fp32 at least.
+"""
 
 import torch
 import torch.nn.functional as F
 
-from minirlhf.kernels.logprobs import fused, jit, tl, triton
+from minirlhf.kernels.choice import fused, jit, tl, triton
 
 
 def logprob_from_logits(logits, targets, *, temperature=1.0):
-    """log softmax(logits / temperature) at `targets`: (N,) fp32 (float64 for float64), of logits (N, V), differentiable in them, and
-    targets (N,) int. Raises ValueError for a temperature that is not positive."""
+    """log softmax(logits / temperature) at `targets`.
+
+    (N,) fp32 (float64 for float64), of logits (N, V), differentiable in them, and targets (N,) int.
+    Raises ValueError for a temperature that is not positive.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     if fused(logits) and logits.dtype != torch.float64:
-        return logprob_from_logits_op(logits.contiguous(), targets.contiguous(), float(temperature))[0]
+        logprobs, _ = logprob_from_logits_op(
+            logits.contiguous(), targets.contiguous(), float(temperature)
+        )
+        return logprobs
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets.long(), reduction="none", ignore_index=-(1 << 40))
+    scaled = logits if temperature == 1 else logits / temperature
+    nobody = -(1 << 40)  # no target is left out
+    return -F.cross_entropy(scaled, targets.long(), reduction="none", ignore_index=nobody)
 
 
-@torch.library.custom_op("minirlhf::logprob_from_logits", mutates_args=(),
-                         schema="(Tensor z, Tensor targets, float temperature) -> (Tensor, Tensor)")  # fmt: skip
+@torch.library.custom_op(
+    "minirlhf::logprob_from_logits",
+    mutates_args=(),
+    schema="(Tensor z, Tensor targets, float temperature) -> (Tensor, Tensor)",
+)
 def logprob_from_logits_op(logits, targets, temperature):
     """Log-probs and log-sum-exp (N,)."""
-    logprobs, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    V = logits.shape[1]
-    row_logsumexp[(len(logits),)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=min(4096, triton.next_power_of_2(V)))
+    N, V = logits.shape
+    logprobs, lse = (torch.empty(N, device=logits.device) for _ in range(2))
+    block = min(4096, triton.next_power_of_2(V))
+    row_logsumexp[(N,)](logits, targets, logprobs, lse, V, 1 / temperature, BLOCK=block)
     return logprobs, lse
 
 
-@torch.library.custom_op("minirlhf::logprob_from_logits_backward", mutates_args=(),
-                         schema="(Tensor z, Tensor targets, float temperature, Tensor grad, Tensor lse) -> Tensor")  # fmt: skip
+@torch.library.custom_op(
+    "minirlhf::logprob_from_logits_backward",
+    mutates_args=(),
+    schema="(Tensor z, Tensor targets, float temperature, Tensor grad, Tensor lse) -> Tensor",
+)
 def logprob_from_logits_backward_op(logits, targets, temperature, grad, lse):
+    N, V = logits.shape
     d_logits = torch.empty_like(logits)
-    V, scale = logits.shape[1], 1 / temperature
-    row_gradient[(len(logits),)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=min(4096, triton.next_power_of_2(V)))
+    scale = 1 / temperature
+    block = min(4096, triton.next_power_of_2(V))
+    row_gradient[(N,)](logits, targets, scale * grad, lse, d_logits, V, scale, BLOCK=block)
     return d_logits
 
 
@@ -49,12 +68,16 @@ def _(logits, targets, temperature, grad, lse):
 
 def save_logits(ctx, inputs, output):
     logits, targets, ctx.temperature = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+    _, lse = output
+    ctx.save_for_backward(logits, targets, lse)
 
 
 def logits_backward(ctx, grad, _):
     logits, targets, lse = ctx.saved_tensors
-    return logprob_from_logits_backward_op(logits, targets, ctx.temperature, grad.contiguous(), lse), None, None
+    d_logits = logprob_from_logits_backward_op(
+        logits, targets, ctx.temperature, grad.contiguous(), lse
+    )
+    return d_logits, None, None
 
 
 logprob_from_logits_op.register_autograd(logits_backward, setup_context=save_logits)
@@ -67,7 +90,9 @@ def row_logsumexp(z_ptr, target_ptr, logprob_ptr, lse_ptr, V, scale, BLOCK: tl.c
     s = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * scale
+        z = tl.load(
+            z_ptr + row * V + cols, mask=cols < V, other=float("-inf")
+        ).to(tl.float32) * scale  # fmt: skip
         larger = tl.maximum(m, z)
         s = tl.where(larger == float("-inf"), 0.0, s * tl.exp(m - larger) + tl.exp(z - larger))
         m = larger

@@ -1,0 +1,31 @@
+"""Which way a tensor goes: by a Triton kernel, or by its plain PyTorch twin.
+
+MINIRLHF_KERNELS=torch|triton|auto chooses; auto takes Triton on a GPU. With TRITON_INTERPRET=1 and
+MINIRLHF_KERNELS=triton the kernels run on a CPU, in Triton's interpreter.
+"""
+
+import os
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # then the twins do everything
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, just now
+
+
+def fused(x):
+    """Whether tensor x goes to the Triton kernels.
+
+    Raises RuntimeError when they are demanded and Triton is not there.
+    """
+    if triton and not (x.is_cuda or INTERPRETED):
+        return False
+    choice = os.environ.get("MINIRLHF_KERNELS", "auto")
+    if choice == "triton" and triton is None:
+        raise RuntimeError("MINIRLHF_KERNELS=triton, but triton is not installed")
+    return triton is not None and choice != "torch" and (x.is_cuda or choice == "triton")
