@@ -27,7 +27,6 @@ Left out: thumbs and lists online, a reference that follows by a running mean.
 """
 
 import copy
-import inspect
 import itertools
 import math
 from dataclasses import dataclass
@@ -48,14 +47,13 @@ from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import labelers
 from minirlhf.feedback.kinds import lists_epoch, thumbs, thumbs_epoch
 from minirlhf.gpt import GPT, compile_trunks
+from minirlhf.lists import GAMES, LISTS, OPTIONS, THUMBS
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import samples
 from minirlhf.reward import pair_accuracy, share_positive
 from minirlhf.tokenizer import load_tokenizer
 
-THUMBS = {"kto": dpo.kto_loss, "una": dpo.una_loss}
-LISTS = {"rrhf": dpo.rrhf_loss, "pro": dpo.pro_loss, "lipo": dpo.lipo_loss}
-LOSSES = dpo.KINDS | THUMBS | LISTS | {"nash_md": dpo.nash_md_loss}
+LOSSES = dpo.KINDS | THUMBS | LISTS | GAMES
 PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 
 
@@ -166,9 +164,8 @@ def load_models(source, kind, knobs, device):
 def loss_of(knobs):
     """The kind of loss and its options, as keywords; what does not go together is an error."""
     kind, options = dpo.ALIASES.get(knobs.loss, knobs.loss), {}
-    pairwise, parameters = kind in dpo.KINDS, inspect.signature(LOSSES[kind]).parameters
-    known = [n for n, p in parameters.items() if p.kind == p.KEYWORD_ONLY and type(p.default) in (bool, float) and n != "beta"]
-    known += ["nll_weight"] * pairwise + ["divergence", "alpha_divergence"] * (pairwise and "r" in parameters)
+    pairwise = kind in dpo.KINDS
+    known = dpo.options_of(kind) if pairwise else OPTIONS.get(kind, ())
     for part in filter(None, knobs.loss_options.split(",")):
         name, _, value = part.partition("=")
         try:
@@ -256,7 +253,7 @@ def batch_loss(policy, reference, kind, options, knobs, rows, ref_logps, *labels
         i, j, k = np.nonzero((rewards[:, :, None] > rewards[:, None]) & mask[:, :, None] & mask[:, None])
         chosen, rejected = lists[i, j], lists[i, k]
         if kind == "lipo":
-            losses = dpo.lipo_loss(logps[lists], ref_logps[lists], tensor(rewards), tensor(mask), beta=knobs.beta)
+            losses = LISTS[kind](logps[lists], ref_logps[lists], tensor(rewards), tensor(mask), beta=knobs.beta)
         else:
             losses = LISTS[kind](logps[lists], lengths[lists], tensor(rewards), tensor(mask), **options)
     else:

@@ -1,39 +1,44 @@
 """The maths of stage 1: what a set of scores says about human choices. Tensors in, tensors out."""
 
-
 import torch
 import torch.nn.functional as F
 
 
 def bradley_terry_loss(chosen, rejected, *, margin=0.0, label=1.0, center=0.0):
-    """Negative log-likelihood of pairwise preferences (Bradley and Terry 1952): a scalar, the mean over pairs.
+    """Negative log-likelihood of preferences (Bradley and Terry 1952): a scalar, the mean.
 
-    chosen, rejected: scores, any one shape; or the logits of a pairwise preference model, and 0. label = P(chosen preferred), a float
-    or that shape: 1 is a plain preference, 0.5 a tie, the share of raters who agree a soft label. margin is subtracted from the
-    difference (Llama 2). center weighs (chosen + rejected)^2, which pins the free constant of a reward (Eisenstein et al. 2023).
+    chosen, rejected: scores, any one shape; or the logits of a pairwise preference model, and 0.
+    label = P(chosen preferred), a float or that shape: 1 is a plain preference, 0.5 a tie, the
+    share of raters who agree a soft label. margin is subtracted from the difference (Llama 2).
+    center weighs (chosen + rejected)^2, which pins the free constant of a reward (Eisenstein et al.
+    2023).
     """
     difference = chosen - rejected
-    loss = -label * F.logsigmoid(difference - margin) - (1 - label) * F.logsigmoid(-difference - margin)
+    agree = -label * F.logsigmoid(difference - margin)
+    loss = agree - (1 - label) * F.logsigmoid(-difference - margin)
     return (loss + center * (chosen + rejected) ** 2).mean()
 
 
 def plackett_luce_loss(rewards, ranking):
     """Negative log-likelihood of whole rankings (Plackett 1975): a scalar, the mean over rows.
 
-    rewards (B, K); ranking (B, K) int, option indices best first. The best is chosen among all K, the next among the rest, and so on;
-    K = 2 is Bradley-Terry. In a row of fewer options the missing ones have the reward -inf and stand last in the ranking.
+    rewards (B, K); ranking (B, K) int, option indices best first. The best is chosen among all K,
+    the next among the rest, and so on; K = 2 is Bradley-Terry. In a row of fewer options the
+    missing ones have the reward -inf and stand last in the ranking.
     """
     r = rewards.gather(1, ranking)  # (B, K), best first
     missing = r == float("-inf")
-    r = r.masked_fill(missing, torch.finfo(r.dtype).min)  # weighs exp(min - r) = 0 as -inf does, and has a gradient
+    lowest = torch.finfo(r.dtype).min  # weighs exp(min - r) = 0 as -inf does, and has a gradient
+    r = r.masked_fill(missing, lowest)
     rest = r.flip(1).logcumsumexp(1).flip(1)  # log-sum-exp of this option and all behind it
-    return (rest - r).masked_fill(missing, 0)[:, :-1].sum(1).mean()
+    losses = (rest - r).masked_fill(missing, 0)
+    return losses[:, :-1].sum(1).mean()
 
 
 def best_of_k_loss(rewards, best):
-    """Cross entropy of the softmax of K rewards against the best option (Ziegler et al. 2019): a scalar, the mean over rows.
+    """Cross entropy of the softmax of K rewards against the best (Ziegler et al. 2019): a scalar.
 
-    rewards (B, K), -inf for missing options; best (B,) int. It is the first term of Plackett-Luce.
+    rewards (B, K), -inf for missing options; best (B,) int. The first term of Plackett-Luce.
     """
     return F.cross_entropy(rewards, best)
 
@@ -44,15 +49,19 @@ def rating_loss(scores, ratings):
 
 
 def pair_accuracy(scores, pairs):
-    """Share of pairs (P, 2), first preferred, that the scores (N,) order so; an equal score counts one half."""
-    return share_positive(scores[pairs[:, 0]] - scores[pairs[:, 1]])
+    """Share of pairs (P, 2), first preferred, that the scores (N,) order so; a tie counts half."""
+    first = scores[pairs[:, 0]]
+    second = scores[pairs[:, 1]]
+    return share_positive(first - second)
 
 
 def share_positive(differences):
     """Share of differences (P,) above 0; a 0 counts one half."""
-    return ((differences > 0).float() + 0.5 * (differences == 0)).mean()
+    above = (differences > 0).float()
+    equal = differences == 0
+    return (above + 0.5 * equal).mean()
 
 
 def normalization(scores):
-    """Mean and population standard deviation of scores (N,) on samples of the base model (Ziegler et al. 2019, 2.1)."""
+    """Mean and population std of scores (N,) on the base model's samples (Ziegler 2019, 2.1)."""
     return scores.mean().item(), scores.std(correction=0).item()

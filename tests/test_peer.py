@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 
-from minirlhf import data, dpo, ppo, sft
+from minirlhf import data, dpo, lists, ppo, sft
 from minirlhf.engine.rows import pad_rows
 from minirlhf.engine.weights import export
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
@@ -223,7 +223,7 @@ def test_kto(saved, peer):
     )
     assert kl.mean() > 0
     assert_same(
-        dpo.kto_loss(logps(policy, texts)[0], ref_logps, desirable, kl, beta=BETA).mean(),
+        lists.kto_loss(logps(policy, texts)[0], ref_logps, desirable, kl, beta=BETA).mean(),
         policy,
         trainer,
     )

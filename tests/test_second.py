@@ -13,8 +13,9 @@ import second_implementation
 import torch
 
 import train_ppo
-from minirlhf import dpo, ppo
+from minirlhf import dpo, lists, ppo
 from minirlhf.engine import cli, optim
+from minirlhf.feedback import labelers
 from minirlhf.sampling import Rollout, response_mask
 
 SECOND = json.loads(
@@ -75,7 +76,7 @@ def test_one_iteration(recipe, dtype, monkeypatch):
             [fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1
         )
     )
-    monkeypatch.setattr(train_ppo.sft, "load_reward_model", lambda *_: rm)
+    monkeypatch.setattr(labelers, "load_reward_model", lambda *_: rm)
     monkeypatch.setattr(
         train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"])
     )
@@ -164,7 +165,7 @@ def test_kto(name):
             torch.tensor(inputs[f"{model}_{side}_logps"], dtype=torch.float64)
             for model in ("policy", "ref")
         )
-        got = dpo.kto_loss(
+        got = lists.kto_loss(
             policy, ref, torch.full((8,), desirable), mismatched, beta=case["options"]["beta"]
         )
         close(got, "desirable" if desirable else "undesirable", case, torch.float64)
