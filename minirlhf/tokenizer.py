@@ -18,7 +18,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import atomic_write, read_json
+from minirlhf.engine.files import FileError, MissingFile, atomic_write, read_json
 from minirlhf.engine.weights import local_directory
 
 EOS = "<|endoftext|>"
@@ -79,10 +79,10 @@ class Tokenizer:
                 return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, "gpt2")
             except Exception as e:
                 message = f"tokenizer gpt2: tiktoken could not fetch its vocabulary: {e}"
-                raise OSError(message) from None
+                raise FileError(message) from None
         if not path.is_file():
             expected = "expected `gpt2` or a directory with tokenizer.json"
-            raise FileNotFoundError(f"{path}: no tokenizer there ({expected})")
+            raise MissingFile(f"{path}: no tokenizer there ({expected})")
         content = read_json(path)
         try:
             return cls(read_ranks(content))

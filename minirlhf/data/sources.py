@@ -22,7 +22,7 @@ from minirlhf.data.items import Items, split
 from minirlhf.data.records import parse_record, read_lines
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import cache_directory
+from minirlhf.engine.files import cache_directory, file_errors
 
 
 def load_feedback(source):
@@ -58,7 +58,7 @@ def reviews():
 
     Further text: 13,098 sentences of three other kinds.
     """
-    with parallel.first_alone():
+    with parallel.first_alone(), file_errors(cache_directory()):
         path = fetch_reviews()
     snippets, ratings, others = read_reviews(path, INNER, FOLDER)
     ids = sorted(snippets)

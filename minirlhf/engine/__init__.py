@@ -1,1 +1,1 @@
-"""Machinery without a word of RLHF."""
+"""Machinery that could serve any training of a GPT: README.md tells what is where."""

@@ -1,10 +1,15 @@
-"""Files that are whole or absent, JSON that is not trusted, and which directories hold a finished run."""
+"""Files that are whole or absent, JSON that is not trusted, and who may write in a directory.
+
+What the system says against reading or writing a file of ours is a FileError: a UserError, which
+the scripts print as one line, and an OSError too.
+"""
 
 import contextlib
 import json
 import math
 import os
 import socket
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -13,12 +18,40 @@ from safetensors.torch import save_file
 
 from minirlhf.engine.cli import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 LIMIT = 2**26  # bytes of a line, of a JSON file, and of what an archive holds
 
 
+class FileError(UserError, OSError):
+    """A file or directory that cannot be read or written."""
+
+
+class MissingFile(FileError, FileNotFoundError):
+    """A file or directory that is not there."""
+
+
+@contextlib.contextmanager
+def file_errors(where):
+    """An OSError of the block becomes a FileError, or a MissingFile, that says where."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as e:
+        kind = MissingFile if isinstance(e, FileNotFoundError) else FileError
+        raise kind(f"{where}: {e.strerror or e}") from e
+
+
 def read_json(path):
-    """What a JSON file says. Raises FileNotFoundError, or UserError as in `parse_json` and for a file over LIMIT."""
-    with open(path, "rb") as file:
+    """What a JSON file says.
+
+    Raises FileError where it cannot be read, UserError as in `parse_json` and for one over LIMIT.
+    """
+    with file_errors(path), open(path, "rb") as file:
         text = file.read(LIMIT + 1)
     if len(text) > LIMIT:
         raise UserError(f"{path}: over {LIMIT >> 20} MiB, which no such file needs")
@@ -26,10 +59,13 @@ def read_json(path):
 
 
 def parse_json(text, where):
-    """What JSON, a str or bytes, says. Raises UserError for what is not JSON or too deep, and for a key twice in one object."""
+    """What JSON says, a str or bytes.
+
+    Raises UserError for what is not JSON or too deep, and for a key twice in one object.
+    """
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:  # ValueError: not UTF-8, or an integer of thousands of digits, too
+    except (ValueError, RecursionError) as e:  # ValueError: not UTF-8, or thousands of digits, too
         raise UserError(f"{where}: not JSON: {e}".replace(": line 1 column", ": column")) from None
 
 
@@ -43,7 +79,9 @@ def unique(pairs):
 
 def shown(value):
     """A value out of JSON, in an error message: its start, or its kind where it may be nested."""
-    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else json.dumps(value)[:60]
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    return json.dumps(value)[:60]
 
 
 def number_of(value, where, key):
@@ -52,33 +90,31 @@ def number_of(value, where, key):
     return float(value)
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
-
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary path beside `path` and moves it into place on success: after a crash, too, a file is whole or absent."""
+    """Yields a temporary path beside `path` and moves it into place on success.
+
+    So a file is whole or absent after a crash, too. Raises FileError where it cannot be written.
+    """
     path = Path(path)
     tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        yield tmp
-        sync(tmp)
-        os.replace(tmp, path)
-        sync(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with file_errors(path):
+        try:
+            yield tmp
+            sync(tmp)
+            os.replace(tmp, path)
+            sync(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def save_tensors(tensors, path, metadata):
-    """A safetensors file, whole or not at all. Raises OSError where it cannot be written."""
+    """A safetensors file, whole or not at all. Raises FileError where it cannot be written."""
     with atomic_write(path) as tmp:
         try:
             save_file(tensors, tmp, metadata=metadata)
         except SafetensorError as e:  # a full disk
-            raise OSError(f"{path} could not be written ({e})") from None
+            raise FileError(f"{path} could not be written ({e})") from None
 
 
 def sync(path):
@@ -93,8 +129,8 @@ def sync(path):
 
 def json_line(row, **options):
     """A dict as JSON, with null for a number that is not one: NaN is no JSON."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps(row, ensure_ascii=False, **options) + "\n"
+    lost = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(row | lost, ensure_ascii=False, **options) + "\n"
 
 
 def write_json(path, data):
@@ -102,31 +138,63 @@ def write_json(path, data):
         tmp.write_text(json_line(data, indent=2), encoding="utf-8")
 
 
+def write_lines(path, rows):
+    """A file of dicts, one a line as JSON."""
+    with atomic_write(path) as tmp:
+        tmp.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+
+
 def finished(directory):
-    """The summary of the run in a directory, or None when no run ended there with its model in place."""
+    """The summary of the run in a directory; None where none ended with its model in place."""
     directory = Path(directory)
-    if not (directory / "model" / "model.safetensors").exists() or not (directory / "summary.json").exists():
-        return None
-    summary = read_json(directory / "summary.json")
-    if not isinstance(summary, dict) or "data" not in summary:
-        raise UserError(f"{directory}/summary.json: not the summary of a run; delete {directory} to make it again")
-    return summary
+    model, summary = directory / "model" / "model.safetensors", directory / "summary.json"
+    with file_errors(directory):
+        if not model.exists() or not summary.exists():
+            return None
+    found = read_json(summary)
+    if not isinstance(found, dict) or "data" not in found:
+        raise UserError(f"{summary}: not the summary of a run; delete {directory} to make it again")
+    return found
 
 
-def lock(directory):
-    """A file that this process alone may hold open, until it ends. Raises UserError when another one writes in the directory."""
-    file = open(directory / "lock", "a+")  # noqa: SIM115  open as long as the lock
-    if fcntl:
+class Lock:
+    """The right of one run alone to write in a directory, until `close` or the end of the process.
+
+    The system's lock on a file keeps other processes out. Among the runs of one process it does
+    not hold, and closing the file anywhere would end it: they look at `held` before they open it.
+    Raises UserError where another run has the right.
+    """
+
+    held = weakref.WeakValueDictionary()  # {(process, directory): lock}
+
+    def __init__(self, directory):
+        self.place = os.getpid(), Path(directory).resolve()
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        if self.place in self.held:
+            raise taken(directory, me)
+        self.file = open(directory / "lock", "a+")  # noqa: SIM115  open as long as the lock
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            who = file.read().strip()
-            raise UserError(f"{directory.parent}: another run is writing here ({who}): wait for it, or give another --out") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+            self.file.seek(0)
+            raise taken(directory, self.file.read().strip()) from None
+        self.file.truncate(0)
+        self.file.write(f"{me}\n")
+        self.file.flush()
+        self.held[self.place] = self
+
+    def close(self):
+        if self.held.get(self.place) is self:
+            del self.held[self.place]
+            self.file.close()
+
+
+def taken(directory, who):
+    return UserError(
+        f"{directory.parent}: another run is writing here ({who}): "
+        "wait for it, or give another --out"
+    )
 
 
 def cache_directory():

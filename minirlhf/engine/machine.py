@@ -1,4 +1,9 @@
-"""The machine: device, seeds, and how matrix products are made on it."""
+"""The machine: device, seeds, and how matrix products are made on it.
+
+A CPU has two libraries for exact fp32 products, which torch calls by the names of its precisions:
+oneDNN is "medium", MKL "highest". With many rows oneDNN is the quicker one. With few, a product is
+a reading of the weights, for which MKL has less to set up.
+"""
 
 import contextlib
 import functools
@@ -26,9 +31,10 @@ def pick_device(name):
 
 
 def precision(device, dtype):
-    """How matrix products are made from now on, and an autocast context for bfloat16 ones of fp32 weights.
+    """How matrix products are made from now on, and an autocast context for bfloat16 ones.
 
     float32 is exact on every device; tf32 lets a GPU round to 10 bits and is float32 elsewhere.
+    Weights are fp32 in all cases.
     """
     cuda = "high" if dtype == "tf32" else "highest"
     torch.set_float32_matmul_precision(cpu_precision() if device.type == "cpu" else cuda)
@@ -37,9 +43,11 @@ def precision(device, dtype):
 
 @contextlib.contextmanager
 def products(x):
-    """Matrix products in the types of their operands, whatever the autocast; on a CPU by the quicker library for x's rows."""
-    kind = x.device.type
-    with quick_library(x), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+    """Products in the types of their operands, whatever the autocast; by the quicker library."""
+    kind, off = x.device.type, contextlib.nullcontext()
+    if torch.is_autocast_enabled(kind):
+        off = torch.autocast(kind, enabled=False)
+    with quick_library(x), off:
         yield
 
 
@@ -58,16 +66,14 @@ def quick_library(x):
     """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
     try:
         torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller uses torch's newer switches, which are not to be mixed with this one
+    except RuntimeError:  # the caller uses torch's newer switches, not to be mixed with this one
         return contextlib.nullcontext()
-    return matmul_precision(cpu_precision(len(x))) if x.device.type == "cpu" else contextlib.nullcontext()
+    gpu = x.device.type != "cpu"
+    return contextlib.nullcontext() if gpu else matmul_precision(cpu_precision(len(x)))
 
 
 def cpu_precision(rows=1024):
-    """torch's name for the quicker library of exact fp32 products of that many rows: oneDNN's "medium", or MKL's "highest".
-
-    With few rows a product is a reading of the weights, for which MKL has less to set up.
-    """
+    """torch's name for the quicker library of exact fp32 products of that many rows."""
     return "medium" if rows >= 16 and onednn_is_exact() else "highest"
 
 
@@ -75,19 +81,22 @@ def cpu_precision(rows=1024):
 def onednn_is_exact():
     """Whether this CPU's products at precision "medium" are those of fp32.
 
-    That precision means oneDNN in place of MKL, and the right to round to bf16, of which oneDNN makes use only where a CPU has units for
-    it (AMX). Elsewhere it computes in fp32, and on an AMD EPYC in less than half of MKL's time.
+    That precision means oneDNN in place of MKL, and the right to round to bf16, of which oneDNN
+    makes use only where a CPU has units for it (AMX). Elsewhere it computes in fp32, and on an AMD
+    EPYC in less than half of MKL's time.
     """
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=generator, dtype=torch.float32, device="cpu")
     with matmul_precision("medium"), torch.autocast("cpu", enabled=False):
         error = a @ b - (a.double() @ b.double())
     return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
 
 
 def seed_everything(seed, step=None):
-    """Seeds Python, NumPy and torch, and returns a NumPy generator: that of the run, which orders the data, or that of one step.
+    """Seeds Python, NumPy and torch; returns a NumPy generator: the run's, or that of one step.
 
-    A step that depends on nothing but its number can be made again by a run that is resumed.
+    The run's orders the data. A step depends on nothing but its number, so a run that is resumed
+    can make it again.
     """
     rng = np.random.default_rng(seed if step is None else (seed, step))
     number = seed if step is None else int(rng.integers(2**62))
@@ -98,6 +107,12 @@ def seed_everything(seed, step=None):
 
 
 def versions(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"}  # fmt: skip
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+    }

@@ -1,4 +1,9 @@
-"""AdamW, its schedule and a step of it."""
+"""AdamW, its schedule and a step of it.
+
+A schedule counts steps from 0: the last above 0 is steps - 1; without a warm-up the linear rate is
+lr * (1 - step / steps). The norm of the gradients is taken by way of those of their rows, which
+sharding leaves whole: so it is the same to the last digit on one process and on many.
+"""
 
 import math
 
@@ -10,25 +15,29 @@ from minirlhf.engine.cli import UserError
 def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, embedding_lr=1.0):
     """Fused AdamW; only matrices decay, as in GPT-2's training.
 
-    Token embeddings get `embedding_lr` times the rate: a rare token's row hardly ever has a gradient.
+    Token embeddings get `embedding_lr` times the rate: a rare token's row seldom has a gradient.
     """
-    groups = [{"params": [], "weight_decay": decay, "scale": scale}
-              for decay, scale in ((0.0, 1.0), (weight_decay, 1.0), (weight_decay / embedding_lr, embedding_lr))]  # fmt: skip
+    vectors = {"params": [], "weight_decay": 0.0, "scale": 1.0}
+    matrices = {"params": [], "weight_decay": weight_decay, "scale": 1.0}
+    embeddings = {"params": [], "weight_decay": weight_decay / embedding_lr, "scale": embedding_lr}
     for name, p in model.named_parameters():
-        groups[2 if name.endswith("wte.weight") else int(p.dim() >= 2)]["params"].append(p)
+        group = matrices if p.dim() >= 2 else vectors
+        if name.endswith("wte.weight"):
+            group = embeddings
+        group["params"].append(p)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    groups = [vectors, matrices, embeddings]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
-    """Linear warm-up over a share of the steps, then linear to 0, along half a cosine to 0, or constant.
-
-    Step 0 is the first, step steps-1 the last above 0. Without warm-up the linear rate is lr * (1 - step/steps).
-    """
+    """Linear warm-up over a share of the steps, then linear or half a cosine to 0, or constant."""
     rising = max(1, int(warmup * steps)) if warmup else 0
     left = min(1.0, (steps - step) / max(1, steps - rising))
-    scale = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
-    scale = min((step + 1) / rising, scale) if rising else scale
+    cosine = (1 - math.cos(math.pi * left)) / 2
+    scale = {"linear": left, "cosine": cosine, "constant": 1.0}[schedule]
+    if rising:
+        scale = min((step + 1) / rising, scale)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0) * scale
 
@@ -38,21 +47,22 @@ def parameters_of(optimizer):
 
 
 def gradient_norm(parameters):
-    """The norm of all gradients together, by way of those of their rows, which sharding leaves whole: to the last digit the same on one
-    process and on many."""
+    """The norm of all gradients together, that of all processes where they are sharded."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = any(hasattr(g, "to_local") for g in gradients)
     parts = [g.to_local() for g in gradients] if sharded else gradients
-    squares = sum(torch.linalg.vector_norm(g.flatten(1) if g.dim() > 1 else g[:, None], dim=1).double().square().sum() for g in parts)
+    rows = [g.flatten(1) if g.dim() > 1 else g[:, None] for g in parts]
+    norms = [torch.linalg.vector_norm(g, dim=1) for g in rows]
+    squares = sum(norm.double().square().sum() for norm in norms)
     if sharded:
         torch.distributed.all_reduce(squares)
     return squares.sqrt().float()
 
 
 def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=None):
-    """Clips the norm of all gradients together (0: not at all), steps, clears: the numbers (loss, norm before clipping).
+    """Clips the gradients' norm (0: not at all), steps, clears: (loss, norm before), as numbers.
 
-    Where one of them is not finite no step is made: that is an error, or what `nonfinite(loss, norm)` makes of it.
+    Where one is not finite there is no step: an error, or what `nonfinite(loss, norm)` makes of it.
     """
     parameters = parameters_of(optimizer)
     norm = gradient_norm(parameters)

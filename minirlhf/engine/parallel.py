@@ -1,11 +1,13 @@
-"""One run on many processes: torchrun starts the same script on every GPU, and each process takes its share of the rows.
+"""One run on many processes: torchrun starts the same script on each GPU, which takes its rows.
 
-    torchrun --nproc-per-node 8 train_ppo.py             # DDP: every GPU holds the models
-    torchrun --nproc-per-node 8 train_ppo.py --shard     # FSDP2: it holds an eighth of their weights, gradients and optimizer state
+    torchrun --nproc-per-node 8 SCRIPT.py             # DDP: every GPU holds the models
+    torchrun --nproc-per-node 8 SCRIPT.py --shard     # FSDP2: it holds an eighth of their weights,
+                                                      # gradients and optimizer state
 
-A batch is that of all processes together. All of them make the same plan and draw the same random numbers; where a batch meets a model,
-each process takes the rows of its `share`, and `gather` gives all of them the numbers of all rows. So the loss is that of the whole batch
-on every process, and only its gradient is in parts. Files are written by the first process, and read by all.
+A batch is that of all processes together. All of them make the same plan and draw the same random
+numbers; where a batch meets a model, each process takes the rows of its `share`, and `gather` gives
+all of them the numbers of all rows. So the loss is that of the whole batch on every process, and
+only its gradient is in parts. Files are written by the first process, and read by all.
 
 Left out: tensor and pipeline parallelism; sampling from a model that fits no single GPU.
 """
@@ -24,16 +26,25 @@ from minirlhf.engine.machine import pick_device
 
 
 def start(name):
-    """The device of this process, which joins those that torchrun started with it; what is not the first prints nothing."""
-    local = os.environ.get("LOCAL_RANK", "0")
+    """The device of this process, which joins those that torchrun started with it.
+
+    The first process prints; of the others nothing is seen, as long as their `contained` function
+    runs.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(name)
-    device = pick_device(f"cuda:{local}" if name in ("auto", "cuda") and torch.cuda.is_available() else name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = pick_device(name)
     if not dist.is_initialized():
-        cuda, minutes = device.type == "cuda", datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=minutes, device_id=device if cuda else None)
-        if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=10),
+            device_id=device if cuda else None,
+        )
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as someone prints
     return device
 
 
@@ -64,8 +75,8 @@ def first_alone():
 def share(n):
     """This process's part of n rows: their indices (k,), and which of them count (k,).
 
-    k is the same on all processes, so that they do the same work in the same order; where n is no multiple, the last row is taken again
-    and does not count.
+    k is the same on all processes, so that they work in the same order; where n is no multiple, the
+    last row is taken again and does not count.
     """
     k = -(-n // world())
     index = rank() * k + np.arange(k)
@@ -73,7 +84,7 @@ def share(n):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, each of which has k; the gradient goes to the rows that are this one's."""
+    """The rows of all processes, each of which has k; the gradient goes to this one's rows."""
 
     @staticmethod
     def forward(ctx, x, n):
@@ -90,7 +101,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x, n):
-    """Of what each process made of its `share` of n rows, (k, ...), all n rows (n, ...), on every process."""
+    """All n rows (n, ...), on every process, of what each made of its `share` of them (k, ...)."""
     if world() == 1 or x is None:
         return x
     return Gather.apply(x.byte(), n).bool() if x.dtype == torch.bool else Gather.apply(x, n)
@@ -109,7 +120,10 @@ def any_process(flag, device):
 
 
 class Together(torch.nn.ModuleList):
-    """The models that a run trains. After `backward` each parameter has the gradient of all processes' losses together."""
+    """The models that a run trains.
+
+    After `backward` each parameter has the gradient of all processes' losses together.
+    """
 
     def __init__(self, *models):
         super().__init__(filter(None, models))
@@ -118,7 +132,7 @@ class Together(torch.nn.ModuleList):
             self.ddp.append(torch.nn.parallel.DistributedDataParallel(self))
 
     def forward(self):
-        """Nothing: the losses call the models' own methods, but DDP expects a forward pass before the backward that it is to watch."""
+        """Nothing: losses call the models' own methods, but DDP expects a forward pass first."""
 
     def backward(self, loss, last=True):
         """Adds the gradient of this process's part of a loss; `last` is the last part of a step."""
@@ -128,21 +142,28 @@ class Together(torch.nn.ModuleList):
 
 
 def shard(*models):
-    """Spreads the weights of the models over the processes, block by block (FSDP2); None is no model."""
+    """Spreads the models' weights over the processes, block by block (FSDP2); None is no model."""
     if world() == 1:
-        raise UserError("--shard: one process has nothing to share; start with torchrun --nproc-per-node N")
+        raise UserError(
+            "--shard: one process has nothing to share; start with torchrun --nproc-per-node N"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     if not hasattr(FSDPModule, "set_reshard_after_forward"):
-        raise UserError(f"--shard: torch {torch.__version__} cannot yet hold a sharded model whole for a while; expected 2.8 or newer")
+        raise UserError(
+            f"--shard: torch {torch.__version__} cannot yet hold a sharded model whole for a "
+            "while; expected 2.8 or newer"
+        )
     models = list(filter(None, models))
     mesh = init_device_mesh(next(models[0].parameters()).device.type, (world(),))
     for model in models:
-        for gpt in [m for m in model.modules() if hasattr(m, "wte") and not sharded(m)]:
+        gpts = [m for m in model.modules() if hasattr(m, "wte") and not sharded(m)]
+        for gpt in gpts:
             for block in gpt.h:
                 fully_shard(block, mesh=mesh)
-            fully_shard(gpt, mesh=mesh, reshard_after_forward=False)  # the head reads the token embedding after it
+            # The head reads the token embedding after the forward pass.
+            fully_shard(gpt, mesh=mesh, reshard_after_forward=False)
             register_fsdp_forward_method(gpt, "hidden")
         if hasattr(model, "score") and not sharded(model.score):
             fully_shard(model.score, mesh=mesh)

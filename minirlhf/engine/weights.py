@@ -1,4 +1,5 @@
-"""A model's weights on disk, in the Hugging Face layout: config.json, model.safetensors, tokenizer.json.
+"""A model's weights on disk, in the Hugging Face layout: config.json, model.safetensors and
+tokenizer.json.
 
 Left out: sharded checkpoints, pickled weights.
 """
@@ -11,7 +12,14 @@ from safetensors.torch import load_file
 
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import atomic_write, read_json, save_tensors, shown
+from minirlhf.engine.files import (
+    MissingFile,
+    atomic_write,
+    file_errors,
+    read_json,
+    save_tensors,
+    shown,
+)
 
 # Hugging Face keeps these as Conv1D, whose weight is the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -23,22 +31,35 @@ def export(state, prefix):
     for name, w in state.items():
         w = parallel.full(w)
         if not parallel.rank():
-            weights[prefix + name] = (w.t() if name.endswith(CONV1D) else w).contiguous().cpu()
+            w = w.t() if name.endswith(CONV1D) else w
+            weights[prefix + name] = w.contiguous().cpu()
     return weights
 
 
 def save_directory(directory, config, weights, extra, tokenizer):
-    """config.json, tokenizer.json and model.safetensors, the weights last and each file whole or not at all, by the first process."""
+    """Writes config.json, tokenizer.json and model.safetensors, by the first process.
+
+    Each file whole or not at all, the weights last. Raises FileError where that cannot be.
+    """
     if parallel.rank():
         return
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with file_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     settings = {
-        "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.n_ctx, "n_ctx": config.n_ctx,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_ctx,
+        "n_ctx": config.n_ctx,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
     if tokenizer is not None:
         settings |= {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
         tokenizer.save(directory)
@@ -47,70 +68,127 @@ def save_directory(directory, config, weights, extra, tokenizer):
     save_tensors(weights, directory / "model.safetensors", {"format": "pt"})
 
 
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}  # fmt: skip
+FIXED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # old checkpoints store them
 
 
 def read_directory(source):
-    """The sizes of GPTConfig, weights in our orientation, and config.json as it is, of a directory or of a model on the hub."""
+    """A directory, or a model on the hub: sizes of GPTConfig, weights as ours are, config.json.
+
+    Raises MissingFile, and UserError for what is no such model, or damaged.
+    """
     directory = local_directory(source)
-    if (directory / "pytorch_model.bin").exists() and not (directory / "model.safetensors").exists():
-        raise UserError(f"{directory}: only pytorch_model.bin lies here, a pickle, which can run code when read, so it never is: where you "
-                        "trust it, load it with transformers and save it again with save_pretrained, which writes model.safetensors")
-    for name in ("config.json", "model.safetensors"):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory}: not a model directory, {name} is missing")
+    expect_files(directory)
     raw = read_config(directory)
     try:
         weights = load_file(directory / "model.safetensors")
     except Exception as e:  # broken bytes raise more than SafetensorError
         raise UserError(f"{directory}: broken model.safetensors: {str(e)[:200]}") from None
-    sizes = [raw.get(key) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-    if not all(type(n) is int and 0 < n < 2**31 for n in sizes) or sizes[4] % sizes[3]:
-        found = ", ".join(map(shown, sizes))
-        raise UserError(f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, and n_embd, a multiple of "
-                        f"n_head; found {found}")  # fmt: skip
-    for key, expected in [*FIXED.items(), ("n_inner", 4 * raw["n_embd"])]:
-        if raw.get(key, expected) not in (expected, *([None] if key == "n_inner" else [])):
-            raise UserError(f"{directory}/config.json: {key} is {shown(raw[key])}, but this GPT-2 has {expected!r}")
-    # Nothing is allocated for a model much larger than the file.
-    vocab, context, layers, _, width = sizes
-    rows = vocab + context + layers * (12 * width + 13) + outputs_of(weights)
-    if layers > len(weights) or width * rows > 2 * sum(w.numel() for w in weights.values()):
-        raise UserError(f"{directory}: config.json asks for a larger model than model.safetensors holds: {layers} layers of width {width}")
-    # Old checkpoints store the causal mask.
-    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    sizes = read_sizes(raw, directory)
+    expect_room(sizes, weights, directory)
+    weights = {name: w for name, w in weights.items() if not name.endswith(CAUSAL_MASKS)}
     for name, w in weights.items():
-        if w.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise UserError(f"{directory}: {name[:60]} is of type {w.dtype}, expected 16, 32 or 64 bit floating point")
-        weights[name] = w.t().contiguous().float() if name.endswith(CONV1D) and w.dim() == 2 else w.float()
+        if w.dtype not in FLOATS:
+            raise UserError(
+                f"{directory}: {name[:60]} is of type {w.dtype}, "
+                "expected 16, 32 or 64 bit floating point"
+            )
+        turned = name.endswith(CONV1D) and w.dim() == 2
+        weights[name] = w.t().contiguous().float() if turned else w.float()
     return sizes, weights, raw
 
 
+def expect_files(directory):
+    """Raises UserError where a pickle lies there, MissingFile where no model does."""
+    pickled, safe = directory / "pytorch_model.bin", directory / "model.safetensors"
+    if pickled.exists() and not safe.exists():
+        raise UserError(
+            f"{directory}: only pytorch_model.bin lies here, a pickle, which can run code when "
+            "read, so it never is: where you trust it, load it with transformers and save it again "
+            "with save_pretrained, which writes model.safetensors"
+        )
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise MissingFile(f"{directory}: not a model directory, {name} is missing")
+
+
+def read_sizes(raw, directory):
+    """The sizes of GPTConfig in config.json. Raises UserError for another kind of model."""
+    sizes = [raw.get(key) for key in SIZES]
+    if not all(type(n) is int and 0 < n < 2**31 for n in sizes) or sizes[4] % sizes[3]:
+        found = ", ".join(map(shown, sizes))
+        raise UserError(
+            f"{directory}/config.json: expected positive vocab_size, n_positions, n_layer, n_head, "
+            f"and n_embd, a multiple of n_head; found {found}"
+        )
+    fixed = FIXED | {"n_inner": 4 * raw["n_embd"]}
+    for key, expected in fixed.items():
+        found = raw.get(key, expected)
+        if found != expected and not (key == "n_inner" and found is None):
+            raise UserError(
+                f"{directory}/config.json: {key} is {shown(found)}, but this GPT-2 has {expected!r}"
+            )
+    return sizes
+
+
+def expect_room(sizes, weights, directory):
+    """Raises UserError for a model much larger than the file: nothing is allocated for it."""
+    vocab, context, layers, _, width = sizes
+    rows = vocab + context + layers * (12 * width + 13) + outputs_of(weights)
+    if layers > len(weights) or width * rows > 2 * sum(w.numel() for w in weights.values()):
+        raise UserError(
+            f"{directory}: config.json asks for a larger model than model.safetensors holds: "
+            f"{layers} layers of width {width}"
+        )
+
+
 def read_config(directory):
-    """config.json as it is. Raises UserError where it is broken, is no object, or counts labels by something else than an int."""
+    """config.json as it is.
+
+    Raises UserError where it is broken, is no object, or counts labels by anything but an int.
+    """
     raw = read_json(directory / "config.json")
     if not isinstance(raw, dict) or type(raw.get("num_labels", 1)) is not int:
-        raise UserError(f"{directory}/config.json: expected an object, and in it a whole number as num_labels")
+        raise UserError(
+            f"{directory}/config.json: expected an object, and in it a whole number as num_labels"
+        )
     return raw
 
 
 def outputs_of(weights):
+    """The outputs of the head of a model that has one; else 0."""
     return weights["score.weight"].shape[:1].numel() if "score.weight" in weights else 0
 
 
 def local_directory(name):
-    """A Path: the directory of that name, or else the model of that name fetched from the hub. Raises FileNotFoundError."""
+    """A Path: the directory of that name, or else the model of that name fetched from the hub.
+
+    Raises MissingFile, a FileNotFoundError.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')") from None
+        raise MissingFile(
+            f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')"
+        ) from None
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+        return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as e:
-        raise FileNotFoundError(f"{name}: no such directory, and the hub gave no such model: {e}") from None
+        raise MissingFile(
+            f"{name}: no such directory, and the hub gave no such model: {e}"
+        ) from None
 
 
 def expect_kind(expected, source, weights):
@@ -120,19 +198,27 @@ def expect_kind(expected, source, weights):
     if found != expected:
         raise UserError(f"{source}: a {found} lies here, expected a {expected}")
     if found == "preference model" and outputs % 2:
-        raise UserError(f"{source}: score.weight has {outputs} rows; a preference model has an even number")
+        raise UserError(
+            f"{source}: score.weight has {outputs} rows; a preference model has an even number"
+        )
     return outputs
 
 
 def load_strictly(model, weights, source):
+    """The model with these weights. Raises UserError that names what does not fit."""
     expected = model.state_dict()
-    wrong = [f"{n} is missing" for n in expected.keys() - weights.keys()]
-    wrong += [f"{n} is unexpected" for n in weights.keys() - expected.keys()]
-    wrong += [f"{n} has shape {tuple(weights[n].shape)}, expected {tuple(w.shape)}"
-              for n, w in expected.items() if n in weights and weights[n].shape != w.shape]  # fmt: skip
-    wrong += [f"{n} has numbers that are not finite" for n, w in weights.items() if not w.isfinite().all()]
+    wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+    wrong += [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
+    for name in expected.keys() & weights.keys():
+        found, shape = tuple(weights[name].shape), tuple(expected[name].shape)
+        if found != shape:
+            wrong.append(f"{name} has shape {found}, expected {shape}")
+    for name, w in weights.items():
+        if not w.isfinite().all():
+            wrong.append(f"{name} has numbers that are not finite")
     if wrong:
-        raise UserError(f"{source}: weights do not fit: {sorted(wrong)[0][:200]} ({len(wrong)} such problems)")
+        first = sorted(wrong)[0][:200]
+        raise UserError(f"{source}: weights do not fit: {first} ({len(wrong)} such problems)")
     model.load_state_dict(weights)
     return model
 
