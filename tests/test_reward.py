@@ -1,6 +1,6 @@
 """Reward-model losses against numbers worked by hand, NumPy loops and finite differences.
 
-Letters: B batch, K options. D = chosen - rejected. Everything is float64 unless a test says otherwise.
+Letters: B batch, K options. D = chosen - rejected. All is float64 unless a test says otherwise.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def bt_loop(chosen, rejected, margin, label, center):
 
 
 def pl_loop(rewards, ranking):
-    """-log of the probability to draw the ranking one option at a time, without replacement; mean over rows."""
+    """-log P(the ranking is drawn, one option at a time, without replacement); mean over rows."""
     total = 0.0
     for row, order in zip(rewards, ranking, strict=True):
         left = list(order)
@@ -89,12 +89,8 @@ def test_bradley_terry_by_hand(chosen, rejected, options, expected):
 def test_bradley_terry_is_the_loop(soft, with_margin, center):
     chosen, rejected = normal(9, seed=1), normal(9, seed=2)
     rng = np.random.default_rng(3)
-    label = torch.from_numpy(rng.uniform(0, 1, 9)) if soft else torch.ones(9, dtype=torch.float64)
-    margin = (
-        torch.from_numpy(rng.uniform(-1, 1, 9))
-        if with_margin
-        else torch.zeros(9, dtype=torch.float64)
-    )
+    label = tensor(rng.uniform(0, 1, 9) if soft else np.ones(9))
+    margin = tensor(rng.uniform(-1, 1, 9) if with_margin else np.zeros(9))
     loss = bradley_terry_loss(chosen, rejected, margin=margin, label=label, center=center)
     expected = bt_loop(chosen.tolist(), rejected.tolist(), margin.tolist(), label.tolist(), center)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -103,17 +99,11 @@ def test_bradley_terry_is_the_loop(soft, with_margin, center):
 def test_bradley_terry_floats_and_tensors_are_the_same_options():
     chosen, rejected = normal(5, seed=4), normal(5, seed=5)
     floats = bradley_terry_loss(chosen, rejected, margin=0.3, label=0.8, center=0.1)
-    full = bradley_terry_loss(
-        chosen,
-        rejected,
-        margin=torch.full_like(chosen, 0.3),
-        label=torch.full_like(chosen, 0.8),
-        center=0.1,
-    )
+    margin, label = torch.full_like(chosen, 0.3), torch.full_like(chosen, 0.8)
+    full = bradley_terry_loss(chosen, rejected, margin=margin, label=label, center=0.1)
     assert floats.item() == pytest.approx(full.item(), rel=1e-14)
-    assert floats.item() == pytest.approx(
-        bt_loop(chosen.tolist(), rejected.tolist(), [0.3] * 5, [0.8] * 5, 0.1)
-    )
+    expected = bt_loop(chosen.tolist(), rejected.tolist(), [0.3] * 5, [0.8] * 5, 0.1)
+    assert floats.item() == pytest.approx(expected)
 
 
 def test_bradley_terry_does_not_care_which_side_is_called_chosen():
@@ -155,9 +145,8 @@ def test_bradley_terry_gradient(label):
 def test_bradley_terry_best_margin_of_a_soft_label_is_its_logit():
     d = tensor([math.log(0.8 / 0.2)]).requires_grad_()
     loss = bradley_terry_loss(d, torch.zeros_like(d), label=0.8)
-    assert loss.item() == pytest.approx(
-        -0.8 * math.log(0.8) - 0.2 * math.log(0.2), rel=1e-12
-    )  # the label's entropy
+    entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)  # the label's
+    assert loss.item() == pytest.approx(entropy, rel=1e-12)
     assert torch.autograd.grad(loss, d)[0].item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -172,17 +161,13 @@ def test_bradley_terry_stays_finite_for_huge_rewards():
 # Plackett-Luce
 
 
-def test_plackett_luce_by_hand():
+@pytest.mark.parametrize("ranking, probability", [
+    ([1, 2, 0], 5 / 10 * 3 / 5), ([0, 1, 2], 2 / 10 * 5 / 8), ([2, 0, 1], 3 / 10 * 2 / 7),
+])  # fmt: skip
+def test_plackett_luce_by_hand(ranking, probability):
     rewards = tensor([[math.log(2), math.log(5), math.log(3)]])  # weights 2, 5, 3
-    assert plackett_luce_loss(rewards, torch.tensor([[1, 2, 0]])).item() == pytest.approx(
-        -math.log(5 / 10 * 3 / 5)
-    )
-    assert plackett_luce_loss(rewards, torch.tensor([[0, 1, 2]])).item() == pytest.approx(
-        -math.log(2 / 10 * 5 / 8)
-    )
-    assert plackett_luce_loss(rewards, torch.tensor([[2, 0, 1]])).item() == pytest.approx(
-        -math.log(3 / 10 * 2 / 7)
-    )
+    loss = plackett_luce_loss(rewards, torch.tensor([ranking]))
+    assert loss.item() == pytest.approx(-math.log(probability))
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 9])
@@ -240,13 +225,14 @@ def test_plackett_luce_gradient_and_huge_rewards():
     np.testing.assert_allclose(grad.numpy(), numeric.numpy(), atol=1e-9)
     np.testing.assert_allclose(grad.sum(1).numpy(), 0.0, atol=1e-12)
     huge = plackett_luce_loss(torch.tensor([[1e4, 0.0, -1e4]]), torch.tensor([[2, 1, 0]]))
-    assert huge.item() == pytest.approx(
-        3e4, rel=1e-6
-    )  # 2e4 for the first place, 1e4 for the second
+    assert huge.item() == pytest.approx(3e4, rel=1e-6)  # 2e4 for the first place, 1e4 the second
 
 
 def ragged(k, sizes, seed):
-    """Rewards (B, k) with -inf for the missing options of rows of these sizes, at random places, and rankings with them last."""
+    """Rewards (B, k) of rows of these sizes, -inf for the missing options, at random places.
+
+    And rankings (B, k), with the missing options last.
+    """
     rng, rewards, ranking = np.random.default_rng(seed), [], []
     for size in sizes:
         order = rng.permutation(k)
@@ -263,9 +249,8 @@ SIZES = [4, 2, 1, 5, 3, 2]
 def test_plackett_luce_leaves_missing_options_out():
     rewards, ranking = ragged(5, SIZES, seed=60)
     expected = pl_loop(rewards, [order[:size] for order, size in zip(ranking, SIZES, strict=True)])
-    assert plackett_luce_loss(tensor(rewards), torch.tensor(ranking)).item() == pytest.approx(
-        expected, rel=1e-12
-    )
+    double = plackett_luce_loss(tensor(rewards), torch.tensor(ranking))
+    assert double.item() == pytest.approx(expected, rel=1e-12)
     single = plackett_luce_loss(torch.tensor(rewards), torch.tensor(ranking))
     assert single.dtype == torch.float32 and single.item() == pytest.approx(expected, rel=1e-5)
 
@@ -276,11 +261,9 @@ def test_missing_options_have_no_gradient_and_the_others_their_own(loss):
     whole, order = tensor(rewards).requires_grad_(), torch.tensor(ranking)
 
     def f(x, order):
-        return (
-            plackett_luce_loss(x, order)
-            if loss == "plackett_luce"
-            else best_of_k_loss(x, order[:, 0])
-        )
+        if loss == "plackett_luce":
+            return plackett_luce_loss(x, order)
+        return best_of_k_loss(x, order[:, 0])
 
     (grad,) = torch.autograd.grad(f(whole, order), whole)
     for b, size in enumerate(SIZES):
@@ -291,21 +274,16 @@ def test_missing_options_have_no_gradient_and_the_others_their_own(loss):
 
 
 def test_gradcheck():
-    ranking = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    check, ranking = torch.autograd.gradcheck, torch.tensor([[2, 0, 1], [1, 2, 0]])
     a, b = normal(2, 3, seed=62).requires_grad_(), normal(2, 3, seed=63).requires_grad_()
     label = torch.from_numpy(np.random.default_rng(64).uniform(0, 1, (2, 3)))
-    assert torch.autograd.gradcheck(
-        lambda x, y: bradley_terry_loss(x, y, label=label, margin=0.3, center=0.1), (a, b)
-    )
-    assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, ranking), a)
-    assert torch.autograd.gradcheck(lambda x: best_of_k_loss(x, ranking[:, 0]), a)
-    assert torch.autograd.gradcheck(lambda x: rating_loss(x, b.detach()), a)
-    missing = torch.tensor(
-        [[False, True, False], [False, False, False]]
-    )  # option 1, the last of row 0
-    assert torch.autograd.gradcheck(
-        lambda x: plackett_luce_loss(x.masked_fill(missing, -math.inf), ranking), a
-    )
+    options = {"label": label, "margin": 0.3, "center": 0.1}
+    assert check(lambda x, y: bradley_terry_loss(x, y, **options), (a, b))
+    assert check(lambda x: plackett_luce_loss(x, ranking), a)
+    assert check(lambda x: best_of_k_loss(x, ranking[:, 0]), a)
+    assert check(lambda x: rating_loss(x, b.detach()), a)
+    missing = torch.tensor([[False, True, False], [False, False, False]])  # option 1, last of row 0
+    assert check(lambda x: plackett_luce_loss(x.masked_fill(missing, -math.inf), ranking), a)
 
 
 # Best of K, ratings
@@ -314,25 +292,18 @@ def test_gradcheck():
 @pytest.mark.parametrize("k", [2, 4, 7])
 def test_best_of_k_is_the_loop(k):
     rewards, best = normal(6, k, seed=70 + k), np.random.default_rng(k).integers(0, k, 6)
-    expected = np.mean(
-        [
-            -math.log(math.exp(row[i]) / sum(map(math.exp, row)))
-            for row, i in zip(rewards.tolist(), best, strict=True)
-        ]
-    )
+    rows = zip(rewards.tolist(), best, strict=True)
+    expected = np.mean([-math.log(math.exp(row[i]) / sum(map(math.exp, row))) for row, i in rows])
     loss = best_of_k_loss(rewards, torch.from_numpy(best))
     assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_best_of_k_by_hand():
-    rewards = tensor(
-        [[math.log(2), math.log(5), math.log(3)], [math.log(2), -math.inf, math.log(6)]]
-    )
+    rewards = tensor([[2, 5, 3], [2, 0, 6]]).log()  # log 0: a missing option
     loss = best_of_k_loss(rewards, torch.tensor([1, 0]))
     assert loss.item() == pytest.approx((math.log(10 / 5) + math.log(8 / 2)) / 2, rel=1e-12)
-    assert best_of_k_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(
-        math.log(4)
-    )
+    equal = best_of_k_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3]))
+    assert equal.item() == pytest.approx(math.log(4))
 
 
 def test_rating_loss():

@@ -1,5 +1,8 @@
-"""Two published recipes and the pairwise losses, step by step, against second_implementation.py: plain loops in NumPy, written from the
-formulas alone by someone who had not read this package. Its numbers lie in second_implementation.json."""
+"""Two published recipes and the pairwise losses, step by step, against second_implementation.py.
+
+Those are plain loops in NumPy, written from the formulas alone by someone who had not read this
+package. Their numbers lie in second_implementation.json.
+"""
 
 import json
 import re
@@ -18,20 +21,16 @@ from minirlhf.engine import cli, optim
 from minirlhf.feedback import labelers
 from minirlhf.sampling import Rollout, response_mask
 
-SECOND = json.loads(
-    Path(__file__).with_suffix("").with_name("second_implementation.json").read_text()
-)
-LAUNCHES = re.findall(
-    r"^ +python train_ppo.py (--temperature 0.7 .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M
-)
+SECOND = json.loads(Path(second_implementation.__file__).with_suffix(".json").read_text())
+LAUNCH = re.compile(r"^ +python train_ppo.py (--temperature 0.7 .*)$", re.M)
+LAUNCHES = LAUNCH.findall(train_ppo.__doc__.replace("\\\n", " "))
 RECIPES = dict(zip(("lhp", "sfd"), LAUNCHES, strict=True))
 
 
 def test_the_numbers_are_those_of_the_second_implementation():
     for recipe in RECIPES:
-        for key, value in second_implementation.iteration(
-            recipe, second_implementation.fixed_rollout()
-        ).items():
+        rollout = second_implementation.fixed_rollout()
+        for key, value in second_implementation.iteration(recipe, rollout).items():
             np.testing.assert_allclose(value, SECOND[recipe][key], rtol=0, atol=0)
 
 
@@ -39,23 +38,19 @@ def close(actual, key, expected, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     expected = torch.tensor(expected[key], dtype=torch.float64)
     actual = torch.as_tensor(actual, dtype=torch.float64)
-    torch.testing.assert_close(
-        actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}"
-    )
+    near = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(actual, expected, **near, msg=lambda m: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_iteration(recipe, dtype, monkeypatch):
     given, expected = SECOND["rollout"], SECOND[recipe]
-    knobs = cli.parse(
-        train_ppo.Knobs,
-        "",
-        [*shlex.split(RECIPES[recipe]), "--batch-size", "6", "--response-length", "5"],
-    )
+    flags = [*shlex.split(RECIPES[recipe]), "--batch-size", "6", "--response-length", "5"]
+    knobs = cli.parse(train_ppo.Knobs, "", flags)
     knobs.truncate_after = given["truncate_after"] if knobs.truncate else 0
-    fixed = {key: torch.tensor(given[key], dtype=dtype) for key in
-             ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values", "scores")}  # fmt: skip
+    keys = ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values", "scores")
+    fixed = {key: torch.tensor(given[key], dtype=dtype) for key in keys}
     lengths, prompts = torch.tensor(given["lengths"]), torch.ones(6, dtype=torch.int64)
     tokens = torch.cat([torch.full((6, 1), 9), torch.tensor(given["tokens"])], 1)
     mask = response_mask(lengths, 5)
@@ -68,46 +63,58 @@ def test_one_iteration(recipe, dtype, monkeypatch):
         return fixed["scores"]
 
     rm.level = "response"
-    tokenizer = SimpleNamespace(
-        eos=given["eos_id"], pad=7, encode=lambda text: [given["truncate_token"]] if text else []
-    )
-    critic = SimpleNamespace(
-        values=lambda tokens, lengths: torch.cat(
-            [fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1
-        )
-    )
-    monkeypatch.setattr(labelers, "load_reward_model", lambda *_: rm)
-    monkeypatch.setattr(
-        train_ppo, "generate", lambda *_, **__: Rollout(tokens, prompts, lengths, fixed["logprobs"])
-    )
+
+    def truncate_token(text):
+        return [given["truncate_token"]] if text else []
+
+    def values(tokens, lengths):
+        return torch.cat([fixed["values"], torch.full((6, 1), 1e4, dtype=dtype)], 1)
+
+    def sampled(*_, **__):
+        return Rollout(tokens, prompts, lengths, fixed["logprobs"])
+
     made = {model: torch.where(mask, fixed[model], 0) for model in ("logprobs", "ref_logprobs")}
-    monkeypatch.setattr(train_ppo, "response_logprobs",
-                        lambda model, *_, entropy=False, **__: (made[model], mask) if entropy else made[model])  # fmt: skip
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda self: self if self.is_floating_point() else self.double()
-    )
+
+    def logprobs(model, *_, entropy=False, **__):
+        return (made[model], mask) if entropy else made[model]
+
+    def at_least_single(self):
+        return self if self.is_floating_point() else self.double()
+
+    tokenizer = SimpleNamespace(eos=given["eos_id"], pad=7, encode=truncate_token)
+    critic = SimpleNamespace(values=values)
+    monkeypatch.setattr(labelers, "load_reward_model", lambda *_: rm)
+    monkeypatch.setattr(train_ppo, "generate", sampled)
+    monkeypatch.setattr(train_ppo, "response_logprobs", logprobs)
+    monkeypatch.setattr(torch.Tensor, "float", at_least_single)
     scorer, _ = train_ppo.make_scorer(knobs, "rm", None, tokenizer, None)
-    episodes, stats = train_ppo.rollout("logprobs", "ref_logprobs", scorer, critic, (tokens[:, :1], prompts), tokenizer, knobs,
-                                        knobs.kl_coef)  # fmt: skip
+    asked = (tokens[:, :1], prompts)
+    episodes, stats = train_ppo.rollout(
+        "logprobs", "ref_logprobs", scorer, critic, asked, tokenizer, knobs, knobs.kl_coef
+    )
 
     assert read[0].tolist() == expected["scored_lengths"]
     close(stats["objective/score"], "mean", {"mean": np.mean(expected["scores"])}, dtype)
-    rewards, _, _ = ppo.experience(torch.tensor(expected["scores"], dtype=dtype), episodes.logprobs, episodes.ref_logprobs, episodes.values,
-                                   mask, knobs, knobs.kl_coef)  # fmt: skip
-    close(
-        rewards, "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards", expected, dtype
-    )
+    scores = torch.tensor(expected["scores"], dtype=dtype)
+    of_policy = (episodes.logprobs, episodes.ref_logprobs, episodes.values)
+    rewards, _, _ = ppo.experience(scores, *of_policy, mask, knobs, knobs.kl_coef)
+    shaped = "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards"
+    close(rewards, shaped, expected, dtype)
     close(stats["objective/reward"], "mean", {"mean": rewards.sum(1).mean().item()}, dtype)
     close(episodes.advantages, "whitened_advantages", expected, dtype)
     close(episodes.returns, "returns", expected, dtype)
     close(stats["objective/kl"], "mean_kl", expected, dtype)
     close(stats["objective/entropy"], "entropy", expected, dtype)
 
-    loss, stats = ppo.losses(
-        fixed["new_logprobs"], fixed["new_values"], episodes, mask, knobs, knobs.kl_coef
-    )
-    for name, key in (("ppo/policy/loss", "policy_loss"), ("ppo/val/loss", "value_loss"), ("ppo/policy/approxkl", "approxkl"),
-                      ("ppo/policy/clipfrac", "clipfrac"), ("ppo/policy/ratio", "mean_ratio")):  # fmt: skip
+    new = (fixed["new_logprobs"], fixed["new_values"])
+    loss, stats = ppo.losses(*new, episodes, mask, knobs, knobs.kl_coef)
+    for name, key in (
+        ("ppo/policy/loss", "policy_loss"),
+        ("ppo/val/loss", "value_loss"),
+        ("ppo/policy/approxkl", "approxkl"),
+        ("ppo/policy/clipfrac", "clipfrac"),
+        ("ppo/policy/ratio", "mean_ratio"),
+    ):
         close(stats[name], key, expected, dtype)
     close(loss, "total_loss", expected, dtype)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
@@ -131,23 +138,20 @@ def test_group_baselines_controller_and_schedule():
         close(optimizer.param_groups[0]["lr"], "result", case, torch.float64)
 
 
+PAIRS = SECOND["pairs"]["values"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    "name", [name for name in SECOND["pairs"]["values"] if not name.startswith("kto")]
-)
+@pytest.mark.parametrize("name", [name for name in PAIRS if not name.startswith("kto")])
 def test_pair_losses(name, dtype):
-    inputs = {
-        key: torch.tensor(value, dtype=dtype) for key, value in SECOND["pairs"]["inputs"].items()
-    }
-    case = SECOND["pairs"]["values"][name]
+    given, case = SECOND["pairs"]["inputs"], PAIRS[name]
+    inputs = {key: torch.tensor(value, dtype=dtype) for key, value in given.items()}
     options = dict(case["options"])
     for theirs, ours in (("f_divergence", "divergence"), ("alpha", "alpha_divergence")):
         if theirs in options:
             options[ours] = options.pop(theirs)
-    if name == "orpo":
-        options["lam"] = options[
-            "beta"
-        ]  # there the weight of the odds ratio goes by the name of beta
+    if name == "orpo":  # there the weight of the odds ratio goes by the name of beta
+        options["lam"] = options["beta"]
     got = dpo.pair_loss(case["kind"], **inputs, **options)
     losses = torch.tensor(case["losses"], dtype=torch.float64)
     if case["kind"].startswith("aot"):  # in the order of the sorted batch
@@ -158,14 +162,11 @@ def test_pair_losses(name, dtype):
 
 @pytest.mark.parametrize("name", ["kto", "kto z=0"])
 def test_kto(name):
-    case, inputs = SECOND["pairs"]["values"][name], SECOND["pairs"]["inputs"]
-    mismatched = torch.tensor(case["mismatched_logratios"], dtype=torch.float64)
-    for side, desirable in (("chosen", True), ("rejected", False)):
-        policy, ref = (
-            torch.tensor(inputs[f"{model}_{side}_logps"], dtype=torch.float64)
-            for model in ("policy", "ref")
-        )
-        got = lists.kto_loss(
-            policy, ref, torch.full((8,), desirable), mismatched, beta=case["options"]["beta"]
-        )
-        close(got, "desirable" if desirable else "undesirable", case, torch.float64)
+    case, given, double = PAIRS[name], SECOND["pairs"]["inputs"], torch.float64
+    mismatched = torch.tensor(case["mismatched_logratios"], dtype=double)
+    for side, key in (("chosen", "desirable"), ("rejected", "undesirable")):
+        policy = torch.tensor(given[f"policy_{side}_logps"], dtype=double)
+        ref = torch.tensor(given[f"ref_{side}_logps"], dtype=double)
+        thumbs = torch.full((8,), key == "desirable")
+        got = lists.kto_loss(policy, ref, thumbs, mismatched, beta=case["options"]["beta"])
+        close(got, key, case, double)
