@@ -9,7 +9,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
-from minirlhf import sft
 
 
 def pytest_configure(config):
@@ -22,6 +21,7 @@ def pytest_configure(config):
 def toy(tmp_path_factory):
     """A folder with finished runs `sft` and `rm` of the toy language."""
     import train_rm
+    from minirlhf import sft  # not above: Triton reads its environment when it is imported
 
     folder = tmp_path_factory.mktemp("toy")
     sft.main(sft.Knobs(data="toy", out=str(folder / "sft"), n_layer=2, n_head=2, n_embd=64, epochs=4, batch_size=64, lr=5e-3,
