@@ -1,16 +1,41 @@
-"""What every loop does between a batch and the next: seeds, the norm of the gradients, and a step that is made or not."""
+"""The machinery around a step: seeds, the norm of the gradients, a step that is made or not; the
+knobs, and what a program says and leaves when it ends."""
 
+import contextlib
+import dataclasses
 import math
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minirlhf.engine import optim
-from minirlhf.engine.cli import UserError
+import train_dpo
+import train_ppo
+import train_rm
+from minirlhf import sft
+from minirlhf.bench import plan
+from minirlhf.engine import cli, optim
+from minirlhf.engine.cli import RunKnobs, UserError, knob
+from minirlhf.engine.contain import at_end, caught_signals
+from minirlhf.engine.files import FileError, MissingFile, atomic_write, file_errors, read_json
+from minirlhf.engine.log import Run
 from minirlhf.engine.machine import seed_everything
 from minirlhf.engine.optim import gradient_norm, optimizer_step
+from minirlhf.engine.weights import local_directory
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [sft, train_rm, train_ppo, train_dpo, plan]
+by_name = dict(ids=lambda module: getattr(module, "__name__", ""))
+
+
+# Seeds
 
 
 def draws(seed, step=None):
@@ -42,11 +67,12 @@ def test_a_steps_seed_is_of_nothing_but_its_number():
     torch.rand(100), np.random.random(7), random.random()
     seed_everything(3, 3)
     seed_everything(3, 4)
-    assert (
-        torch.equal(torch.rand(2), first[0])
-        and np.array_equal(np.random.random(2), first[1])
-        and random.random() == first[2]
-    )
+    assert torch.equal(torch.rand(2), first[0])
+    assert np.array_equal(np.random.random(2), first[1])
+    assert random.random() == first[2]
+
+
+# A step
 
 
 SHAPES = [(7, 5), (5,), (3, 4, 2), (1, 1), (1000, 3)]
@@ -62,16 +88,16 @@ def parameters(scale=1.0, seed=0):
 
 
 def numpy_norm(found):
-    return math.sqrt(
-        sum((p.grad.numpy().astype(np.float64) ** 2).sum() for p in found if p.grad is not None)
-    )
+    gradients = [p.grad.numpy().astype(np.float64) for p in found if p.grad is not None]
+    return math.sqrt(sum((g**2).sum() for g in gradients))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_gradient_norm_is_that_of_all_numbers(scale):
     found = parameters(scale)
     norm = gradient_norm(found)
-    assert norm.shape == () and norm.item() == pytest.approx(numpy_norm(found), rel=1e-6)
+    assert norm.shape == ()
+    assert norm.item() == pytest.approx(numpy_norm(found), rel=1e-6)
 
 
 def test_a_large_gradient_does_not_hide_small_ones():
@@ -84,24 +110,18 @@ def test_a_large_gradient_does_not_hide_small_ones():
 
 @pytest.mark.parametrize("most", [0, 0.5, 1e6])
 def test_a_step_by_clipped_gradients(most):
-    """Plain gradient descent with rate 1, against NumPy; what is returned is the norm before clipping, and the loss, as numbers."""
+    """Gradient descent with rate 1, against NumPy; returned are the loss and the norm before it."""
     found = parameters()
-    before, gradients, norm = (
-        [p.detach().clone() for p in found],
-        [p.grad for p in found],
-        numpy_norm(found),
-    )
+    norm = numpy_norm(found)
     factor = min(1.0, most / norm) if most else 1.0
-    expected = [
-        b.numpy() if g is None else b.numpy() - factor * g.numpy()
-        for b, g in zip(before, gradients, strict=True)
-    ]
-    loss, got = optimizer_step(
-        torch.optim.SGD(found, lr=1.0), most, torch.tensor(1.25, requires_grad=True)
-    )
-    assert (
-        loss == 1.25 and got == pytest.approx(norm, rel=1e-6) and type(loss) is type(got) is float
-    )
+    expected = []
+    for p in found:
+        gradient = 0 if p.grad is None else p.grad.numpy()
+        expected.append(p.detach().clone().numpy() - factor * gradient)
+    descent = torch.optim.SGD(found, lr=1.0)
+    loss, got = optimizer_step(descent, most, torch.tensor(1.25, requires_grad=True))
+    assert loss == 1.25 and got == pytest.approx(norm, rel=1e-6)
+    assert type(loss) is type(got) is float
     for p, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(p.detach(), e, rtol=1e-5, atol=1e-6)
         assert p.grad is None
@@ -115,10 +135,8 @@ def test_no_step_is_made_by_numbers_that_are_none(value, broken, most):
     for nonfinite in (None, lambda *figures: seen.append(figures)):
         found = parameters()
         before = [p.detach().clone() for p in found]
-        optimizer, loss = (
-            optim.make_optimizer(torch.nn.ParameterList(found), 0.1),
-            torch.tensor(2.0),
-        )
+        optimizer = optim.make_optimizer(torch.nn.ParameterList(found), 0.1)
+        loss = torch.tensor(2.0)
         if broken == "loss":
             loss = loss * value
         else:
@@ -128,13 +146,348 @@ def test_no_step_is_made_by_numbers_that_are_none(value, broken, most):
                 optimizer_step(optimizer, most, loss)
         else:
             optimizer_step(optimizer, most, loss, nonfinite)
-            assert (
-                len(seen) == 1
-                and math.isfinite(seen[0][0]) == (broken != "loss")
-                and math.isfinite(seen[0][1]) == (broken == "loss")
-            )
+            ((loss, norm),) = seen
+            assert math.isfinite(loss) == (broken != "loss")
+            assert math.isfinite(norm) == (broken == "loss")
             assert all(p.grad is None for p in found)  # nothing of it comes into the next step
-        assert (
-            all(torch.equal(p, b) for p, b in zip(found, before, strict=True))
-            and not optimizer.state
-        )
+        assert all(torch.equal(p, b) for p, b in zip(found, before, strict=True))
+        assert not optimizer.state
+
+
+# Knobs made in Python are checked as flags are
+
+
+@dataclasses.dataclass(kw_only=True)
+class Small(cli.Checked):
+    steps: int = knob(3, "a whole number", least=1)
+    share: float = knob(1, "a number whose default is whole", most=2)
+    score: float = knob(math.nan, "nan is off", least=-math.inf)
+    out: str = knob("runs", "a text", free=True)
+    soft: bool = knob(True, "yes or no")
+    kind: str = knob("a", "one of two", ("a", "b"))
+    nothing: str = knob(None, "a text that may be missing")
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("steps", 5, 5), ("steps", np.int64(5), 5), ("steps", np.uint8(5), 5), ("steps", 5.0, 5),
+    ("steps", np.float32(5), 5), ("share", 2, 2.0), ("share", 1.5, 1.5),
+    ("share", np.int32(2), 2.0), ("share", np.float32(0.5), 0.5), ("share", np.float64(0.5), 0.5),
+    ("score", -7, -7.0),
+    ("out", "x", "x"), ("out", Path("x/y"), str(Path("x/y"))), ("out", np.str_("x"), "x"),
+    ("soft", False, False), ("soft", np.bool_(False), False), ("kind", "b", "b"),
+    ("nothing", "x", "x"), ("nothing", None, None),
+])  # fmt: skip
+def test_a_value_is_taken_as_its_knobs_type(name, given, expected):
+    found = getattr(Small(**{name: given}), name)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_defaults_have_their_types_too():
+    knobs = Small()
+    assert type(knobs.share) is float and math.isnan(knobs.score)
+
+
+@pytest.mark.parametrize("name, given, message", [
+    ("steps", True, "--steps True: expected a whole number"),
+    ("steps", "3", "--steps '3': expected a whole number"),
+    ("steps", None, "--steps None: expected a whole number"),
+    ("steps", 2.5, "--steps 2.5: expected a whole number"),
+    ("steps", math.nan, "--steps nan: expected a whole number"),
+    ("steps", math.inf, "--steps inf: expected a whole number"),
+    ("steps", torch.tensor(3), "--steps tensor(3): expected a whole number"),
+    ("steps", 0, "--steps 0: expected at least 1"),
+    ("steps", 0.0, "--steps 0: expected at least 1"),
+    ("share", False, "--share False: expected a number"),
+    ("share", np.bool_(True), "True.*: expected a number"),
+    ("share", "0.5", "--share '0.5': expected a number"),
+    ("share", None, "--share None: expected a number"),
+    ("share", 3, "--share 3.0: expected 0 to 2"),
+    ("share", -0.1, "--share -0.1: expected 0 to 2"),
+    ("share", math.nan, "--share nan: expected 0 to 2"),
+    ("out", 3, "--out 3: expected text"),
+    ("out", None, "--out None: expected text"),
+    ("out", b"runs", "--out b'runs': expected text"),
+    ("soft", "yes", "--soft 'yes': expected true or false"),
+    ("soft", 1, "--soft 1: expected true or false"),
+    ("soft", None, "--soft None: expected true or false"),
+    ("kind", "c", "--kind 'c': expected one of 'a', 'b'"),
+    ("kind", 1, "--kind 1: expected text"),
+    ("nothing", 1, "--nothing 1: expected text"),
+])  # fmt: skip
+def test_another_type_or_value_is_refused(name, given, message):
+    pattern = message if ".*" in message else f"^{re.escape(message)}$"
+    with pytest.raises(UserError, match=pattern):
+        Small(**{name: given})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, **by_name)
+def test_every_knob_is_checked(script):
+    """That is: each takes its default, and nothing of another type or beside its choices."""
+    defaults = dataclasses.asdict(script.Knobs())
+    for field in dataclasses.fields(script.Knobs):
+        value = defaults[field.name]
+        assert type(value) is field.type
+        script.Knobs(**{field.name: field.default})
+        flag = "--" + field.name.replace("_", "-")
+        wrong = {bool: "yes", int: 2.5, float: "much", str: 7}[field.type]
+        with pytest.raises(UserError, match=f"{flag} .*: expected"):
+            script.Knobs(**{field.name: wrong})
+        if field.metadata["choices"]:
+            with pytest.raises(UserError, match=f"{flag} 'neither': expected one of"):
+                script.Knobs(**{field.name: "neither"})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, **by_name)
+def test_help_shows_the_scripts_own_knobs_first(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(script.Knobs, script.__doc__, ["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out.split("\nknobs of this script:\n")[1]
+    own, *rest = shown.split("\nknobs of every run:\n")
+    everyone = {field.name for field in dataclasses.fields(RunKnobs)}
+    if script is plan:
+        everyone = set()
+    assert len(rest) == bool(everyone)
+    for field in dataclasses.fields(script.Knobs):
+        flag = f"  --{field.name.replace('_', '-')}"
+        part = rest[0] if field.name in everyone else own
+        lines = [line for line in part.splitlines() if line.startswith(flag)]
+        assert lines, flag
+
+
+def test_the_knobs_of_every_run_are_said_in_a_line():
+    for field in dataclasses.fields(RunKnobs):
+        assert 20 < len(field.metadata["help"]) <= 100, field.name
+
+
+# What a program says when it ends
+
+
+def ends(error, capsys):
+    """The exit code and the last line of a script whose main function raises this."""
+
+    def main(knobs):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["script.py"])
+        cli.run_script(main, Small, "")
+    return end.value.code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("error", [UserError("a b\nc"), FileError("a b\nc"), MissingFile("a b c")])
+def test_what_the_user_can_mend_is_one_line(error, capsys):
+    assert ends(error, capsys) == (2, "error: a b c")
+
+
+def test_out_of_gpu_memory_names_the_knobs(capsys):
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    code, said = ends(memory, capsys)
+    assert code == 2
+    for word in ("20.00 GiB", "--micro-batch", "--batch-size", "--dtype bfloat16", "--shard"):
+        assert word in said
+
+
+def test_interrupted(capsys):
+    assert ends(KeyboardInterrupt(), capsys) == (130, "interrupted")
+
+
+MISTAKES = [OSError(5, "x"), FileNotFoundError(2, "x", "y"), TypeError("x"), ValueError("x"),
+            RuntimeError("x"), BrokenPipeError(32, "x"), MemoryError()]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda e: type(e).__name__)
+def test_a_forks_own_mistake_keeps_its_traceback(mistake, capsys, monkeypatch):
+    def own_reward():
+        raise mistake
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(type(mistake)) as caught:
+        cli.run_script(lambda knobs: own_reward(), Small, "")
+    assert caught.value is mistake and caught.traceback[-1].name == "own_reward"
+    assert capsys.readouterr().err == ""
+
+
+LOOP = """
+from minirlhf.engine import cli
+def main(knobs):
+    while True:
+        print("x" * 100, flush=True)
+cli.run_script(main, cli.RunKnobs, "")
+"""
+
+
+def test_a_closed_pipe_is_one_line():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen([sys.executable, "-c", LOOP], **pipes)
+    program.stdout.readline()
+    program.stdout.close()
+    said = program.stderr.read()
+    assert program.wait(60) == 2 and said.strip() == "error: standard output: Broken pipe"
+
+
+def test_our_own_files_are_the_users_to_mend(tmp_path):
+    """A UserError, so one line; and still the OSError that the docstrings promise."""
+    with pytest.raises(MissingFile, match=f"^{tmp_path}/no.json: No such file or directory$") as e:
+        read_json(tmp_path / "no.json")
+    assert isinstance(e.value, (UserError, FileNotFoundError))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        local_directory(tmp_path / "nowhere")
+    with pytest.raises(FileError, match=f"^{tmp_path}: Is a directory$"):
+        read_json(tmp_path)
+    with pytest.raises(MissingFile), atomic_write(tmp_path / "no" / "file") as tmp:
+        tmp.write_text("x")
+    with pytest.raises(FileError, match="^x: full$"), file_errors("x"):
+        raise OSError("full")
+    with pytest.raises(TypeError), file_errors("x"):
+        raise TypeError
+
+
+# A stage leaves the process as it found it
+
+
+def surroundings():
+    """All that a stage might change of a process."""
+    name, keys, *place = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *place),
+        "torch": torch.get_rng_state().tolist(),
+        "seed": torch.initial_seed(),
+        "precision": precision(),
+        "handlers": {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},
+        "stdout": sys.stdout,
+        "path": list(sys.path),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "threads": torch.get_num_threads(),
+        "type": torch.get_default_dtype(),
+    }
+
+
+def precision():
+    """Of torch's fp32 products, by the switches of torch 2.9 and newer where it has them."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return torch.get_float32_matmul_precision()
+    places = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return [place.fp32_precision for place in places]
+
+
+@pytest.fixture
+def guest():
+    """A process with settings of its own, which come back afterwards."""
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    precision, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_rng_state(state)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@cli.contained
+def changes_all(error=None):
+    seed_everything(1234)
+    torch.set_float32_matmul_precision("medium")
+    sys.stdout = sys.stderr
+    with caught_signals():
+        if error:
+            raise error
+        return "done"
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("error", [None, ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_state_is_put_back(error, newer, guest):
+    if newer:
+        if not hasattr(torch.backends, "fp32_precision"):
+            pytest.skip("torch 2.9 or newer")
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        assert torch.get_float32_matmul_precision() == "high"
+    before = surroundings()
+    if error is None:
+        assert changes_all() == "done"
+    else:
+        with pytest.raises(type(error)) as caught:
+            changes_all(error)
+        assert caught.value is error
+    assert surroundings() == before
+    if not newer:
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_stages_within_stages(guest):
+    """Each ends what it began, the inner before the outer, and each last thing first."""
+    ended = []
+
+    @cli.contained
+    def inner():
+        at_end(lambda: ended.append("inner 1"))
+        at_end(lambda: ended.append("inner 2"))
+        seed_everything(5)
+        raise LookupError
+
+    @cli.contained
+    def outer():
+        at_end(lambda: ended.append("outer"))
+        seed_everything(6)
+        before = surroundings()
+        with pytest.raises(LookupError):
+            inner()
+        assert surroundings() == before and ended == ["inner 2", "inner 1"]
+        return torch.initial_seed()
+
+    before = surroundings()
+    assert outer() == 6 and outer.__name__ == "outer"
+    assert surroundings() == before and ended[2:] == ["outer"]
+    at_end(lambda: ended.append("never"))
+    assert len(ended) == 3
+
+
+def test_an_end_that_fails_stops_no_other(guest):
+    before, ended = surroundings(), []
+
+    @cli.contained
+    def main():
+        seed_everything(5)
+        at_end(lambda: ended.append(1))
+        at_end(lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+    assert ended == [1] and surroundings() == before
+
+
+def test_signals_are_caught_for_a_while(guest):
+    before = surroundings()
+    with caught_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert end.value.code == 130
+    assert surroundings() == before
+
+
+TINY = dict(data="toy", n_layer=1, n_head=1, n_embd=8, epochs=1, batch_size=600, save_every=1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_is_a_good_guest(fails, guest, tmp_path, monkeypatch, capsys):
+    """And its directory is free again, for this process and for others."""
+    before, raised = surroundings(), contextlib.nullcontext()
+    if fails:
+        monkeypatch.setattr(Run, "log", lambda *_, **__: [][0])
+        raised = pytest.raises(IndexError)
+    with raised as kept:  # a traceback that holds the run does not hold the lock
+        sft.main(sft.Knobs(out=tmp_path, **TINY))
+    assert surroundings() == before
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", lock, tmp_path / "state" / "lock"], check=True)
+    monkeypatch.undo()
+    sft.main(sft.Knobs(out=tmp_path, **TINY))
+    assert fails == (kept is not None) and surroundings() == before

@@ -94,6 +94,13 @@ def wrong_with(value, field):
     return f"{value}: expected {expected}"
 
 
+def refuse(wrongs):
+    """Raises UserError with the first message of {message: whether it is so} that is so."""
+    for message, wrong in wrongs.items():
+        if wrong:
+            raise UserError(message)
+
+
 @dataclass(kw_only=True)
 class RunKnobs(Checked):
     """What every run has, whatever it trains."""
@@ -216,7 +223,7 @@ def explained(error):
 def unwritable_output():
     """What to tell where nothing can be printed any more, as to a closed pipe; else None."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError as e:
         with contextlib.suppress(OSError, ValueError):  # nothing is said about it again at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
