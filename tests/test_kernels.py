@@ -1,4 +1,4 @@
-"""token_logprobs against log_softmax in float64, finite differences, and a count of what it holds in memory."""
+"""token_logprobs against log_softmax in float64, finite differences, a count of what it holds."""
 
 import math
 
@@ -8,11 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf import kernels
 from minirlhf.engine import machine
-from minirlhf.kernels import token_logprobs
+from minirlhf.kernels import logprobs, token_logprobs
 
 N, C = 5, 8
-CHUNKS = {
-    "a token each": lambda v: 1,
+CHUNKS = {  # numbers of a part, by the vocabulary
+    "many parts": lambda v: max(1, v * N // 100),  # of 17 tokens one each, of 1,000 ten
+        1, v * N // 100
+    ),  # a token each; a hundred of a vocabulary of 1,000
     "three parts": lambda v: -(-v * N // 3),
     "one": lambda v: 1 << 23,
 }
@@ -39,10 +41,25 @@ def plain(hidden, weight, targets, temperature=1.0):
     return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
 
 
+def gradients(out, *of, upstream=None):
+    """Of a sum weighted by upstream (all 1 where none is given)."""
+    upstream = torch.ones(len(out)) if upstream is None else upstream
+    return torch.autograd.grad(out, of, upstream.to(out.dtype))
+
+
 def check(tensor, expected, tolerance=2e-6):
     """Equal, the tolerance relative to the largest entry where that is above 1."""
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(tensor.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+def check_all(tensors, expected, tolerance=2e-6):
+    for a, b in zip(tensors, expected, strict=True):
+        check(a, b, tolerance)
+
+
+def all_equal(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -51,28 +68,24 @@ def test_values_and_gradients(chunked, vocab, temperature):
     chunked(vocab)
     hidden, weight, targets = inputs(vocab)
     upstream = torch.linspace(-1, 2, N)
-    got, expected = (
-        f(hidden, weight, targets, temperature=temperature) for f in (token_logprobs, plain)
-    )
+    got = token_logprobs(hidden, weight, targets, temperature=temperature)
+    expected = plain(hidden, weight, targets, temperature)
     assert got.shape == (N,) and got.dtype == torch.float32
     check(got, expected)
-    for a, b in zip(
-        torch.autograd.grad(got, (hidden, weight), upstream),
-        torch.autograd.grad(expected, (hidden, weight), upstream.double()),
-        strict=True,
-    ):
-        assert a.dtype == torch.float32
-        check(a, b)
+    ours, theirs = (gradients(x, hidden, weight, upstream=upstream) for x in (got, expected))
+    assert {x.dtype for x in ours} == {torch.float32}
+    check_all(ours, theirs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradient_is_the_finite_difference(chunked, temperature):
+    def f(h, w):
+        return token_logprobs(h, w, targets, temperature=temperature)
+
     chunked(17)
     hidden, weight, targets = inputs(17, torch.float64)
-    assert token_logprobs(hidden, weight, targets).dtype == torch.float64
-    assert torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets, temperature=temperature), (hidden, weight)
-    )
+    assert f(hidden, weight).dtype == torch.float64
+    assert torch.autograd.gradcheck(f, (hidden, weight))
 
 
 def test_second_backward_is_the_first(chunked):
@@ -81,20 +94,18 @@ def test_second_backward_is_the_first(chunked):
     hidden, weight, targets = inputs(17)
     loss = token_logprobs(hidden, weight, targets).sum()
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
-        assert torch.equal(a, b)
+    assert all_equal(first, torch.autograd.grad(loss, (hidden, weight)))
 
 
 def test_tied_embedding(chunked):
-    """The weight takes gradient both as the head and through the hidden states made from it."""
+    """The weight takes gradient as the head and through the hidden states made from it."""
     chunked(17)
     weight, tokens = inputs(17)[1], torch.tensor([3, 3, 16, 0, 9])
     grads = []
     for f in (token_logprobs, plain):
         hidden = torch.tanh(weight[tokens] * 1.3)
-        grads.append(
-            torch.autograd.grad(f(hidden, weight, tokens.roll(-1)).square().sum(), weight)[0]
-        )
+        loss = f(hidden, weight, tokens.roll(-1)).square().sum()
+        grads.append(torch.autograd.grad(loss, weight)[0])
     check(*grads)
 
 
@@ -102,9 +113,9 @@ def test_tied_embedding(chunked):
 def test_only_one_input_needs_gradient(chunked, which):
     chunked(17)
     *tensors, targets = inputs(17)
-    expected = torch.autograd.grad(plain(*tensors, targets).sum(), tensors[which])[0]
+    expected = gradients(plain(*tensors, targets), tensors[which])
     fixed = [t if i == which else t.detach() for i, t in enumerate(tensors)]
-    check(torch.autograd.grad(token_logprobs(*fixed, targets).sum(), tensors[which])[0], expected)
+    check_all(gradients(token_logprobs(*fixed, targets), tensors[which]), expected)
     with torch.no_grad():
         assert not token_logprobs(*tensors, targets).requires_grad
 
@@ -116,12 +127,8 @@ def test_extreme_logits(chunked, vocab, scale):
     hidden, weight, targets = inputs(vocab, scale=scale)
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     check(got, expected)
-    for a, b in zip(
-        torch.autograd.grad(got.sum(), (hidden, weight)),
-        torch.autograd.grad(expected.sum(), (hidden, weight)),
-        strict=True,
-    ):
-        check(a, b, 1e-5 * scale)  # the logits themselves are rounded in proportion to their size
+    ours, theirs = (gradients(x, hidden, weight) for x in (got, expected))
+    check_all(ours, theirs, 1e-5 * scale)  # logits are rounded in proportion to their size
 
 
 @pytest.mark.parametrize("vocab", [17, 1000])
@@ -131,7 +138,7 @@ def test_equal_logits(chunked, vocab):
     hidden = torch.zeros(N, C, requires_grad=True)
     got = token_logprobs(hidden, weight, targets)
     check(got, torch.full((N,), -math.log(vocab)))
-    check(torch.autograd.grad(got.sum(), hidden)[0], weight[targets] - weight.mean(0))
+    check(gradients(got, hidden)[0], weight[targets] - weight.mean(0))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -139,61 +146,53 @@ def test_equal_logits(chunked, vocab):
 def test_entropy(chunked, vocab, scale, temperature):
     chunked(vocab)
     hidden, weight, targets = inputs(vocab, scale=scale)
-    logprobs, entropy = kernels.token_logprobs_and_entropy(
+    found, entropy = kernels.token_logprobs_and_entropy(
         hidden, weight, targets, temperature=temperature
     )
     p = (hidden.detach().double() @ weight.detach().double().t() / temperature).softmax(1).numpy()
     expected = [-sum(x * math.log(x) for x in row if x > 0) for row in p]
     check(entropy, torch.tensor(expected), 1e-5 * max(1, scale / 10))
-    check(logprobs, plain(hidden, weight, targets, temperature))
-    assert entropy.shape == (N,) and not entropy.requires_grad and logprobs.requires_grad
-    for a, b in zip(
-        torch.autograd.grad(logprobs.sum(), (hidden, weight)),
-        torch.autograd.grad(
-            token_logprobs(hidden, weight, targets, temperature=temperature).sum(), (hidden, weight)
-        ),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    check(found, plain(hidden, weight, targets, temperature))
+    assert entropy.shape == (N,) and not entropy.requires_grad and found.requires_grad
+    alone = token_logprobs(hidden, weight, targets, temperature=temperature)
+    assert all_equal(gradients(found, hidden, weight), gradients(alone, hidden, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprob_from_logits(dtype, temperature):
+    def f(z):
+        return kernels.logprob_from_logits(z, targets, temperature=temperature)
+
     torch.manual_seed(0)
-    logits, targets = (
-        (5 * torch.randn(6, 40)).to(dtype).requires_grad_(),
-        torch.tensor([0, 39, 3, 3, 17, 8]),
-    )
-    got = kernels.logprob_from_logits(logits, targets, temperature=temperature)
-    z = logits.detach().double().numpy() / temperature
-    expected = [
-        row[t] - row.max() - math.log(sum(math.exp(x - row.max()) for x in row))
-        for row, t in zip(z, targets, strict=True)
-    ]
+    logits = (5 * torch.randn(6, 40)).to(dtype).requires_grad_()
+    targets = torch.tensor([0, 39, 3, 3, 17, 8])
+    got = f(logits)
+    expected = []
+    for z, t in zip(logits.detach().double().numpy() / temperature, targets, strict=True):
+        z = z - z.max()
+        expected.append(z[t] - math.log(sum(math.exp(x) for x in z)))
     check(got, torch.tensor(expected), 1e-6)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(
-            lambda z: kernels.logprob_from_logits(z, targets, temperature=temperature), logits
-        )
+        assert torch.autograd.gradcheck(f, logits)
     with pytest.raises(ValueError, match="temperature"):
         kernels.logprob_from_logits(logits, targets, temperature=0)
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_both_libraries_of_a_cpu_are_exact(monkeypatch, exact):
-    """oneDNN where it computes in fp32, and MKL where it would round: the same to rounding, and the caller's setting stays."""
+    """oneDNN where it computes in fp32, and MKL where it would round: the same to rounding.
+
+    The caller's setting stays.
+    """
     really = machine.onednn_is_exact()
     monkeypatch.setattr(machine, "onednn_is_exact", lambda: exact and really)
     before = torch.get_float32_matmul_precision()
     hidden, weight, targets = inputs(1000, n=40)
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     check(got, expected)
-    for a, b in zip(
-        *(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, expected)), strict=True
-    ):
-        check(a, b)
+    check_all(*(gradients(x, hidden, weight) for x in (got, expected)))
     assert torch.get_float32_matmul_precision() == before
     with pytest.raises(RuntimeError, match="shape"):
         token_logprobs(hidden[:, 1:], weight, targets)
@@ -201,23 +200,18 @@ def test_both_libraries_of_a_cpu_are_exact(monkeypatch, exact):
 
 
 def test_a_library_that_rounds_is_not_taken(monkeypatch):
-    exact = machine.onednn_is_exact.__wrapped__
-    rounding = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor,
-        "__matmul__",
-        lambda a, b: rounding(a.bfloat16().to(a.dtype) if a.dtype == torch.float32 else a, b),
-    )
+    exact, product = machine.onednn_is_exact.__wrapped__, torch.Tensor.__matmul__
+
+    def rounding(a, b):
+        return product(a.bfloat16().to(a.dtype) if a.dtype == torch.float32 else a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
     assert not exact()
     monkeypatch.undo()
     machine.precision(torch.device("cpu"), "float32")
-    assert torch.get_float32_matmul_precision() == (
-        "medium" if machine.onednn_is_exact() else "highest"
-    )
-    assert (
-        torch.get_float32_matmul_precision() == "highest"
-        or machine.cpu_precision(rows=2) == "highest"
-    )
+    expected = "medium" if machine.onednn_is_exact() else "highest"
+    assert torch.get_float32_matmul_precision() == expected
+    assert expected == "highest" or machine.cpu_precision(rows=2) == "highest"
     torch.set_float32_matmul_precision("highest")
 
 
@@ -229,53 +223,48 @@ def test_autocast_rounds_nothing(chunked):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             got = token_logprobs(hidden, weight, targets)
             assert got.dtype == torch.float32
-            results.append([got, *torch.autograd.grad(got.sum(), (hidden, weight))])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+            results.append([got, *gradients(got, hidden, weight)])
+    assert all_equal(*results)
 
 
 def test_bfloat16_hidden(chunked):
-    """What a bf16 matrix product leaves: log-probs exact for it, and its gradient in its own type."""
+    """What a bf16 product leaves: log-probs exact for it, and its gradient in its own type."""
     chunked(17)
     hidden, weight, targets = inputs(17)
     hidden = hidden.detach().bfloat16().requires_grad_()
     got, expected = token_logprobs(hidden, weight, targets), plain(hidden, weight, targets)
     assert got.dtype == torch.float32
     check(got, expected)
-    for a, b, tolerance in zip(
-        torch.autograd.grad(got.sum(), (hidden, weight)),
-        torch.autograd.grad(expected.sum(), (hidden, weight)),
-        (1e-2, 2e-6),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        check(a, b, tolerance)
+    ours, theirs = (gradients(x, hidden, weight) for x in (got, expected))
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    check(ours[0], theirs[0], 1e-2)
+    check(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_temperature_is_not_rounded_into_narrow_inputs(chunked, dtype):
     chunked(1000)
     hidden, weight, targets = inputs(1000, dtype, scale=5.0)
-    check(
-        token_logprobs(hidden, weight, targets, temperature=0.7),
-        plain(hidden, weight, targets, 0.7),
-        1e-5,
-    )
+    got = token_logprobs(hidden, weight, targets, temperature=0.7)
+    check(got, plain(hidden, weight, targets, 0.7), 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_narrow_products_as_a_gpu_makes_them(chunked, temperature):
-    """The twin's operators told to multiply in bf16: confident tokens keep their gradient, and the temperature is not rounded in."""
+    """The twin's operators told to multiply in bf16.
+
+    Confident tokens keep their gradient, and the temperature is not rounded in.
+    """
     chunked(1000)
     hidden, weight, _ = (x.detach().bfloat16() for x in inputs(1000, scale=4.0))
     logits = (hidden.double() @ weight.double().t() / temperature).requires_grad_()
     targets = logits.argmax(1)
     arguments = hidden, weight, targets, temperature, torch.bfloat16
-    logprobs, lse, _, kept = kernels.token_logprobs_op(*arguments, 0, False)
+    found, lse, _, kept = logprobs.token_logprobs_op(*arguments, 0, False)
     expected = logits.log_softmax(1)[torch.arange(N), targets]
-    check(logprobs, expected, 5e-5)
+    check(found, expected, 5e-5)
     d_logits = torch.autograd.grad(expected.sum(), logits)[0] / temperature
-    got = kernels.token_logprobs_backward_op(*arguments, torch.ones(N), lse, kept)
+    got = logprobs.token_logprobs_backward_op(*arguments, torch.ones(N), lse, kept)
     for a, b in zip(got, (d_logits @ weight.double(), d_logits.t() @ hidden.double()), strict=True):
         assert (a.double() - b).norm() < 1e-2 * b.norm()
 
@@ -320,7 +309,7 @@ def test_no_rows(chunked):
     hidden, weight, targets = inputs(17, n=0)
     got = token_logprobs(hidden, weight, targets)
     assert got.shape == (0,) and got.dtype == torch.float32
-    d_hidden, d_weight = torch.autograd.grad(got.sum(), (hidden, weight))
+    d_hidden, d_weight = gradients(got, hidden, weight)
     assert d_hidden.shape == (0, C) and torch.equal(d_weight, torch.zeros_like(weight))
 
 
@@ -341,3 +330,10 @@ def test_the_vocabulary_is_never_held_for_all_rows(monkeypatch):
     with Largest() as largest:
         token_logprobs(hidden, weight, targets).sum().backward()
     assert 0 < largest.size <= max(chunk, vocab * C) < rows * vocab
+
+
+def test_what_the_room_hands_on():
+    """The names that others import, from the module where each is made."""
+    names = "CHUNK KEEP aligned fused head_logits logprob_from_logits token_logprobs"
+    assert set(kernels.__all__) == {*names.split(), "token_logprobs_and_entropy"}
+    assert all(hasattr(kernels, name) for name in kernels.__all__)

@@ -5,11 +5,11 @@ whole vocabulary, for each position, and (N, V) floats are most of the memory of
 Here they never exist: forward walks over the vocabulary a part at a time with a running sum (online
 softmax, Milakov and Gimelshein 2018), backward makes the logits again, a part at a time.
 
-Left out: attention in training, LayerNorm, GELU and Adam, where PyTorch's own are good; a gradient
-of the entropy.
+Left out: attention in training, LayerNorm, GELU and Adam, where PyTorch's own are good.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf.engine.machine import products
 from minirlhf.kernels.choice import fused
@@ -31,19 +31,37 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
 
 
 def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entropy=True):
-    """token_logprobs, and from the same pass the entropy (N,) of the whole distribution.
+    """token_logprobs, and the entropy (N,) of the whole distribution, in nats.
 
-    In nats; it has no gradient.
+    Without a gradient both come from one pass; where the log-probs have one, the entropy has one too.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
-    dtype = operand_dtype(hidden, weight)
+    dtype, apart = operand_dtype(hidden, weight), entropy and grad
     logprobs, _, entropies, _ = token_logprobs_op(
-        hidden, weight, targets.contiguous(), float(temperature), dtype, keep, entropy
+        hidden, weight, targets.contiguous(), float(temperature), dtype, keep, entropy and not apart
     )
+    if apart:
+        return logprobs, token_entropy(hidden, weight, temperature)
     return logprobs, entropies.detach()
+
+
+def token_entropy(hidden, weight, temperature=1.0):
+    """The entropy (N,) of softmax(hidden @ weight.T / temperature), differentiable: the logits of
+    some rows at a time, made again in backward."""
+
+    def entropy(h, w):
+        wide = torch.promote_types(torch.promote_types(h.dtype, w.dtype), torch.float32)
+        with torch.autocast(h.device.type, enabled=False):
+            logits = h.to(wide) @ w.to(wide).t()
+            logprobs = (logits / temperature).log_softmax(1)
+            return -(logprobs.exp() * logprobs).sum(1)
+
+    rows = chunks(len(hidden), len(weight), hidden.device)
+    parts = [checkpoint(entropy, hidden[r], weight, use_reentrant=False) for r in rows]
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 
 ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, ScalarType dtype"
