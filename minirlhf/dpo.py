@@ -330,18 +330,16 @@ def f_divergence(u, divergence="reverse_kl", alpha_divergence=None):
     return forms[divergence]()
 
 
-def loss_at_start(kind, beta):
-    """The loss while policy = reference, if one number for all pairs and settings, else None.
+LOG2 = math.log(2)
+AT_START = dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired"), LOG2)
+AT_START |= {"tdpo1": LOG2, "tdpo2": LOG2, "d2o": LOG2, "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2}
+AT_START |= {"hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "discopop": (LOG2 + 1) / 2}
 
-    divergence and nll_weight are not among those settings.
-    """
-    log2 = math.log(2)
-    logistic = "sigmoid robust sigmoid_norm aot aot_unpaired tdpo1 tdpo2 d2o"
-    at_start = dict.fromkeys(logistic.split(), log2)
-    at_start |= {"nca_pair": 2 * log2, "bco_pair": 2 * log2, "npo": 2 / beta * log2}
-    at_start |= {"hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "discopop": (log2 + 1) / 2}
-    at_start |= {"ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
-    return at_start.get(ALIASES.get(kind, kind))
+
+def loss_at_start(kind, beta):
+    """The loss while policy = reference: one number, as long as no option changes it, or None."""
+    of_beta = {"npo": 2 / beta * LOG2, "ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
+    return (AT_START | of_beta).get(ALIASES.get(kind, kind))
 
 
 def token_rewards(logprobs, ref_logprobs, *, beta=0.1):
