@@ -1,35 +1,37 @@
 """Stage 2: PPO against the reward model.   python train_ppo.py
 
-    python train_ppo.py                                            # laptop, 2 cores, from nothing: about 3 minutes
-    python train_ppo.py --data toy --out runs/toy/ppo --steps 20   # a toy language with a known true reward: under a minute
-    python train_ppo.py --reward my_rules.py:score                 # any Python function (prompts, responses) -> floats; with
-        --reward-level token, each response is a list of its tokens' texts, and gets a list of as many floats
-    python train_ppo.py --advantage grpo --kl-in loss --kl-kind k3 # answers to one prompt compete: no critic
-    torchrun --nproc-per-node 8 train_ppo.py --shard               # many GPUs; a run that was stopped goes on with --resume
+    python train_ppo.py                               # laptop, 2 cores: 3 to 10 minutes
+    python train_ppo.py --data toy --out runs/toy/ppo --steps 20      # a toy language: a minute
+    python train_ppo.py --reward my_rules.py:score    # any function (prompts, responses) -> floats
+    python train_ppo.py --advantage grpo --kl-in loss --kl-kind k3    # no critic: answers compete
+    torchrun --nproc-per-node 8 train_ppo.py --shard  # many GPUs; --resume goes on
 
-The policy starts as the base model and learns to write what the reward model scores high, while a penalty on the KL from the frozen
-base model keeps it a language model (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
+The policy starts as the base model and learns to write what the reward model scores high, while a
+price on the KL from the frozen base model keeps it a language model (Ziegler et al. 2019,
+Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
 
-    1 rollout      the policy answers a batch of prompts, sampled at --temperature until EOS or --response-length
+    1 rollout      the policy answers a batch of prompts, sampled until EOS or --response-length
     2 score        the reward model reads prompt and response: one number a response (or a token)
-    3 KL           log-probs of the response under policy and reference; their difference is the KL of each token
+    3 KL           log-probs under policy and reference; their difference is the KL of each token
     4 reward       -kl_coef * KL at each token, and the score on the last one
     5 values       the critic, its own network that starts as the reward model, values each position
-    6 advantages   GAE, then whitened over the batch; or, without a critic, each response against the others to its prompt
+    6 advantages   GAE, whitened over the batch; without a critic, each response against its rivals
     7 update       --ppo-epochs passes of clipped policy and value losses
 
-Every detail on which published code differs is a switch. lm-human-preferences (Ziegler et al. 2019), its style tasks:
+Every detail on which published code differs is a switch. lm-human-preferences, its style tasks:
 
-    python train_ppo.py --temperature 0.7 --response-length 24 --no-stop-at-eos --truncate . --truncate-after 16 --missing-eos-score -1 \\
-        --whiten-rewards --kl-coef 0.15 --kl-target 6 --critic shared --lam 0.95 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 \\
-        --lr 1e-5 --warmup 0 --batch-size 512 --steps 1953
+    python train_ppo.py --temperature 0.7 --response-length 24 --no-stop-at-eos --truncate . \\
+        --truncate-after 16 --missing-eos-score -1 --whiten-rewards --kl-coef 0.15 --kl-target 6 \\
+        --critic shared --lam 0.95 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 1e-5 \\
+        --warmup 0 --batch-size 512 --steps 1953
 
-summarize_from_feedback_details (Huang et al. 2024), which decodes on after EOS but drops what follows, so that stopping there is the same:
+summarize_from_feedback_details (Huang et al. 2024); what it decodes after EOS it drops:
 
-    python train_ppo.py --temperature 0.7 --response-length 53 --missing-eos-score -1 --kl-coef 0.05 --lam 0.95 --ppo-epochs 4 \\
-        --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 --batch-size 512 --steps 1953
+    python train_ppo.py --temperature 0.7 --response-length 53 --missing-eos-score -1 --lam 0.95 \\
+        --kl-coef 0.05 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 \\
+        --batch-size 512 --steps 1953
 
-Left out: entropy bonus, value bootstrapping of cut responses, length filters, Adam's epsilon in its TensorFlow place.
+Left out: entropy bonus, values of cut responses, length filters, Adam's epsilon as in TensorFlow.
 """
 
 import copy
@@ -45,59 +47,62 @@ import torch
 import train_rm
 from minirlhf import data, ppo, sft
 from minirlhf.engine import cli, machine, optim, parallel
-from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.cli import knob
 from minirlhf.engine.files import finished
 from minirlhf.engine.log import Run
-from minirlhf.engine.rows import endless, pad_rows
-from minirlhf.feedback import labelers
-from minirlhf.gpt import GPT, RewardModel, compile_trunks
+from minirlhf.engine.passes import prepare
+from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
+from minirlhf.feedback.scoring import LEVELS, make_scorer
+from minirlhf.gpt import GPT, RewardModel
+from minirlhf.look.alarms import Alarms
 from minirlhf.look.answers import answers, compare
-from minirlhf.sampling import before_response, generate, response_logprobs, response_mask
+from minirlhf.look.episodes import mean_of, rollout_stats
+from minirlhf.sampling import generate, response_logprobs
 from minirlhf.tokenizer import load_tokenizer
 
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob("reviews", "prompts: reviews, toy, a .jsonl[.gz] path, or hub:OWNER/NAME/FILE", free=True)
-    init: str = knob("", "base model: a run, a model directory or a name on the hub (default: sft beside --out, made if missing)", free=True)
-    reward: str = knob("", "reward model: a run or a model directory (default: rm beside --out, made if missing), FILE.py:FUNCTION or "
-                           "package.module:FUNCTION of (prompts, responses) -> floats, or true: the toy's own", free=True)  # fmt: skip
-    reward_level: str = knob("", "what a function rates: response (the default) or token; a reward model knows", ("", "response", "token"))
+    data: str = knob("reviews", "reviews, toy, FILE.jsonl[.gz], hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "base model: run, directory, hub name (default: beside --out)", free=True)
+    reward: str = knob("", "what scores: a run, a directory (default: rm beside --out), true, "
+                           "FILE.py:FUNCTION, package.module:FUNCTION", free=True)  # fmt: skip
+    reward_level: str = knob("", "what a function rates: a response (default) or a token", LEVELS)
     out: str = knob("runs/ppo", "run directory", free=True)
-    overlong: str = knob("", "prompts that leave no room for the response: error (the default), or truncate on the left", sft.OVERLONG)
+    overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
     steps: int = knob(48, "iterations", least=1)
     batch_size: int = knob(128, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
-    stop_at_eos: bool = knob(True, "EOS ends a response; else all --response-length tokens are sampled, and trained on")
+    stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
     temperature: float = knob(1.0, "of sampling and of every log-prob", least=1e-6)
-    top_k: int = knob(0, "sample from the k likeliest tokens only, which the log-probs do not know; 0: off")
-    truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS: what follows is hidden from it")
+    top_k: int = knob(0, "sample from the k likeliest only, which log-probs do not know; 0: off")
+    truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS")
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
-    missing_eos_score: float = knob(math.nan, "score of a response that never ended, in place of its own; nan: off", least=-math.inf)
-    kl_coef: float = knob(0.033, "price of a nat of KL from the base model, in standard deviations of its scores")
+    missing_eos_score: float = knob(math.nan, "score of the unended; nan: none", least=-math.inf)
+    kl_coef: float = knob(0.033, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
-    kl_in: str = knob("reward", "where the KL is paid: reward, or loss (k2 or k3)", ("reward", "loss"))
+    kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
     kl_horizon: int = knob(10000, "episodes over which it is steered", least=1)
-    whiten_rewards: bool = knob(False, "shaped rewards get variance 1 over the batch, their mean kept")
-    advantage: str = knob("gae", "gae; or without a critic rloo, grpo, reinforce (baseline: the group's mean)", ppo.ADVANTAGES)
-    group_size: int = knob(4, "answers to each prompt for rloo, grpo and reinforce; gae takes one", least=2)
+    whiten_rewards: bool = knob(False, "rewards get variance 1 over the batch, their mean kept")
+    advantage: str = knob("gae", "gae; without a critic rloo, grpo, reinforce", ppo.ADVANTAGES)
+    group_size: int = knob(4, "answers to each prompt without a critic; gae takes one", least=2)
     gamma: float = knob(1.0, "gae: discount", most=1)
-    lam: float = knob(0.8, "gae: lambda; 0.95 is usual, but a critic that starts as the reward model can be trusted more", most=1)
-    whiten_advantages: bool = knob(True, "gae's advantages get mean 0 and variance 1 over the batch")
-    critic: str = knob("own", "gae: own, which starts as the reward model, or shared, a head from 0 on the policy", ("own", "shared"))
+    lam: float = knob(0.8, "gae: lambda; 0.95 is usual, but this critic starts well", most=1)
+    whiten_advantages: bool = knob(True, "gae: mean 0 and variance 1 over the batch")
+    critic: str = knob("own", "gae: of the reward model; a head on the policy", ("own", "shared"))
     clip: float = knob(0.2, "the policy's ratio is clipped to 1 +- this")
     value_clip: float = knob(0.2, "gae: the critic is clipped to its old value +- this")
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
     minibatches: int = knob(2, "optimizer steps a pass", least=1)
-    micro_batch: int = knob(32, "episodes in memory at a time in the update, on each process; 0: all of a minibatch", free=True)
+    micro_batch: int = knob(32, "episodes in memory at a time, on each process; 0: all", free=True)
     lr: float = knob(1e-3, "peak learning rate")
-    lr_schedule: str = knob("linear", "after the warm-up: linear to 0, constant, or cosine to 0", ("linear", "constant", "cosine"))
-    warmup: float = knob(0.2, "share of the steps over which the learning rate rises: the first updates are the noisiest", most=1)
+    lr_schedule: str = knob("linear", "after the warm-up", ("linear", "constant", "cosine"))
+    warmup: float = knob(0.2, "share of the steps over which the rate rises", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")
-    eval_samples: int = knob(512, "held-out prompts answered before and after, to EOS, without --top-k; scores as they are", least=1, free=True)
-    save_every: int = knob(10, "steps between states to resume from; the last one is always saved; 0: no others", free=True)
+    eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
+    save_every: int = knob(10, "steps between states to resume from; 0: the last alone", free=True)
 
 
 class Episodes(NamedTuple):
@@ -113,7 +118,10 @@ class Episodes(NamedTuple):
     returns: torch.Tensor | None  # (B, R), None without a critic
 
     def rows(self, index):
-        return Episodes(*(None if x is None else x[index] for x in self))
+        """Some of them, without the padding that none of these needs."""
+        some = Episodes(*(None if x is None else x[index] for x in self))
+        longest = int((some.prompt_lengths + some.response_lengths).max())
+        return some._replace(tokens=some.tokens[:, :longest])
 
 
 @cli.contained
@@ -125,16 +133,14 @@ def main(knobs):
 
     # Models: what earlier stages should have made and have not is made now
     source = sft.base_model(knobs)
-    reward_source, reward_summary = reward_model(knobs)
+    reward, earlier = sft.stage_beside("reward model", "rm", train_rm, knobs.reward, knobs)
     rng = machine.seed_everything(knobs.seed)
     tokenizer = load_tokenizer(source)
-    policy, reference = GPT.from_pretrained(source).to(device), GPT.from_pretrained(source).to(device)
-    scorer, rm = make_scorer(knobs, reward_source, feedback, tokenizer, reference)
+    policy = GPT.from_pretrained(source).to(device)
+    reference = GPT.from_pretrained(source).to(device)
+    scorer, rm = make_scorer(knobs, reward, feedback, tokenizer, reference)
     critic = make_critic(knobs, policy, reference, rm)
-    if knobs.compile:
-        compile_trunks(policy, reference, rm, critic)
-    if knobs.shard:
-        parallel.shard(policy, reference, rm, critic)
+    prepare(knobs, policy, reference, rm, critic)
     trained = parallel.Together(policy, critic)
     optimizer = optim.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
@@ -142,205 +148,201 @@ def main(knobs):
     # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
     prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
-    held_out = data.fit(data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1)), room, knobs.overlong)[: knobs.eval_samples]
+    unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
+    held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
     group = 1 if knobs.advantage == "gae" else knobs.group_size
     plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
 
-    def sample(model):
-        return answers(model, reference, lambda *row: scorer(*row)[0].sum(1), held_out, tokenizer, knobs.response_length,
+    def score(*rows):
+        return scorer(*rows)[0].sum(1)
+
+    def ask(model):
+        return answers(model, reference, score, held_out, tokenizer, knobs.response_length,
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
-    run = Run("ppo", knobs, plan, device, tokenizer, parts, {"data": prompts, "base model": source, "reward": reward_source})
-    told = {alarm for n in range(run.first) for alarm in ppo.alarms(run.rows[: n + 1])}
-    if knobs.top_k:
-        run.say(f"note: --top-k {knobs.top_k} samples from another distribution than the one scored: objective/kl can be negative")
-
-    for step, batch in run.steps():
+    given = {"data": prompts, "base model": source, "reward": reward}
+    run = Run("ppo", knobs, plan, device, tokenizer, parts, given)
+    alarms = Alarms(run)
+    for step, chosen in run.steps():
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
-        batch = pad_rows([prompts[i] for i in batch.repeat(group)], tokenizer.pad, device)
+        skip = partial(run.nonfinite, step)
+        take_step = partial(mean_step, trained, optimizer, knobs, autocast, skip)
+        batch = pad_rows([prompts[i] for i in chosen.repeat(group)], tokenizer.pad, device)
         with torch.no_grad(), autocast:
-            episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs, controller.coef)
-        stats |= update(trained, optimizer, episodes, knobs, controller.coef, autocast, partial(run.nonfinite, step))
+            episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs,
+                                      controller.coef)  # fmt: skip
+        stats |= update(policy, critic, episodes, take_step, knobs, controller.coef)
         if knobs.kl_target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
         if step == 0:
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
-        for alarm in sorted(set(ppo.alarms(run.rows)) - told):
-            told.add(alarm)
-            run.say(f"alarm at step {step}: {alarm}")
+        alarms.sound(step)
 
-    before, after = sample(reference), sample(policy)  # the reference is what the policy was before
+    before, after = ask(reference), ask(policy)  # the reference is the policy before
     run.close()
     policy.save_pretrained(run.out / "model", tokenizer)
-    return compare(run, before, after, (finished(Path(source).parent) or {}) | reward_summary)
-
-
-def check(knobs):
-    """Refuses switches that make no sense together."""
-    group = knobs.advantage != "gae"
-    for wrong, message in (
-        (knobs.kl_in == "loss" and knobs.kl_kind == "k1", "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3"),
-        (group and knobs.batch_size % knobs.group_size, f"--batch-size {knobs.batch_size} is not whole groups of {knobs.group_size}"),
-        (group and knobs.whiten_rewards, f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own"),
-        (knobs.truncate and math.isnan(knobs.missing_eos_score), "--truncate needs --missing-eos-score (-1 is usual)"),
-        (knobs.truncate_after >= (knobs.response_length if knobs.truncate else 1), "--truncate-after: needs --truncate; 0 to R-1"),
-        (knobs.minibatches > knobs.batch_size, f"--minibatches {knobs.minibatches} of --batch-size {knobs.batch_size}: some are empty"),
-        (knobs.kl_target and 0.2 * knobs.batch_size >= knobs.kl_horizon, "--kl-horizon must exceed a fifth of --batch-size"),
-    ):  # fmt: skip
-        if wrong:
-            raise UserError(message)
+    earlier |= finished(Path(source).parent) or {}
+    return compare(run, before, after, earlier)
 
 
 def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coef):
     """Steps 1 to 6: (Episodes, stats)."""
-    # 1 rollout; each process makes its share of the episodes, up to step 5
-    mine, _ = parallel.share(len(prompts[0]))
-    sampled = generate(policy, *(x[mine] for x in prompts), knobs.response_length, eos=tokenizer.eos if knobs.stop_at_eos else -1,
-                       pad=tokenizer.pad, temperature=knobs.temperature, top_k=knobs.top_k or None, first_row=int(mine[0]))  # fmt: skip
-    row, width = sampled[:3], knobs.response_length
-    mask = response_mask(sampled.response_lengths, width)  # (B, R)
+    R = knobs.response_length
 
-    # 2 score
-    scores, ended = scorer(*row)  # (B, R) what each token earns, a whole response on its last one; (B,)
+    # 1 rollout: tokens (B, Q+R), lengths p and r (B,), log-probs of the sampler
+    eos = tokenizer.eos if knobs.stop_at_eos else -1
+    options = {"eos": eos, "pad": tokenizer.pad, "temperature": knobs.temperature}
+    options["top_k"] = knobs.top_k or None
+    tokens, p, r, sampled_logprobs = generate(policy, *prompts, R, **options)
+    mask = response_mask(r, R)  # (B, R)
+
+    # 2 score: (B, R) what each token earns, a whole response on its last one; (B,) whether it ended
+    scores, ended = rowwise(scorer, 0, tokens, p, r)
     if not math.isnan(knobs.missing_eos_score):
-        missing = ppo.on_last_token(torch.full_like(scores[:, 0], knobs.missing_eos_score), mask)
-        scores = torch.where(ended[:, None], scores, missing)
+        missing = torch.full_like(scores[:, 0], knobs.missing_eos_score)
+        scores = torch.where(ended[:, None], scores, ppo.on_last_token(missing, mask))
 
-    # 3 log-probs, made anew by the function that the update uses, so that its first ratio is 1
-    options = {"width": width, "temperature": knobs.temperature}
-    logprobs, entropy = in_parts(partial(response_logprobs, policy, entropy=True, **options), knobs.micro_batch, *row)  # (B, R)
-    ref_logprobs = in_parts(partial(response_logprobs, reference, **options), knobs.micro_batch, *row)
+    # 3 log-probs, by the function of the update, so that its first ratio is 1; and each token's KL
+    size, row = knobs.micro_batch, (tokens, p, r)
+    read = partial(response_logprobs, width=R, temperature=knobs.temperature)
+    logprobs, entropy = rowwise(partial(read, policy, entropy=True), size, *row)  # (B, R)
+    ref_logprobs = rowwise(partial(read, reference), size, *row)
+    kl = ppo.kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
 
-    # 5 values: of the state before each token, so at the position of the token before it
+    # 4 reward
+    rewards = token_rewards(scores, kl, mask, knobs, kl_coef)
+
+    # 5 values
     values = None
     if critic:
-        values = in_parts(critic.values, knobs.micro_batch, sampled.tokens, row[1] + row[2]).float()  # (B, Q+R)
-        values = torch.where(mask, before_response(values, sampled.prompt_lengths, width), 0)
+        values = rowwise(partial(state_values, critic, width=R), size, *row)
+        values = torch.where(mask, values, 0)
 
-    # 4 and 6, of all episodes at once
-    found = (*sampled, mask, scores, ended, logprobs, entropy, ref_logprobs, values)
-    *row, sampled_logprobs, mask, scores, ended, logprobs, entropy, ref_logprobs, values = (
-        parallel.gather(x, len(prompts[0])) for x in found)  # fmt: skip
-    rewards, advantages, returns = ppo.experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef)
-    scores = scores.sum(1)
-    stats = {
-        "objective/score": scores.mean(), "objective/score_std": scores.std(correction=0),
-        "objective/kl": (logprobs - ref_logprobs).sum(1).mean(), "objective/kl_coef": torch.tensor(kl_coef),
-        "objective/entropy": -logprobs.sum(1).mean(), "ppo/policy/entropy": ppo.masked_mean(entropy, mask),
-        "objective/reward": rewards.sum(1).mean(),
-        "objective/response_length": mask.sum(1).float().mean(), "objective/ended": ended.float().mean(),
-        "objective/mismatch": (logprobs - sampled_logprobs).abs().sum() / mask.sum(),
-    }  # fmt: skip
-    if critic:
-        stats |= {"ppo/returns/mean": ppo.masked_mean(returns, mask),
-                  "ppo/val/explained_variance": ppo.explained_variance(values, returns, mask)}  # fmt: skip
-    return Episodes(*row, logprobs, ref_logprobs, advantages, values, returns), stats
+    # 6 advantages
+    advantages, returns = token_advantages(rewards, values, mask, knobs)
+    episodes = Episodes(tokens, p, r, logprobs, ref_logprobs, advantages, values, returns)
+    earned = scores, rewards, ended
+    return episodes, rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef)
 
 
-def in_parts(f, size, *rows):
-    """f(*rows), a tensor (B, ...) or several, of at most `size` rows at a time; 0: all."""
-    found = [f(*part) for part in zip(*(x.split(size or len(x)) for x in rows), strict=True)]
-    return torch.cat(found) if torch.is_tensor(found[0]) else [torch.cat(x) for x in zip(*found, strict=True)]
+def token_rewards(scores, kl, mask, knobs, kl_coef):
+    """Step 4: (B, R), the scores less the price of the KL, where the reward pays it."""
+    price = kl_coef if knobs.kl_in == "reward" else 0.0
+    rewards = ppo.shaped_rewards(scores, kl, mask, price)
+    if knobs.whiten_rewards:
+        rewards = ppo.whiten(rewards, mask, shift_mean=False)
+    return rewards
 
 
-def update(trained, optimizer, episodes, knobs, kl_coef, autocast, nonfinite=None):
-    """Step 7: the mean of each statistic over the optimizer steps, and those of the first one, before anything has moved."""
+def state_values(critic, tokens, prompt_lengths, response_lengths, width):
+    """Step 5: the value (B, R) of the state before each response token, so at the token before
+    it."""
+    values = critic.values(tokens, prompt_lengths + response_lengths).float()  # (B, T)
+    return window(values, prompt_lengths - 1, width)
+
+
+def token_advantages(rewards, values, mask, knobs):
+    """Step 6: (advantages, returns), (B, R) each; without a critic a response's advantage, by the
+    sum of its rewards, is that of each of its tokens, and there are no returns."""
+    if knobs.advantage != "gae":
+        scores = rewards.sum(1)
+        advantages = ppo.group_advantages(scores, knobs.group_size, knobs.advantage)  # (B,)
+        return advantages[:, None] * mask, None
+    advantages, returns = ppo.fast_gae(rewards, values, mask, knobs.gamma, knobs.lam)
+    if knobs.whiten_advantages:
+        advantages = ppo.whiten(advantages, mask)
+    return advantages, returns
+
+
+def update(policy, critic, episodes, take_step, knobs, kl_coef):
+    """Step 7: the mean of each statistic over the optimizer steps, and those of the first one,
+    before anything has moved. take_step(loss_of, minibatch) makes one of loss_of(minibatch) ->
+    (loss, stats)."""
     history = []
     for _ in range(knobs.ppo_epochs):
-        for index in torch.randperm(len(episodes.tokens)).tensor_split(knobs.minibatches):
-            minibatch = episodes.rows(index.to(episodes.tokens.device))
-            means = add_gradient(trained, minibatch, knobs, kl_coef, autocast)
-            loss = means["ppo/policy/loss"] + means.get("ppo/val/loss", 0)
-            skip = nonfinite and partial(nonfinite, minibatch.tokens)
-            _, means["ppo/grad_norm"] = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
-            history.append(means)
-    stats = {key: torch.stack([torch.as_tensor(h[key]) for h in history]).mean() for key in history[0]}
-    return stats | {f"ppo/policy/first_{key}": history[0][f"ppo/policy/{key}"] for key in ("ratio", "approxkl")}
+        order = torch.randperm(len(episodes.tokens))
+        for index in order.tensor_split(knobs.minibatches):
+            loss_of = partial(ppo_loss, policy, critic, knobs, kl_coef)
+            stats, norm = take_step(episodes.rows(index), loss_of)
+            stats["ppo/grad_norm"] = norm
+            history.append(stats)
+    stats = mean_of(history)
+    for name in ("ratio", "approxkl"):
+        stats[f"ppo/policy/first_{name}"] = history[0][f"ppo/policy/{name}"]
+    return stats
 
 
-def add_gradient(trained, minibatch, knobs, kl_coef, autocast):
-    """The statistics of a minibatch, after the backward pass of --micro-batch episodes at a time; each process takes its share of them."""
-    policy, critic = (*trained, None)[:2]
-    n_tokens, R = minibatch.response_lengths.sum(), minibatch.logprobs.shape[1]
-    mine, counts = (torch.as_tensor(x, device=n_tokens.device) for x in parallel.share(len(minibatch.tokens)))
-    size, means = knobs.micro_batch or len(mine), {}
-    for start in range(0, len(mine), size):
-        micro = slice(start, start + size)
-        mb = minibatch.rows(mine[micro])
-        mb = mb._replace(tokens=mb.tokens[:, : int((mb.prompt_lengths + mb.response_lengths).max())])
-        row = (mb.tokens, mb.prompt_lengths, mb.response_lengths)
-        mask = response_mask(mb.response_lengths, R) & counts[micro][:, None]
-        with autocast:
-            logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
-            values = before_response(critic.values(mb.tokens, row[1] + row[2]).float(), mb.prompt_lengths, R) if critic else None
-        loss, stats = ppo.losses(logprobs, values, mb, mask, knobs, kl_coef)
-        share = mask.sum() / n_tokens  # a mean is over the tokens of the whole minibatch
-        trained.backward(loss * share, last=start + size >= len(mine))
-        for key, value in stats.items():
-            means[key] = means.get(key, 0) + value.detach() * share
-    return dict(zip(means, parallel.total(torch.stack(list(means.values()))), strict=True))
+def ppo_loss(policy, critic, knobs, kl_coef, mb):
+    """(loss, stats) of a minibatch: its log-probs and values now, against those of the rollout."""
+    R, row = knobs.response_length, (mb.tokens, mb.prompt_lengths, mb.response_lengths)
+    mask = response_mask(mb.response_lengths, R)
+    logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
+    values = state_values(critic, *row, R) if critic else None
+    return losses(logprobs, values, mb, mask, knobs, kl_coef)
+
+
+def losses(logprobs, values, mb, mask, knobs, kl_coef):
+    """(policy loss + vf_coef * value loss, stats), means over the mask; no values, no value
+    loss."""
+    loss, stats = ppo.policy_loss(logprobs, mb.logprobs, mb.advantages, mask, knobs.clip)
+    if knobs.kl_in == "loss":
+        loss = loss + kl_coef * ppo.kl_loss(logprobs, mb.ref_logprobs, mask, knobs.kl_kind)
+    stats["ppo/policy/loss"] = loss
+    if values is None:
+        return loss, stats
+    vf_loss, vf_stats = ppo.value_loss(values, mb.values, mb.returns, mask, knobs.value_clip)
+    return loss + knobs.vf_coef * vf_loss, stats | vf_stats | {"ppo/val/loss": vf_loss}
 
 
 def step_0_check(stats):
-    """Before any update, policy and reference are one: the KL is 0, and so is the first log-ratio."""
-    ratio, kl = stats["ppo/policy/first_ratio"].item(), stats["objective/kl"].item()
-    right = abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4
-    return f"step-0 check: first ratio {ratio:.6f}, KL {kl:.6f} nats: {'' if right else 'NOT '}as they should be"
-
-
-def reward_model(knobs):
-    """(where the reward model lies or what function it is, the summary of its training when it is ours)."""
-    sft.keep_apart(knobs.reward or Path(knobs.out).parent / "rm", knobs.out)
-    if knobs.reward:
-        return knobs.reward, {}
-    own = train_rm.Knobs(init=knobs.init, out=str(Path(knobs.out).parent / "rm"), **sft.earlier(knobs))
-    return sft.stage_before("reward model", train_rm.main, own)
-
-
-def make_scorer(knobs, source, feedback, tokenizer, reference):
-    """(scorer, its reward model or None). Of token rows it says what each response token earns (B, R), and which ones ended (B,)."""
-    R, stop = knobs.response_length, tokenizer.encode(knobs.truncate) or [tokenizer.eos]
-    if len(stop) > 1:
-        raise UserError(f"--truncate {knobs.truncate!r}: {len(stop)} tokens of this tokenizer; expected a text of one")
-    rm, level, (file, _, name) = None, knobs.reward_level or "response", str(source).rpartition(":")
-    if source == "true" or file.endswith(".py") or (name.isidentifier() and file.replace(".", "").isidentifier()):
-        function = labelers.true_reward(feedback) if source == "true" else labelers.load_function(file, name)
-        ask = partial(labelers.ask, function, source, level, tokenizer)
-    else:
-        rm = labelers.load_reward_model(source, tokenizer, reference)
-        if knobs.reward_level not in ("", level := rm.level):
-            raise UserError(f"--reward-level {knobs.reward_level}: the reward model {source} scores by the {level}")
-
-    def scorer(tokens, p, r):
-        hit = (before_response(tokens[:, 1:], p, R) == stop[0]) & response_mask(r, R)  # (B, R)
-        hit[:, : knobs.truncate_after] = False
-        ended = hit.any(1)
-        seen = torch.where(ended, hit.int().argmax(1) + 1, r)  # up to the first one
-        if level == "response":
-            scores = in_parts(rm, knobs.micro_batch, tokens, p + seen).float() if rm else ask(tokens, p, seen)[:, 0]
-            return ppo.on_last_token(scores, response_mask(r, R)), ended
-        values = in_parts(rm.values, knobs.micro_batch, tokens, p + r).float() if rm else ask(tokens, p, seen)
-        values = before_response(values, p + 1, R) if rm else values
-        values = torch.where(response_mask(seen, R), torch.nn.functional.pad(values, (0, R - values.shape[1])), 0)
-        shift = rm.shift if rm else 0.0  # of the whole response
-        return values + shift * ppo.on_last_token(torch.ones_like(values[:, 0]), response_mask(r, R)), ended
-
-    return scorer, rm
+    """Before any update, policy and reference are one: the KL is 0, and so is the first log-ratio;
+    and the sampler's log-probs are those that the model gives when it reads the whole row."""
+    names = "ppo/policy/first_ratio", "objective/kl", "objective/mismatch"
+    ratio, kl, mismatch = (stats[name].item() for name in names)
+    right = abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4 and mismatch < 0.05
+    found = f"first ratio {ratio:.6f}, KL {kl:.6f} nats, sampler off by {mismatch:.6f} nats a token"
+    return f"step-0 check: {found}: {'' if right else 'NOT '}as they should be"
 
 
 def make_critic(knobs, policy, reference, rm):
-    """The value function: a copy of the reward model, or a head of zeros: on the policy, or on the base where a function scores."""
+    """The value function: a copy of the reward model, or a head of zeros, on the policy or on the
+    base."""
     if knobs.advantage != "gae":
         return None
     own = rm and knobs.critic == "own"
-    critic = copy.deepcopy(rm) if own else RewardModel.from_base(reference).to(policy.wte.weight.device)
+    device = policy.lm_head_weight.device
+    critic = copy.deepcopy(rm) if own else RewardModel.from_base(reference).to(device)
     if knobs.critic == "shared":
         critic.transformer = policy
     if not own or rm.level == "token":  # a token's reward is not the sum of those to come
         torch.nn.init.zeros_(critic.score.weight)
     return critic
+
+
+def check(knobs):
+    """Refuses switches that make no sense together."""
+    size, groups = knobs.batch_size, knobs.advantage != "gae"
+    last = knobs.response_length if knobs.truncate else 1
+    cli.refuse({
+        "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3":
+            knobs.kl_in == "loss" and knobs.kl_kind == "k1",
+        f"--batch-size {size} is not whole groups of {knobs.group_size}":
+            groups and size % knobs.group_size,
+        f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own":
+            groups and knobs.whiten_rewards,
+        "--truncate needs --missing-eos-score (-1 is usual)":
+            knobs.truncate and math.isnan(knobs.missing_eos_score),
+        "--truncate-after: needs --truncate; 0 to R-1": knobs.truncate_after >= last,
+        f"--minibatches {knobs.minibatches} of --batch-size {size}: some are empty":
+            knobs.minibatches > size,
+        "--kl-horizon must exceed a fifth of --batch-size":
+            knobs.kl_target and 0.2 * size >= knobs.kl_horizon,
+    })  # fmt: skip
+    if knobs.top_k:
+        print(f"note: --top-k {knobs.top_k} samples from another distribution than the one that is "
+              "scored: objective/kl can be negative")  # fmt: skip
 
 
 if __name__ == "__main__":

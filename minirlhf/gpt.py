@@ -1,18 +1,23 @@
-"""GPT-2 in plain PyTorch: blocks, KV cache, a language-model head and a scalar head, weights in and out.
+"""GPT-2 in plain PyTorch, with a language-model head or a scalar one, and its weights in and out.
 
-The architecture is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU in its tanh form, the output
-head tied to the token embedding. Rows are left-aligned with padding on the right only, so a causal model needs no
-attention mask in training, positions are `arange`, and a row gives the same numbers alone and in any batch.
+The architecture is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU in its
+tanh form, the output head tied to the token embedding. Rows are left-aligned with padding on the
+right only, so a causal model needs no attention mask, and a row gives the same numbers alone and in
+any batch.
 
-Both models live in directories of the Hugging Face layout (config.json, model.safetensors, tokenizer.json): transformers'
-GPT2LMHeadModel and GPT2ForSequenceClassification load them and give the same numbers.
+Layers take the `run` they are part of (engine/passes.py). It knows which tokens they see, (B, T, C)
+or without padding (N, C) or a new one a row (B, C): `run.idx` are their ids, `run.places` their
+positions, `run.attend` lets them attend within their rows. So another norm, activation or position
+needs no other file; sampling tries the changed model before it decodes.
+
+Models lie in directories of the Hugging Face layout: transformers' GPT2LMHeadModel and
+GPT2ForSequenceClassification load them and give the same numbers.
 
 Left out: other architectures (rotary positions, grouped heads).
 """
 
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -21,7 +26,7 @@ import torch.nn.functional as F
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import number_of, shown
-from minirlhf.engine.passes import Layout, attention, drop_out, heads, noise_of
+from minirlhf.engine.passes import Pass, compiled_hidden
 from minirlhf.engine.weights import (
     expect_kind,
     export,
@@ -48,19 +53,13 @@ class GPTConfig:
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layout=None, noise=None):
-        qkv = self.c_attn(x)  # (B, T, 3C), or (N, 3C) with a layout
-        dropout = self.dropout if self.training else 0.0
-        if layout is not None:
-            return self.c_proj(layout.attention(qkv, self.n_head, dropout, noise))
-        q, k, v = heads(qkv, self.n_head)
-        if cache is not None:  # the prompt's keys and values stay for later
-            cache[0, :, :, : x.shape[1]], cache[1, :, :, : x.shape[1]] = k, v
-        return self.c_proj(attention(q, k, v, dropout, noise).transpose(1, 2).reshape(x.shape))
+    def forward(self, x, run):
+        qkv = self.c_attn(x)  # (..., 3C): query, key and value of each token, side by side
+        return self.c_proj(run.attend(qkv, self.n_head))
 
 
 class MLP(nn.Module):
@@ -80,18 +79,16 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
 
-    def forward(self, x, cache=None, layout=None, noise=None):
-        p, more_noise = self.dropout if self.training else 0.0, None if noise is None else noise + 1
-        x = x + drop_out(self.attn(self.ln_1(x), cache, layout, noise), p, noise)
-        return x + drop_out(self.mlp(self.ln_2(x)), p, more_noise)
+    def forward(self, x, run):
+        x = x + run.drop(self.attn(self.ln_1(x), run))
+        return x + run.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     """A GPT-2 language model. `model(idx)` with token ids (B, T) gives logits (B, T, V)."""
 
-    compiled = False  # by `compile_trunks`
+    compiled = False  # by engine/passes.py, for --compile
 
     def __init__(self, config):
         super().__init__()
@@ -101,86 +98,67 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2: 0.02, smaller by the number of additions to the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            if p.dim() == 2:  # GPT-2: smaller by the number of additions to the residual stream
+                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    def trunk(self, run):
+        """The final hidden states of what the run sees."""
+        x = run.drop(self.wte(run.idx) + self.wpe(run.places))
+        for block in self.h:
+            x = block(x, run)
+        return run.padded(self.ln_f(x))
+
+    def hidden(self, idx, lengths=None, cache=None):
+        """Final hidden states (B, T, C) of token ids (B, T).
+
+        With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the
+        result is 0, if it is a sixth or more. Keys and values go into the first T slots of a
+        `cache` (L, 2, B, H, S, C/H). Raises ValueError when T exceeds the context.
+        """
+        if idx.shape[1] > self.config.n_ctx:
+            raise ValueError(
+                f"a row of {idx.shape[1]} tokens exceeds the context of {self.config.n_ctx}"
+            )
+        if self.compiled and cache is None:
+            return compiled_hidden(self, idx)
+        return self.trunk(Pass(self, idx, lengths, cache))
 
     @property
     def lm_head_weight(self):
         """The output head, tied to the token embedding: (V, C)."""
         return self.wte.weight
 
-    def hidden(self, idx, cache=None, lengths=None):
-        """Final hidden states (B, T, C) of token ids (B, T), whose keys and values go into the first T slots of a `cache`,
-        (L, 2, B, H, S, C/H), if there is one.
-
-        With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the result is 0, if it is a sixth or more.
-        Raises ValueError when T exceeds the context.
-        """
-        B, T = idx.shape
-        if self.config.n_ctx < T:
-            raise ValueError(f"a row of {T} tokens exceeds the context of {self.config.n_ctx}")
-        if self.compiled and cache is None:  # one row, or one token, would be compiled for itself
-            padded = F.pad(idx, (0, min(-T % 8, self.config.n_ctx - T), 0, int(B == 1)))
-            return compiled_trunk()(self, padded)[:B, :T]
-        noise = noise_of(idx, lengths) if self.training and self.config.dropout and idx.device.type == "cpu" else None
-        if lengths is not None and lengths.sum() < 0.85 * B * T:
-            return self.trunk(idx, layout=Layout(lengths, T), noise=noise)
-        return self.trunk(idx, cache, noise=noise)
-
-    def trunk(self, idx, cache=None, layout=None, noise=None):
-        """`hidden` without its checks: what --compile compiles."""
-        p = self.config.dropout if self.training else 0.0
-        places = torch.arange(idx.shape[1], device=idx.device)
-        if layout is not None:
-            noise = None if noise is None else noise.flatten()[layout.where]  # (N,)
-            idx, places = idx.flatten()[layout.where], layout.where % idx.shape[1]  # (N,)
-        x = drop_out(self.wte(idx) + self.wpe(places), p, noise)  # (B, T, C), or (N, C) with a layout
-        for layer, block in enumerate(self.h):
-            noise = None if noise is None else noise + 4096  # each block has numbers of its own, and in it each head
-            x = block(x, None if cache is None else cache[layer], layout, noise)
-        x = self.ln_f(x)
-        return x if layout is None else layout.padded(x)
-
     def forward(self, idx):
         return F.linear(self.hidden(idx), self.lm_head_weight)
 
     def save_pretrained(self, directory, tokenizer=None):
         extra = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
-        save_directory(directory, self.config, export(self.state_dict(), "transformer."), extra, tokenizer)
+        weights = export(self.state_dict(), "transformer.")
+        save_directory(directory, self.config, weights, extra, tokenizer)
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_name, *, dropout=0.0):
-        """Reads a Hugging Face GPT-2 directory, or with the `hub` extra a model of that name on the hub.
+        """Reads a Hugging Face GPT-2 directory, or with the `hub` extra a model of that name on the
+        hub.
 
-        Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape.
+        Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another
+        shape.
         """
         sizes, weights, _ = read_directory(directory_or_hub_name)
-        twice = [name for name in weights if f"transformer.{name}" in weights]
-        if twice:
-            raise UserError(f"{directory_or_hub_name}: weights with and without the prefix transformer.: {twice[0]}")
+        for name in weights:
+            if f"transformer.{name}" in weights:
+                what = "weights with and without the prefix transformer."
+                raise UserError(f"{directory_or_hub_name}: {what}: {name}")
         weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and "wte.weight" in weights and not torch.equal(head, weights["wte.weight"]):
-            raise UserError(f"{directory_or_hub_name}: lm_head.weight differs from the token embedding, but here they are tied")
-        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout)), weights, directory_or_hub_name)
-
-
-@functools.cache
-def compiled_trunk():
-    return torch.compile(GPT.trunk, dynamic=True)  # for all shapes and models at once, so that nothing is compiled again in a run
-
-
-def compile_trunks(*models):
-    """Compiles the layers of all GPTs in the models (their heads are kernels of their own; None is no model), or prints why not."""
-    for gpt in (part for model in filter(None, models) for part in model.modules() if isinstance(part, GPT)):
-        gpt.compiled = True
-        try:
-            gpt.hidden(torch.zeros(2, 8, dtype=torch.int64, device=gpt.wte.weight.device))
-        except Exception as e:  # no compiler, no Triton, a Python that is too new
-            gpt.compiled = False
-            return print(f"--compile: not possible here, going on without: {str(e).strip().splitlines()[0]}", flush=True)
+        head, tied = weights.pop("lm_head.weight", None), weights.get("wte.weight")
+        if head is not None and tied is not None and not torch.equal(head, tied):
+            what = "lm_head.weight differs from the token embedding, but here they are tied"
+            raise UserError(f"{directory_or_hub_name}: {what}")
+        model = cls(GPTConfig(*sizes, dropout=dropout))
+        return load_strictly(model, weights, directory_or_hub_name)
 
 
 class HeadedGPT(nn.Module):
@@ -196,14 +174,15 @@ class HeadedGPT(nn.Module):
     @classmethod
     def from_base(cls, base, *, dropout=0.0, **options):
         """A fresh head on a copy of a base language model's trunk."""
-        model = cls(GPTConfig(**{**vars(base.config), "dropout": dropout}), **options)
+        model = cls(replace(base.config, dropout=dropout), **options)
         model.transformer.load_state_dict(base.state_dict())
         return model
 
     def save(self, directory, settings, tokenizer):
         labels = {str(i): f"LABEL_{i}" for i in range(self.score.out_features)}
-        extra = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": len(labels), "id2label": labels} | settings
-        if tokenizer is not None:  # that class reads the last token before this one, so it must not be EOS
+        extra = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": len(labels)}
+        extra |= {"id2label": labels, **settings}
+        if tokenizer is not None:  # that class reads the last token before this one: not EOS
             extra["pad_token_id"] = tokenizer.pad
         save_directory(directory, self.config, export(self.state_dict(), ""), extra, tokenizer)
 
@@ -211,10 +190,11 @@ class HeadedGPT(nn.Module):
 class RewardModel(HeadedGPT):
     """A GPT with a scalar head: the reward model, and the critic that starts as its copy.
 
-    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score of
-    a unit-variance hidden state has a standard deviation near 1. `level` says what the score of a response is: the head at its last
-    token ("response"), or the sum of the head over all its tokens ("token"), which is a reward for each of them, and of `shift`,
-    a constant that belongs to the last one.
+    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a
+    fresh score of a unit-variance hidden state has a standard deviation near 1. `level` says what
+    the score of a response is: the head at its last token ("response"), or the sum of the head over
+    all its tokens ("token"), a reward for each of them. `shift` is a constant that belongs to the
+    last token.
     """
 
     def __init__(self, config, *, level="response", shift=0.0):
@@ -224,49 +204,58 @@ class RewardModel(HeadedGPT):
         self.level, self.shift = level, shift
 
     def values(self, idx, lengths=None):
-        """The head at every position: (B, T) of token ids (B, T); with the `lengths` (B,) of the rows as in GPT.hidden."""
+        """The head at every position: (B, T) of token ids (B, T); `lengths` (B,) as in
+        GPT.hidden."""
         return self.score(self.transformer.hidden(idx, lengths=lengths)).squeeze(-1)
 
     def forward(self, idx, lengths, prompt_lengths=None):
-        """The score (B,) of each row of `lengths` real tokens, of which the first `prompt_lengths` (B,) are no response.
+        """The score (B,) of each row of `lengths` real tokens, the first `prompt_lengths` no
+        response.
 
         Raises ValueError when a token-level model is not told where the responses begin.
         """
         values = self.values(idx, lengths)
         if self.level == "response":
-            return values.gather(1, lengths[:, None] - 1).squeeze(1)
+            return values.gather(1, lengths[:, None] - 1).squeeze(1) + self.shift
         if prompt_lengths is None:
-            raise ValueError("a token-level score is a sum over the response: prompt_lengths is missing")
+            raise ValueError("a token-level score sums the response: prompt_lengths is missing")
         where = torch.arange(idx.shape[1], device=idx.device)
         outside = (where < prompt_lengths[:, None]) | (where >= lengths[:, None])  # (B, T)
-        return values.masked_fill(outside, 0).sum(1, dtype=torch.promote_types(values.dtype, torch.float32)) + self.shift
+        exact = torch.promote_types(values.dtype, torch.float32)
+        return values.masked_fill(outside, 0).sum(1, dtype=exact) + self.shift
 
     @torch.no_grad()
     def normalize(self, mean, std):
         """Makes scores of that mean and standard deviation have 0 and 1; the ranking stays.
 
-        Folded into the weights, as the layout has no place for it: the gain goes into the score vector w, and the
-        shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w / (w.w)) = w.h + b. A shift of every token would
-        change how responses of unequal length rank, so at token level it is the constant `shift` instead.
+        Folded into the weights, as the layout has no place for it: the gain goes into the score
+        vector w, the shift b into the final LayerNorm's bias as b w / (w.w), because w.(h + b w /
+        (w.w)) = w.h + b. A shift of every token would change how responses of unequal length rank,
+        so at token level, or where the norm has no bias, it is the constant `shift`.
         """
         parallel.reshard(self)
         w = parallel.full(self.score.weight.div_(std)).squeeze(0)
-        if self.level == "token":
+        bias = getattr(self.transformer.ln_f, "bias", None)
+        if self.level == "token" or bias is None:
             self.shift = (self.shift - mean) / std
         else:
-            bias = self.transformer.ln_f.bias
             parallel.copy_into(bias, parallel.full(bias) + w * (-mean / std) / (w @ w))
 
     def save_pretrained(self, directory, tokenizer=None):
-        self.save(directory, {"reward_level": self.level, "reward_shift": self.shift}, tokenizer)
+        settings = {"reward_level": self.level, "reward_shift": self.shift}
+        self.save(directory, settings, tokenizer)
 
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
-        """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in GPT.from_pretrained."""
+        """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in
+        GPT.from_pretrained."""
         sizes, weights, raw = read_directory(directory)
         expect_kind("reward model", directory, weights)
         level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
+        where = f"{directory}/config.json"
         if level not in ("response", "token"):
-            raise UserError(f"{directory}/config.json: reward_level: expected response or token, found {shown(level)}")
-        shift = number_of(shift, f"{directory}/config.json", "reward_shift")
-        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), level=level, shift=shift), weights, directory)
+            what = f"reward_level: expected response or token, found {shown(level)}"
+            raise UserError(f"{where}: {what}")
+        shift = number_of(shift, where, "reward_shift")
+        model = cls(GPTConfig(*sizes, dropout=dropout), level=level, shift=shift)
+        return load_strictly(model, weights, directory)

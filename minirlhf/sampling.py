@@ -1,77 +1,96 @@
-"""Text out of a GPT: one pass over the ragged prompts, then a token a step from the KV cache.
+"""Text out of a GPT, and the log-probs of text.
 
-Rows are left-aligned: a prompt of length p ends at slot p-1, and the token of step t goes to slot p+t of its own row. So a rollout
-has the layout of a training batch, and a row gives the same numbers alone and in any batch.
+Rows are left-aligned, so a rollout has the layout of a training batch, and a row gives the same
+numbers alone and in any batch.
 
-Left out: top-p and other filters, which make the sampler another distribution than the one that is scored; beam search.
+Left out: top-p and other filters, which make the sampler another distribution than the one that is
+scored; beam search.
 """
 
-import contextlib
-
 import torch
+import torch.nn.functional as F
 
 from minirlhf import kernels
-from minirlhf.engine import machine, parallel
-from minirlhf.engine.decoding import Decoder, Rollout, captured
-from minirlhf.engine.rows import before_response, response_mask
+from minirlhf.engine.decoding import Rollout, decode, row_noise
+from minirlhf.engine.rows import response_mask, window
+from minirlhf.kernels.decoding import draw
 
 
 @torch.no_grad()
-def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0, top_k=None, generator=None, first_row=0):
+def plain_generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0):
+    """`generate` as one would write it first: the model reads the whole row again for each token.
+
+    The same torch seed gives the same tokens. prompts (B, Q), right-padded; prompt_lengths (B,).
+    """
+    B, R = len(prompts), max_new_tokens
+    seed = torch.randint(2**62, (1,)).item()
+    noise = row_noise(seed, 0, B, R)  # (B, R, 2)
+    tokens = F.pad(prompts, (0, R), value=pad)  # (B, Q+R)
+    lengths, logprobs = prompt_lengths.clone(), torch.zeros(B, R)
+    ended = torch.zeros(B, dtype=torch.bool)
+    for t in range(R):
+        logits = window(model(tokens), lengths - 1, 1)[:, 0]  # (B, V), after each row's last
+        probs = (logits.float() / temperature).softmax(-1)
+        token = draw(probs, noise[:, t])  # (B,)
+        logprob = probs.gather(1, token[:, None]).log()
+        logprobs[:, t] = logprob[:, 0].masked_fill(ended, 0)
+        written = token.masked_fill(ended, pad)
+        tokens.scatter_(1, lengths[:, None], written[:, None])
+        lengths += ~ended
+        ended |= token == eos
+    return Rollout(tokens, prompt_lengths, lengths - prompt_lengths, logprobs)
+
+
+def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0,
+             top_k=None, generator=None):  # fmt: skip
     """Samples a response to each prompt until EOS or `max_new_tokens`: a Rollout.
 
-    prompts (B, Q) int, right-padded; prompt_lengths (B,). `temperature` 0 takes the likeliest token, whose log-prob is then given at
-    temperature 1; `top_k` keeps the k likeliest. The generator, or torch's own, gives one seed; the noise of a token depends on that seed,
-    on its row, counted from `first_row`, and on its place in the response. Raises ValueError when a row could outgrow the context or an
-    argument makes no sense.
+    prompts (B, Q) int, right-padded; prompt_lengths (B,). `temperature` 0 takes the likeliest
+    token, whose log-prob is then given at temperature 1; `top_k` keeps the k likeliest. The
+    generator, or torch's own, gives one seed; the noise of a token depends on that seed, on its
+    row, and on its place in the response. A KV cache and, on a GPU, a captured graph make it quick:
+    engine/decoding.py. Raises ValueError when a row could outgrow the context or an argument makes
+    no sense.
     """
-    B, Q = prompts.shape
-    longest = int(prompt_lengths.max())
-    if longest + max_new_tokens > model.config.n_ctx:
-        raise ValueError(f"a prompt of {longest} tokens and a response of up to {max_new_tokens} exceed the context of "
-                         f"{model.config.n_ctx}: shorten the prompts, or allow fewer new tokens")  # fmt: skip
+    Q, n_ctx = prompts.shape[1], model.config.n_ctx
+    shortest, longest = int(prompt_lengths.min()), int(prompt_lengths.max())
+    if longest + max_new_tokens > n_ctx:
+        raise ValueError(
+            f"a prompt of {longest} tokens and a response of up to {max_new_tokens} exceed the "
+            f"context of {n_ctx}: shorten the prompts, or allow fewer new tokens"
+        )
+    fits = 1 <= shortest <= longest <= Q
     senseless = max_new_tokens < 1 or not temperature >= 0 or (top_k is not None and top_k < 1)
-    if senseless or int(prompt_lengths.min()) < 1 or longest > Q:
-        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt lengths "
-                         f"{int(prompt_lengths.min())}..{longest} of {Q}: each must be positive and fit")  # fmt: skip
-    training = model.training
-    model.eval()
+    if senseless or not fits:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt "
+            f"lengths {shortest}..{longest} of {Q}: each must be positive and fit"
+        )
     options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
-    capture = prompts.is_cuda and not parallel.sharded(model)  # whose weights move
-    seed = torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu").item()
-    every = 16 if prompts.is_cuda else 4  # to look whether all have ended makes a GPU wait
-    quicker = torch.inference_mode() if prompts.device.type == "cpu" else contextlib.nullcontext()  # a tenth less to do an operation
-    try:
-        with parallel.whole(model), machine.quick_library(prompts), quicker:
-            decoder = (captured if capture else Decoder)(model, B, Q + max_new_tokens, **options)
-            decoder.start(model, prompts[:, :longest], prompt_lengths, seed, first_row)
-            for t in range(1, max_new_tokens):
-                if t % every == 0 and decoder.ended(t).any(1).all():
-                    break
-                decoder.advance()
-    finally:
-        model.train(training)
-    return decoder.rollout(prompts, max_new_tokens)
+    return decode(model, prompts, prompt_lengths, max_new_tokens, generator, **options)
 
 
-def generate_all(model, prompts, prompt_lengths, *args, **options):
-    """`generate`, each process its share of the rows: the Rollout of all of them on every process."""
-    mine, _ = parallel.share(len(prompts))
-    sampled = generate(model, prompts[mine], prompt_lengths[mine], *args, first_row=int(mine[0]), **options)
-    return Rollout(*(parallel.gather(x, len(prompts)) for x in sampled))
+def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0,
+                      entropy=False):  # fmt: skip
+    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask; with
+    `entropy` also that of each whole distribution, which has a gradient where the log-probs have
+    one.
 
-
-def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0, entropy=False):
-    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask; with `entropy`, also that of each distribution.
-
-    tokens (B, T): left-aligned rows of prompt and response; R = `width`. The one function for rollout, reference and update; only
-    response positions go through the head.
+    tokens (B, T): left-aligned rows of prompt and response; R = `width`. The one function for
+    rollout, reference and update. Only what stands before a response token goes through the head.
     """
-    mask = response_mask(response_lengths, width)
-    end = int((prompt_lengths + response_lengths).max())
-    before_last = model.hidden(tokens[:, : end - 1], lengths=prompt_lengths + response_lengths - 1)  # (B, T, C)
-    hidden = before_response(before_last, prompt_lengths, width)  # (B, R, C)
-    targets = before_response(tokens[:, 1:end], prompt_lengths, width)  # (B, R)
-    found = kernels.token_logprobs_and_entropy(hidden[mask], model.lm_head_weight, targets[mask], temperature=temperature, entropy=entropy)
-    logprobs, *entropies = (torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in found[: 1 + entropy])
-    return (logprobs, *entropies) if entropy else logprobs
+    mask = response_mask(response_lengths, width)  # (B, R)
+    before = prompt_lengths - 1  # each token is predicted at the place before its own
+    lengths = prompt_lengths + response_lengths
+    end = int(lengths.max())
+    hidden = model.hidden(tokens[:, : end - 1], lengths=lengths - 1)  # (B, T, C)
+    hidden = window(hidden, before, width)[mask]  # (N, C)
+    targets = window(tokens[:, 1:end], before, width)[mask]  # (N,)
+    found = kernels.token_logprobs_and_entropy(
+        hidden, model.lm_head_weight, targets, temperature=temperature, entropy=entropy
+    )
+    zeros = torch.zeros(mask.shape, dtype=found[0].dtype, device=mask.device)
+    logprobs = zeros.masked_scatter(mask, found[0])
+    if not entropy:
+        return logprobs
+    return logprobs, zeros.masked_scatter(mask, found[1])

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minirlhf import gpt
-from minirlhf.engine.passes import Layout, attention, drop_out, noise_of, scramble
+from minirlhf.engine import passes
+from minirlhf.engine.passes import Pass, attention, drop_out, noise_of, scramble
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.tokenizer import Tokenizer
@@ -578,10 +578,9 @@ def test_padding_is_neither_computed_nor_changes_anything(lengths):
 def test_attention_is_torchs(T):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
-    ours, theirs = (
-        attention(q, k, v),
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
-    )
+    side_by_side = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)  # (B, T, 3C)
+    ours = attention(side_by_side, 3).unflatten(2, (3, 8)).transpose(1, 2)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     close(ours, theirs)
     upstream = torch.randn_like(theirs)
     for a, b in zip(
@@ -709,7 +708,7 @@ def test_dropout_by_noise_is_independent():
     with pytest.MonkeyPatch.context() as patch:
         real = drop_out
         patch.setattr(
-            gpt, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise)
+            passes, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise)
         )
         torch.manual_seed(0)
         GPT(GPTConfig(**{**vars(config), "dropout": 0.5})).train().hidden(idx[:1])
@@ -753,6 +752,12 @@ def test_a_rows_dropout_is_its_own(lengths):
         out = torch.where(real[..., None], hidden(tokens), 0)
         return out, torch.autograd.grad((out * upstream).sum(), parameters)
 
+    def plain(idx, ends):
+        """A pass that computes the padding, too."""
+        run = Pass(model, idx)
+        run.noise = noise_of(idx, ends)
+        return run
+
     total, alone = 0, []
     for i, n in enumerate(lengths):
         torch.manual_seed(11)
@@ -762,11 +767,11 @@ def test_a_rows_dropout_is_its_own(lengths):
     gradients = torch.autograd.grad(total, parameters)
     packed = []
     with pytest.MonkeyPatch.context() as patch:
-        real_layout = Layout
-        patch.setattr(gpt, "Layout", lambda *args: packed.append(args) or real_layout(*args))
+        pack = Pass.pack
+        patch.setattr(Pass, "pack", lambda *args: packed.append(args) or pack(*args))
         ends = torch.tensor(lengths)
         results = [
-            read(lambda x: model.trunk(x, noise=noise_of(x, ends))),
+            read(lambda x: model.trunk(plain(x, ends))),
             read(lambda x: model.hidden(x, lengths=ends)),
         ]
     assert len(packed) == (sum(lengths) < 0.85 * len(lengths) * T)
@@ -786,9 +791,11 @@ def tracing(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(
-        gpt,
-        "compiled_trunk",
-        functools.cache(lambda: torch.compile(GPT.trunk, dynamic=True, backend="aot_eager")),
+        passes,
+        "compiled_pass",
+        functools.cache(
+            lambda: torch.compile(passes.plain_pass, dynamic=True, backend="aot_eager")
+        ),
     )
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
@@ -804,7 +811,7 @@ def test_compiled_trunk_is_the_eager_one_for_every_shape(tracing):
             out.detach(),
             torch.autograd.grad(out.square().sum(), model.wpe.weight)[0],
         )
-    gpt.compile_trunks(model)
+    passes.compile_models(model)
     for tokens, (out, gradient) in expected.items():
         got = model.hidden(tokens, lengths=torch.ones(len(tokens), dtype=torch.long))
         close(got, out)
@@ -816,9 +823,9 @@ def test_compile_says_why_not(monkeypatch, capsys):
     def broken():
         raise RuntimeError("no compiler here\nand a long story")
 
-    monkeypatch.setattr(gpt, "compiled_trunk", broken)
+    monkeypatch.setattr(passes, "compiled_pass", broken)
     model = layered()
-    gpt.compile_trunks(model)
+    passes.compile_models(model)
     assert (
         capsys.readouterr().out
         == "--compile: not possible here, going on without: no compiler here\n"

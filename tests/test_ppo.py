@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_ppo
 from minirlhf import ppo
 
 LENGTHS = [5, 1, 0, 7, 3]  # one token, none at all, the full width
@@ -81,10 +82,12 @@ def test_gae_is_its_recursion_on_long_rows():
     rewards, values = torch.randn(2, 5, 512, dtype=torch.float64)
     mask = torch.arange(512) < torch.tensor([[1], [512], [100], [511], [256]])
     for gamma, lam in ((1.0, 1.0), (1.0, 0.95), (0.99, 0.0), (0.0, 0.9)):
-        slow = ppo.gae_by_loop(rewards, values, mask, gamma, lam)
+        slow = ppo.gae(rewards, values, mask, gamma, lam)
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-5)):
             for fast, expected in zip(
-                ppo.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam), slow, strict=True
+                ppo.fast_gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam),
+                slow,
+                strict=True,
             ):
                 close(fast, expected, atol=tolerance)
 
@@ -150,7 +153,8 @@ def test_score_lands_on_the_last_token_and_nowhere_else():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.97, 0.5])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
-def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam):
+@pytest.mark.parametrize("gae", [ppo.gae, ppo.fast_gae])
+def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam, gae):
     for lengths in (LENGTHS, [1], [300, 1, 0, 257, 64]):
         mask = make_mask(lengths)
         rewards, values = normal(*mask.shape, seed=6), normal(*mask.shape, seed=7, scale=3)
@@ -159,7 +163,7 @@ def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam):
         copies = rewards.clone(), values.clone()
         for m in (mask, mask.double()):
             for actual, want in zip(
-                ppo.gae(rewards, values, m, gamma=gamma, lam=lam), expected, strict=True
+                gae(rewards, values, m, gamma=gamma, lam=lam), expected, strict=True
             ):
                 close(actual, want, atol=1e-10)
                 assert (actual[~mask] == 0).all()
@@ -167,12 +171,12 @@ def test_gae_is_the_loop_whatever_the_padding_holds(gamma, lam):
             values, copies[1]
         )  # the inputs are left alone
         for actual, want in zip(
-            ppo.gae(rewards.float(), values.float(), mask, gamma, lam), expected, strict=True
+            gae(rewards.float(), values.float(), mask, gamma, lam), expected, strict=True
         ):
             assert actual.dtype == torch.float32
             close(actual, want, rtol=1e-4, atol=1e-3)
         if (gamma, lam) == (1.0, 0.95):  # the defaults
-            close(ppo.gae(rewards, values, mask)[0], expected[0], atol=1e-10)
+            close(gae(rewards, values, mask)[0], expected[0], atol=1e-10)
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -291,16 +295,16 @@ def test_losses_add_up(kind):
             knobs = SimpleNamespace(
                 clip=0.1, value_clip=0.3, vf_coef=0.5, kl_in=kl_in, kl_kind=kind
             )
-            loss, stats = ppo.losses(*inputs, minibatch, mask, knobs, 0.7)
+            loss, stats = train_ppo.losses(*inputs, minibatch, mask, knobs, 0.7)
             close(loss, expected + 0.5 * vf)
             close(
                 [stats["ppo/policy/loss"].detach(), stats["ppo/val/loss"].detach()], [expected, vf]
             )
-            alone, stats = ppo.losses(inputs[0], None, minibatch, mask, knobs, 0.7)
+            alone, stats = train_ppo.losses(inputs[0], None, minibatch, mask, knobs, 0.7)
             close(alone, expected)
             assert not any("val" in key for key in stats)
             assert torch.autograd.gradcheck(
-                lambda *x, k=knobs, mb=minibatch: ppo.losses(*x, mb, mask, k, 0.7)[0], inputs
+                lambda *x, k=knobs, mb=minibatch: train_ppo.losses(*x, mb, mask, k, 0.7)[0], inputs
             )
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import sampling
-from minirlhf.engine.decoding import Decoder, row_noise
+from minirlhf.engine.decoding import Decoder, decode, row_noise
+from minirlhf.engine.passes import Step
+from minirlhf.engine.rows import response_mask, window
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import decoding as decode_kernels
+from minirlhf.look import answers as module
 from minirlhf.look.answers import answers
-from minirlhf.sampling import before_response, generate, response_logprobs, response_mask
+from minirlhf.sampling import generate, response_logprobs
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD, EOS, NEVER = 13, 32, 11, 12, -1
@@ -150,7 +152,7 @@ def test_what_lies_past_a_row_in_the_cache_changes_nothing(model):
     for x in (decoder.cache[:, 0], decoder.cache[:, 1]):
         x.masked_fill_(past, 1e4)
     for _ in range(3):
-        hidden = decoder.step()
+        hidden = model.trunk(Step(decoder.token, decoder.slot, decoder.cache))
         rows = [row[: n + 1].tolist() for row, n in zip(decoder.tokens, decoder.slot, strict=True)]
         close(hidden, torch.stack([model.hidden(torch.tensor([row]))[0, -1] for row in rows]))
         decoder.pick(hidden)
@@ -207,7 +209,7 @@ def test_masks_and_shifts_by_loop():
     x, lengths = torch.randn(3, 10, 2), torch.tensor([1, 4, 6])
     for i, p in enumerate(lengths.tolist()):
         for t in range(6):
-            assert torch.equal(before_response(x, lengths, 6)[i, t], x[i, min(p - 1 + t, 9)])
+            assert torch.equal(window(x, lengths - 1, 6)[i, t], x[i, min(p - 1 + t, 9)])
             assert response_mask(lengths, 6)[i, t] == (t < p)
 
 
@@ -259,19 +261,25 @@ def test_a_rows_noise_is_its_own():
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_k": 4}])
 def test_a_rows_sample_is_its_own(model, options):
     """A part of the rows, told which is its first, gives what the whole batch gives them."""
+    options = {"eos": 5, "pad": PAD, "temperature": 1.0, "top_k": None} | options
+
+    def sampled(model, prompts, first_row=0):
+        torch.manual_seed(0)
+        return decode(model, *prompts, R, first_row=first_row, **options)
+
     prompts, lengths = ragged(LENGTHS * 3)
-    whole = sampled(model, (prompts, lengths), eos=5, **options)
+    whole = sampled(model, (prompts, lengths))
     assert len({tuple(response) for _, response in rows_of(whole)}) > 9
     for rows in (slice(0, 5), slice(5, 12), slice(11, 12)):
         part = sampled(
-            model, (prompts[rows], lengths[rows]), eos=5, first_row=rows.start, **options
+            model, (prompts[rows], lengths[rows]), first_row=rows.start
         )
         assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(
             part.response_lengths, whole.response_lengths[rows]
         )
         close(part.logprobs, whole.logprobs[rows])
     assert not torch.equal(
-        sampled(model, (prompts, lengths), eos=5, first_row=1, **options).tokens, whole.tokens
+        sampled(model, (prompts, lengths), first_row=1).tokens, whole.tokens
     )
 
 
@@ -352,7 +360,7 @@ def test_answers(monkeypatch):
     prompts = [np.array([tokenizer.eos, *tokenizer.encode(text)]) for text in ("ab", "b", "abba")]
     kept = []
     monkeypatch.setattr(
-        sampling, "generate", lambda *a, **k: kept.append(generate(*a, **k)) or kept[0]
+        module, "generate", lambda *a, **k: kept.append(generate(*a, **k)) or kept[0]
     )
     torch.manual_seed(0)
     found = answers(

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import data, gpt, sft
-from minirlhf.engine import optim
+from minirlhf import data, sft
+from minirlhf.engine import optim, passes
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import atomic_write
 from minirlhf.engine.log import Run
@@ -118,9 +118,11 @@ def test_compile_changes_only_the_rounding(script, toy, baselines, tmp_path, mon
     torch._dynamo.reset()
     graphs = []
     monkeypatch.setattr(
-        gpt,
-        "compiled_trunk",
-        functools.cache(lambda: torch.compile(gpt.GPT.trunk, dynamic=True, backend="aot_eager")),
+        passes,
+        "compiled_pass",
+        functools.cache(
+            lambda: torch.compile(passes.plain_pass, dynamic=True, backend="aot_eager")
+        ),
     )
     log, counters = Run.log, torch._dynamo.utils.counters
     monkeypatch.setattr(

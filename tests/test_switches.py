@@ -4,18 +4,21 @@ import json
 import math
 import re
 import shlex
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import train_ppo
-from minirlhf import data, ppo, sft
-from minirlhf.engine import cli, log, machine, optim, parallel
+from minirlhf import data, ppo
+from minirlhf.engine import cli, curves, machine, optim, parallel
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.rows import pad_rows
+from minirlhf.engine.rows import mean_step, pad_rows
 from minirlhf.feedback import labelers
+from minirlhf.feedback.scoring import make_scorer
 from minirlhf.gpt import GPT
+from minirlhf.look import alarms
 from minirlhf.tokenizer import Tokenizer
 
 R = 8
@@ -25,7 +28,7 @@ CPU = machine.precision(torch.device("cpu"), "float32")
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(log.Run, "plot", lambda run: None)  # a second each
+    monkeypatch.setattr(curves, "plot", lambda *_: None)  # a second each
 
 
 class Stage:
@@ -36,7 +39,7 @@ class Stage:
         self.tokenizer = Tokenizer.load(toy / "sft" / "model")
         self.policy, self.reference = (GPT.from_pretrained(toy / "sft" / "model") for _ in range(2))
         self.feedback = data.load_feedback("toy")
-        self.scorer, self.rm = train_ppo.make_scorer(
+        self.scorer, self.rm = make_scorer(
             knobs, knobs.reward, self.feedback, self.tokenizer, self.reference
         )
         self.critic = train_ppo.make_critic(knobs, self.policy, self.reference, self.rm)
@@ -62,7 +65,8 @@ class Stage:
             **vars(self.knobs) | {"max_grad_norm": 0.0, "ppo_epochs": 1, "minibatches": 1} | changes
         )
         torch.manual_seed(1)
-        stats = train_ppo.update(self.models(), optimizer, episodes, knobs, knobs.kl_coef, CPU)
+        step = partial(mean_step, self.models(), optimizer, knobs, CPU, None)
+        stats = train_ppo.update(self.policy, self.critic, episodes, step, knobs, knobs.kl_coef)
         return {
             name: before[name] - w.detach() for name, w in self.models().named_parameters()
         }, stats
@@ -177,7 +181,7 @@ def test_models_read_a_rollout_in_parts(variant, toy, monkeypatch):
 
         def spy(model, idx, cache=None, lengths=None, seen=seen):
             seen += [len(idx)] if cache is None else []  # with a cache it is the sampler
-            return hidden(model, idx, cache, lengths)
+            return hidden(model, idx, lengths, cache)
 
         monkeypatch.setattr(GPT, "hidden", spy)
         found.append(stage.rollout())
@@ -260,16 +264,18 @@ def test_missing_eos_score_replaces_unfinished_rows_only(level, toy, tmp_path):
 
 def hand(toy, tmp_path, texts, **changes):
     """What a function that records its arguments sees of the given responses, and what the scorer says."""
-    (tmp_path / "seen.py").write_text("calls = []\ndef rate(prompts, responses):\n    calls.append(responses)\n"
-                                      "    return [7.0 + i for i in range(len(responses))]\n")  # fmt: skip
+    (tmp_path / "seen.py").write_text(
+        "import json\n"
+        "def rate(prompts, responses):\n"
+        f"    json.dump(responses, open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
+        "    return [7.0 + i for i in range(len(responses))]\n"
+    )
     stage = Stage(toy, reward=f"{tmp_path}/seen.py:rate", **changes)
     letters = {"$": [256]} | {c: stage.tokenizer.encode(c) for c in "abc"}
     rows = [np.array([256, 70, 71, *(i for c in text for i in letters[c])]) for text in texts]
     tokens, lengths = pad_rows(rows, stage.tokenizer.pad)
     scored, ended = stage.scorer(tokens, torch.full_like(lengths, 3), lengths - 3)
-    ask = stage.scorer.__closure__[stage.scorer.__code__.co_freevars.index("ask")].cell_contents
-    function = ask.args[0]
-    return function.__globals__["calls"][-1], scored, ended.tolist()
+    return json.loads((tmp_path / "seen.json").read_text()), scored, ended.tolist()
 
 
 def test_truncate_hides_what_follows_the_token(toy, tmp_path):
@@ -362,7 +368,7 @@ def test_a_reward_model_knows_its_level(toy, monkeypatch):
 
     with pytest.raises(UserError, match="scores by the response"):
         Stage(toy, reward_level="token")
-    monkeypatch.setattr(sft, "load_reward_model", by_token)
+    monkeypatch.setattr(labelers, "load_reward_model", by_token)
     with pytest.raises(UserError, match="scores by the token"):
         Stage(toy, reward_level="response")
     stage = Stage(toy)
@@ -416,7 +422,7 @@ def test_the_example_by_hand_in_one_piece():
         logprobs, ref, values = (
             torch.where(MASK, x, pad * s) for x, s in ((LOGPROBS, 1), (REF, -0.9), (VALUES, 5))
         )
-        rewards, advantages, returns = ppo.experience(
+        rewards, advantages, returns = experience(
             SCORES, logprobs, ref, values, MASK, BY_HAND, 0.1
         )
         close(rewards, [[-0.1, 3.1, 0], [0, -0.2, -1.1]])
@@ -427,30 +433,37 @@ def test_the_example_by_hand_in_one_piece():
         (torch.arange(2), torch.tensor([0, 1])), SCORES
     )
     assert not torch.allclose(
-        ppo.experience(moved, LOGPROBS, REF, VALUES, MASK, BY_HAND, 0.1)[1], advantages
+        experience(moved, LOGPROBS, REF, VALUES, MASK, BY_HAND, 0.1)[1], advantages
     )
 
 
 def test_token_scores_stay_at_their_tokens():
     earned = double([[1, 2, 8], [3, 4, 5]])  # the 8 is padding
-    rewards, _, _ = ppo.experience(earned, LOGPROBS, REF, VALUES, MASK, BY_HAND, 0.1)
+    rewards, _, _ = experience(earned, LOGPROBS, REF, VALUES, MASK, BY_HAND, 0.1)
     close(rewards, [[0.9, 2.1, 0], [3, 3.8, 4.9]])
 
 
 @pytest.mark.parametrize("kind,kl", [("k1", [1, -1, 0, 2, 1]), ("k2", [0.5, 0.5, 0, 2, 0.5]),
                                      ("k3", [math.exp(-1), math.exp(1) - 2, 0, math.exp(-2) + 1, math.exp(-1)])])  # fmt: skip
 def test_kl_kind_in_the_reward(kind, kl):
-    rewards, _, _ = ppo.experience(
+    rewards, _, _ = experience(
         0 * SCORES, LOGPROBS, REF, VALUES, MASK, knobs(kl_kind=kind), 2.0
     )
     close(rewards[MASK], [-2 * x for x in kl])
 
 
 def test_kl_in_the_loss_leaves_the_reward_alone():
-    rewards, _, _ = ppo.experience(
+    rewards, _, _ = experience(
         SCORES, LOGPROBS, REF, VALUES, MASK, knobs(kl_in="loss", kl_kind="k3"), 1e3
     )
     assert torch.equal(rewards, double([[0, 3, 0], [0, 0, -1]]))
+
+
+def experience(scores, logprobs, ref_logprobs, values, mask, knobs, kl_coef):
+    """Steps 3, 4 and 6 of the script on a given rollout: (rewards, advantages, returns)."""
+    kl = ppo.kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
+    rewards = train_ppo.token_rewards(scores, kl, mask, knobs, kl_coef)
+    return rewards, *train_ppo.token_advantages(rewards, values, mask, knobs)
 
 
 def random_rollout(B=6, width=5, seed=0):
@@ -465,8 +478,8 @@ def random_rollout(B=6, width=5, seed=0):
 
 def test_whitened_rewards_keep_their_mean():
     *rollout, mask = random_rollout()
-    plain, _, _ = ppo.experience(*rollout, mask, knobs(), 0.1)
-    white, _, _ = ppo.experience(*rollout, mask, knobs(whiten_rewards=True), 0.1)
+    plain, _, _ = experience(*rollout, mask, knobs(), 0.1)
+    white, _, _ = experience(*rollout, mask, knobs(whiten_rewards=True), 0.1)
     assert plain[mask].mean().item() == pytest.approx(white[mask].mean().item(), abs=1e-6)
     assert white[mask].std(correction=0).item() == pytest.approx(1, abs=1e-6) and plain[
         mask
@@ -477,7 +490,7 @@ def test_whitened_rewards_keep_their_mean():
 def test_whitened_advantages_have_population_variance_one():
     *rollout, mask = random_rollout()
     (rewards, plain, returns), (same, white, also) = (
-        ppo.experience(*rollout, mask, knobs(whiten_advantages=on), 0.1) for on in (False, True)
+        experience(*rollout, mask, knobs(whiten_advantages=on), 0.1) for on in (False, True)
     )
     assert torch.equal(rewards, same) and torch.equal(
         returns, also
@@ -492,7 +505,7 @@ def test_lambda_0_is_delta_and_lambda_1_is_reward_to_go(gamma):
     *rollout, mask = random_rollout()
     values = rollout[3]
     for lam in (0.0, 1.0):
-        rewards, advantages, _ = ppo.experience(
+        rewards, advantages, _ = experience(
             *rollout, mask, knobs(lam=lam, gamma=gamma, whiten_advantages=False), 0.1
         )
         for b, n in enumerate(mask.sum(1).tolist()):
@@ -509,7 +522,7 @@ def test_lambda_0_is_delta_and_lambda_1_is_reward_to_go(gamma):
 def test_group_kinds_spread_a_shaped_total(kind):
     given, logprobs, ref, _, mask = random_rollout()
     group = knobs(advantage=kind, group_size=3)
-    rewards, advantages, returns = ppo.experience(given, logprobs, ref, None, mask, group, 0.3)
+    rewards, advantages, returns = experience(given, logprobs, ref, None, mask, group, 0.3)
     total = given.numpy() - 0.3 * ((logprobs - ref) * mask).sum(1).numpy()
     close(rewards.sum(1), total)
     assert returns is None
@@ -520,7 +533,7 @@ def test_group_kinds_spread_a_shaped_total(kind):
                    "grpo": (total[b] - np.mean(mates)) / (np.std(mates, ddof=1) + 1e-4)}[kind]  # fmt: skip
         close(advantages[b], [by_hand if real else 0 for real in mask[b]])
     in_loss = knobs(advantage=kind, group_size=3, kl_in="loss", kl_kind="k2")
-    close(ppo.experience(given, logprobs, ref, None, mask, in_loss, 0.3)[0].sum(1), given)
+    close(experience(given, logprobs, ref, None, mask, in_loss, 0.3)[0].sum(1), given)
     close(advantages.numpy()[:, 0].reshape(2, 3).sum(1), [0, 0])
 
 
@@ -568,8 +581,8 @@ def test_a_larger_coefficient_ends_nearer_the_base_model(toy, tmp_path, capsys):
     "place", [dict(kl_in="reward"), dict(kl_in="loss", kl_kind="k2")], ids=["reward", "loss"]
 )
 def test_adaptive_kl_follows_its_rule_in_both_places(place, toy, tmp_path, monkeypatch):
-    losses, used = ppo.losses, []
-    monkeypatch.setattr(ppo, "losses", lambda *args: used.append(args[-1]) or losses(*args))
+    losses, used = train_ppo.losses, []
+    monkeypatch.setattr(train_ppo, "losses", lambda *args: used.append(args[-1]) or losses(*args))
     rows = train(
         toy,
         tmp_path,
@@ -611,8 +624,8 @@ def test_values_are_those_of_the_state_before_each_token(toy, monkeypatch):
             0, p - 1 : p + r - 1
         ].tolist()
         np.testing.assert_allclose(episodes.values[b], values + [0] * (R - r), atol=1e-5)
-    seen, losses = [], ppo.losses
-    monkeypatch.setattr(ppo, "losses", lambda *args: seen.append(args) or losses(*args))
+    seen, losses = [], train_ppo.losses
+    monkeypatch.setattr(train_ppo, "losses", lambda *args: seen.append(args) or losses(*args))
     stage.update(episodes, micro_batch=8)
     for logprobs, values, mb, mask, *_ in seen:
         torch.testing.assert_close(values[mask], mb.values[mask], atol=1e-5, rtol=1e-5)
@@ -702,13 +715,13 @@ def test_optimizer_steps_and_shuffles(toy, monkeypatch):
     episodes = episodes._replace(
         advantages=torch.arange(32.0)[:, None].expand(32, R)
     )  # rows by number
-    steps, losses = [[]], ppo.losses
+    steps, losses = [[]], train_ppo.losses
 
     def spy(logprobs, values, minibatch, *rest):
         steps[-1] += minibatch.advantages[:, 0].int().tolist()
         return losses(logprobs, values, minibatch, *rest)
 
-    monkeypatch.setattr(ppo, "losses", spy)
+    monkeypatch.setattr(train_ppo, "losses", spy)
     monkeypatch.setattr(optim, "optimizer_step", lambda *args: steps.append([]) or (0.0, 0.0))
     stage.update(episodes, ppo_epochs=3, minibatches=4, micro_batch=3)
     steps.pop()
@@ -828,7 +841,7 @@ def history(steps=30, **series):
 
 
 def raised(rows):
-    return [text.split()[0] for n in range(1, len(rows) + 1) for text in ppo.alarms(rows[:n])]
+    return [text.split()[0] for n in range(1, len(rows) + 1) for text in alarms.alarms(rows[:n])]
 
 
 def test_alarms_are_silent_on_healthy_runs():
@@ -855,7 +868,7 @@ def test_each_alarm_has_its_sign(name, series):
 
 
 def test_an_alarm_is_printed_once(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ppo, "alarms", lambda rows: ["smoke"] if len(rows) > 1 else [])
+    monkeypatch.setattr(alarms, "alarms", lambda rows: ["smoke"] if len(rows) > 1 else [])
     train(toy, tmp_path, steps=4)
     assert re.findall(r"alarm at step \d+: smoke", capsys.readouterr().out) == [
         "alarm at step 1: smoke"

@@ -1,47 +1,121 @@
-"""Rows of token ids of unequal length: padded, in batches, in parts, on many processes."""
+"""Rows of token ids of unequal length: padded, in batches and in parts, by one process or many.
+
+A row is `[EOS] prompt response EOS`, left-aligned, with padding on its right only. What is computed
+for rows is the same whoever computes it: `rowwise` and `Rows.by_parts` give each process its share
+of the rows and everyone the result of all; the gradient comes out right, too.
+"""
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.engine import parallel
+from minirlhf.engine import optim, parallel
 
 
 def pad_rows(rows, pad, device="cpu"):
     """Token ids (B, T) of rows of unequal length, right-padded, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), pad)
+    shape = len(rows), int(lengths.max())
+    tokens = torch.full(shape, pad)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.as_tensor(row)
     return tokens.to(device), lengths.to(device)
 
 
-def parts_by_length(lengths, parts):
-    """A batch in parts of like length, which saves most of the padding: index arrays, and the order that undoes them."""
-    order = np.argsort(lengths, kind="stable")
-    return [part for part in np.array_split(order, parts) if len(part)], torch.as_tensor(order.argsort())
+def response_mask(lengths, width):
+    """True on the first `lengths` (B,) places of each row: (B, width)."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def window(x, start, width):
+    """x (B, T, ...) at places start (B,) .. start + width - 1 of its own row: (B, width, ...).
+
+    Past the end of x the last place is repeated: outside any mask.
+    """
+    places = start[:, None] + torch.arange(width, device=x.device)  # (B, width)
+    places = places.clamp(max=x.shape[1] - 1)
+    row = torch.arange(len(x), device=x.device)
+    return x[row[:, None], places]
+
+
+# Batches of indices
 
 
 def bucketed(lengths, batch_size, rng):
-    """Batches of indices of like length in random order: each index once, the last batch of a window perhaps smaller."""
-    order, batches = rng.permutation(len(lengths)), []
-    for window in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += np.split(window, range(batch_size, len(window), batch_size))
+    """Batches of like length in random order: each index once, the last of a window perhaps
+    smaller."""
+    order, batches, many = rng.permutation(len(lengths)), [], 16 * batch_size
+    for some in np.split(order, range(many, len(order), many)):
+        some = some[np.argsort(lengths[some], kind="stable")]
+        batches += np.split(some, range(batch_size, len(some), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def endless(n, batch_size, steps, rng):
     """Indices (steps, batch_size) of n things, in one random order after the other."""
-    passes = -(-steps * batch_size // n)
-    return np.concatenate([rng.permutation(n) for _ in range(passes)])[: steps * batch_size].reshape(steps, batch_size)
+    taken = steps * batch_size
+    passes = -(-taken // n)
+    order = np.concatenate([rng.permutation(n) for _ in range(passes)])
+    return order[:taken].reshape(steps, batch_size)
+
+
+# Functions of rows, in parts and on many processes
+
+
+def rowwise(f, size, *rows):
+    """f(*rows), a tensor (B, ...) or several, computed `size` rows at a time; 0: all."""
+    n = len(rows[0])
+    mine, _ = parallel.share(n)
+    found = in_parts(f, size, *(x[mine] for x in rows))
+    if torch.is_tensor(found):
+        return parallel.gather(found, n)
+    return [parallel.gather(x, n) for x in found]
+
+
+def in_parts(f, size, *rows):
+    """f(*rows), a tensor (B, ...) or several, of at most `size` rows at a time; 0: all."""
+    split = [x.split(size or len(x)) for x in rows]
+    found = [f(*part) for part in zip(*split, strict=True)]
+    if torch.is_tensor(found[0]):
+        return torch.cat(found)
+    return [torch.cat(x) for x in zip(*found, strict=True)]
+
+
+def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
+    """One optimizer step on loss_of(part) -> (loss, stats), means over the response tokens of a
+    part of the batch: (stats of the whole batch, gradient norm). Each process has its share of the
+    rows, --micro-batch of them in memory at a time.
+
+    batch: a NamedTuple of rows with `rows(index)`, `tokens` and `response_lengths`.
+    """
+    n_tokens, sums = batch.response_lengths.sum(), Counter()
+    mine, counts = parallel.share(len(batch.tokens))
+    size = knobs.micro_batch or len(mine)
+    for start in range(0, len(mine), size):
+        where = slice(start, start + size)
+        part = batch.rows(mine[where])
+        real = torch.as_tensor(counts[where], device=n_tokens.device)
+        lengths = part.response_lengths * real  # no row counts twice
+        with autocast:
+            loss, stats = loss_of(part._replace(response_lengths=lengths))
+        weight = lengths.sum() / n_tokens
+        trained.backward(loss * weight, last=where.stop >= len(mine))
+        stats["loss"] = loss
+        for name, value in stats.items():
+            sums[name] += value.detach() * weight
+    values = parallel.total(torch.stack(list(sums.values())))
+    means = dict(zip(sums, values, strict=True))
+    loss = means.pop("loss")
+    _, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
+    return means, norm
 
 
 class Rows(NamedTuple):
-    """N rows of token ids, `[EOS] prompt response EOS`."""
+    """N rows of token ids."""
 
     tokens: list
     prompt_lengths: np.ndarray  # (N,)
@@ -51,58 +125,58 @@ class Rows(NamedTuple):
     @classmethod
     def sampled(cls, tokens, prompt_lengths, response_lengths, pad):
         """Rows of samples: tokens (N, T), lengths (N,)."""
-        rows = zip(tokens.cpu().numpy(), (prompt_lengths + response_lengths).tolist(), strict=True)
-        return cls([row[:length] for row, length in rows], prompt_lengths.cpu().numpy(), pad, tokens.device)
+        lengths = prompt_lengths + response_lengths
+        padded = zip(tokens.cpu().numpy(), lengths.tolist(), strict=True)
+        rows = [row[:n] for row, n in padded]
+        return cls(rows, prompt_lengths.cpu().numpy(), pad, tokens.device)
 
     def take(self, index):
-        return self._replace(tokens=[self.tokens[i] for i in index], prompt_lengths=self.prompt_lengths[index])
+        tokens = [self.tokens[i] for i in index]
+        return self._replace(tokens=tokens, prompt_lengths=self.prompt_lengths[index])
 
     def lengths(self):
         """Response tokens of each row: (N,)."""
-        return torch.tensor([len(row) for row in self.tokens], device=self.device) - torch.as_tensor(self.prompt_lengths).to(self.device)
+        whole = torch.tensor([len(row) for row in self.tokens], device=self.device)
+        prompts = torch.as_tensor(self.prompt_lengths)
+        return whole - prompts.to(self.device)
 
     def by_parts(self, f, micro_batch=0):
-        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows, in parts of like length: (N, ...).
+        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows: (N, ...).
 
-        With a `micro_batch`, a part has at most that many rows, and its activations are made again in backward. Each process computes
-        its share of the rows.
+        Rows of like length go together. With a `micro_batch` a part has at most that many rows, and
+        its activations are made again in backward (Chen et al. 2016), so a loss may compare all
+        rows.
         """
         mine, _ = parallel.share(len(self.tokens))
-        lengths = np.array([len(row) for row in self.tokens])
+        whole = np.array([len(row) for row in self.tokens])
         # On a CPU, so many tokens' activations fit its cache; more rows at a time take longer.
-        some = 1200 * parallel.world() if str(self.device) == "cpu" else lengths.sum()
-        parts, undo = parts_by_length(lengths[mine], math.ceil(len(mine) / micro_batch if micro_batch else lengths.sum() / some))
+        some = 1200 * parallel.world() if str(self.device) == "cpu" else whole.sum()
+        parts = len(mine) / micro_batch if micro_batch else whole.sum() / some
+        order = np.argsort(whole[mine], kind="stable")
         values = []
-        for part in (mine[part] for part in parts):
-            tokens, lengths = pad_rows([self.tokens[i] for i in part], self.pad, self.device)
-            prompt_lengths = torch.as_tensor(self.prompt_lengths[part], device=self.device)
-            row = (tokens, prompt_lengths, lengths - prompt_lengths)
-            # Tensors as arguments: checkpoint keeps the random state of their device, for the same dropout in both passes.
-            values.append(checkpoint(f, *row, use_reentrant=False) if micro_batch else f(*row))
+        for part in np.array_split(order, math.ceil(parts)):
+            index = mine[part]
+            if not len(index):
+                continue
+            tokens, lengths = pad_rows([self.tokens[i] for i in index], self.pad, self.device)
+            p = torch.as_tensor(self.prompt_lengths[index], device=self.device)
+            row = tokens, p, lengths - p
+            if micro_batch:  # of tensors checkpoint keeps the device's random state, for dropout
+                values.append(checkpoint(f, *row, use_reentrant=False))
+            else:
+                values.append(f(*row))
+        undo = torch.as_tensor(order.argsort())
         return parallel.gather(torch.cat(values)[undo], len(self.tokens))
 
     def mismatched(self, n_ctx):
-        """Each prompt with the response of the row before it, the first with that of the last: where there are no prompts, the same rows.
-
-        A prompt that is too long for its response loses its left end.
-        """
-        prompts = [row[:p] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
-        responses = [row[p:] for row, p in zip(self.tokens, self.prompt_lengths, strict=True)]
-        responses = responses[-1:] + responses[:-1]
-        prompts = [np.append(p[:1], p[1:][max(0, len(p) + len(r) - n_ctx) :]) for p, r in zip(prompts, responses, strict=True)]
-        rows = [np.append(p, r) for p, r in zip(prompts, responses, strict=True)]
-        return self._replace(tokens=rows, prompt_lengths=np.array([len(p) for p in prompts]))
-
-
-def response_mask(response_lengths, width):
-    """True on real response tokens: (B, R) of lengths (B,)."""
-    return torch.arange(width, device=response_lengths.device) < response_lengths[:, None]
-
-
-def before_response(x, prompt_lengths, width):
-    """What stands where each response token is chosen: x (B, T, ...) at positions p-1 .. p+R-2, as (B, R, ...).
-
-    Past the end of x the last position is repeated: outside the mask.
-    """
-    positions = prompt_lengths[:, None] - 1 + torch.arange(width, device=x.device)  # (B, R)
-    return x[torch.arange(len(x), device=x.device)[:, None], positions.clamp(max=x.shape[1] - 1)]
+        """Each prompt with the response of the row before it, the first with that of the last:
+        where there are no prompts, the same rows. A prompt that is too long loses its left end."""
+        rows, lengths = [], []
+        for i, row in enumerate(self.tokens):
+            p, other = self.prompt_lengths[i], self.prompt_lengths[i - 1]
+            response = self.tokens[i - 1][other:]
+            cut = max(0, p + len(response) - n_ctx)
+            prompt = np.append(row[:1], row[1 + cut : p])
+            rows.append(np.append(prompt, response))
+            lengths.append(len(prompt))
+        return self._replace(tokens=rows, prompt_lengths=np.array(lengths))

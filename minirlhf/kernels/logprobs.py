@@ -33,24 +33,27 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
 def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entropy=True):
     """token_logprobs, and the entropy (N,) of the whole distribution, in nats.
 
-    Without a gradient both come from one pass; where the log-probs have one, the entropy has one too.
+    Without a gradient both come from one pass. Where the log-probs have one, the entropy has one
+    too, and is made by token_entropy.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
-    dtype, apart = operand_dtype(hidden, weight), entropy and grad
+    dtype, together = operand_dtype(hidden, weight), entropy and not grad
     logprobs, _, entropies, _ = token_logprobs_op(
-        hidden, weight, targets.contiguous(), float(temperature), dtype, keep, entropy and not apart
+        hidden, weight, targets.contiguous(), float(temperature), dtype, keep, together
     )
-    if apart:
+    if entropy and grad:
         return logprobs, token_entropy(hidden, weight, temperature)
     return logprobs, entropies.detach()
 
 
 def token_entropy(hidden, weight, temperature=1.0):
-    """The entropy (N,) of softmax(hidden @ weight.T / temperature), differentiable: the logits of
-    some rows at a time, made again in backward."""
+    """The entropy (N,) of softmax(hidden @ weight.T / temperature), differentiable.
+
+    Plain PyTorch on every device: the logits of some rows at a time, made again in backward.
+    """
 
     def entropy(h, w):
         wide = torch.promote_types(torch.promote_types(h.dtype, w.dtype), torch.float32)
