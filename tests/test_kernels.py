@@ -13,8 +13,6 @@ from minirlhf.kernels import logprobs, token_logprobs
 N, C = 5, 8
 CHUNKS = {  # numbers of a part, by the vocabulary
     "many parts": lambda v: max(1, v * N // 100),  # of 17 tokens one each, of 1,000 ten
-        1, v * N // 100
-    ),  # a token each; a hundred of a vocabulary of 1,000
     "three parts": lambda v: -(-v * N // 3),
     "one": lambda v: 1 << 23,
 }
@@ -144,18 +142,38 @@ def test_equal_logits(chunked, vocab):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab, scale", [(17, 1.0), (1000, 1.0), (1000, 30.0), (17, 1000.0)])
 def test_entropy(chunked, vocab, scale, temperature):
+    """In one pass with the log-probs, and where it has a gradient; both by the definition."""
     chunked(vocab)
     hidden, weight, targets = inputs(vocab, scale=scale)
-    found, entropy = kernels.token_logprobs_and_entropy(
-        hidden, weight, targets, temperature=temperature
-    )
-    p = (hidden.detach().double() @ weight.detach().double().t() / temperature).softmax(1).numpy()
-    expected = [-sum(x * math.log(x) for x in row if x > 0) for row in p]
-    check(entropy, torch.tensor(expected), 1e-5 * max(1, scale / 10))
+
+    def both():
+        return kernels.token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature)
+
+    logp = (hidden.double() @ weight.double().t() / temperature).log_softmax(1)
+    p = logp.exp().detach().numpy()
+    expected = torch.tensor([-sum(x * math.log(x) for x in row if x > 0) for row in p])
+    with torch.no_grad():
+        found, entropy = both()
     check(found, plain(hidden, weight, targets, temperature))
-    assert entropy.shape == (N,) and not entropy.requires_grad and found.requires_grad
+    check(entropy, expected, 1e-5 * max(1, scale / 10))
+    assert entropy.shape == (N,) and not entropy.requires_grad
+    found, entropy = both()
+    check(entropy, expected, 1e-5 * max(1, scale / 10))
+    assert entropy.shape == (N,) and entropy.requires_grad and found.requires_grad
     alone = token_logprobs(hidden, weight, targets, temperature=temperature)
     assert all_equal(gradients(found, hidden, weight), gradients(alone, hidden, weight))
+    definition = -(logp.exp() * logp).sum(1)
+    ours, theirs = (gradients(x, hidden, weight) for x in (entropy, definition))
+    check_all(ours, theirs, 1e-5 * max(1, scale / 10))
+
+
+def test_gradient_of_the_entropy_is_the_finite_difference(chunked):
+    def f(h, w):
+        return kernels.token_logprobs_and_entropy(h, w, targets, temperature=0.6)[1]
+
+    chunked(17)
+    hidden, weight, targets = inputs(17, torch.float64)
+    assert torch.autograd.gradcheck(f, (hidden, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -264,7 +264,9 @@ def test_seconds_by_hand():
 def test_several_gpus_by_hand():
     """DDP adds 4 bytes a parameter; sharding divides; a rollout gathers the policy on each."""
     P, config = 1_557_611_200, plan.SIZES["gpt2-xl"]
-    settings = [plan.Knobs(gpus=gpus, shard=shard) for gpus, shard in ((1, False), (8, False), (8, True))]
+    settings = [
+        plan.Knobs(gpus=gpus, shard=shard) for gpus, shard in ((1, False), (8, False), (8, True))
+    ]
     one, ddp, sharded = (plan.memory("ppo", config, k) for k in settings)
     assert (one["trained"], ddp["trained"], sharded["trained"]) == (32 * P, 40 * P, 4 * P)
     assert (one["frozen"], ddp["frozen"], sharded["frozen"]) == (8 * P, 8 * P, P)
