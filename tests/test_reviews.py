@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import train_rm
 from minirlhf import data
 from minirlhf.engine.cli import UserError
+from minirlhf.look.ridge import ridge_scores
 from minirlhf.reward import pair_accuracy
 
 
@@ -44,7 +44,7 @@ def test_reference_accuracies(reviews):
     pairs, gaps = reviews.test.comparisons(20_000, seed=1)
     assert len(pairs) == 20_000 and gaps.min() > 0
     assert data.human_ceiling(reviews.test, pairs) == pytest.approx(0.834, abs=0.004)
-    ridge = train_rm.ridge_scores(reviews.train, reviews.test)
+    ridge = ridge_scores(reviews.train, reviews.test)
     accuracy = pair_accuracy(ridge, torch.as_tensor(pairs)).item()
     assert accuracy == pytest.approx(0.7534, abs=0.002)  # by a dense solver
 

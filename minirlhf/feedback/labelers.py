@@ -3,70 +3,105 @@
 Left out, so far: people, judge models, rules.
 """
 
+import contextlib
 import importlib
 import runpy
 import sys
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.weights import (
-    local_directory,
-    model_directory,
-    read_config,
-)
+from minirlhf.engine.weights import local_directory, model_directory, read_config
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 
+# Labelers of train_dpo: (scorer, prefer)
+
 
 def load_labeler(source, feedback, tokenizer, base):
-    """(scorer, prefer) of a reward model, of a preference model (no scorer), or of `true`, the toy's own reward; None: neither.
+    """(scorer, prefer) of a reward model, of a preference model (no scorer), or of `true`, the
+    toy's own reward; None: neither.
 
-    scorer(tokens (B, T), prompt_lengths, response_lengths) -> (B,). prefer(the same, K), where K rows in turn stand to one prompt
-    -> (B/K, K, K): P(i preferred to j), with scores by Bradley and Terry.
+    scorer(tokens (B, T), prompt_lengths, response_lengths) -> (B,). prefer(the same, K), where K
+    rows in turn stand to one prompt -> (B/K, K, K): P(i preferred to j), with scores by Bradley
+    and Terry.
     """
     if source is None:
         return None, None
     if source == "true":
         rate = partial(ask, true_reward(feedback), source, "response", tokenizer)
-
-        def scorer(tokens, prompt_lengths, response_lengths):
-            return rate(tokens, prompt_lengths, response_lengths)[:, 0]
-
-    else:
-        config = local_directory(model_directory(source)) / "config.json"
-        if config.is_file() and read_config(config.parent).get("num_labels", 1) > 1:
-            model = PreferenceModel.from_pretrained(config.parent).to(base.wte.weight.device).eval()
-
-            def prefer(tokens, prompt_lengths, response_lengths, K):
-                e = model.embed(tokens, prompt_lengths + response_lengths).float()
-                e = e.view(-1, K, e.shape[-1])
-                return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
-
-            return None, prefer
-        rm = load_reward_model(source, tokenizer, base)
-
-        def scorer(tokens, prompt_lengths, response_lengths):
-            return rm(tokens, prompt_lengths + response_lengths, prompt_lengths).float()
-
-    def prefer(tokens, prompt_lengths, response_lengths, K):
-        scores = scorer(tokens, prompt_lengths, response_lengths).view(-1, K)
-        return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
-
-    return scorer, prefer
+        scorer = partial(first_column, rate)
+        return scorer, partial(by_scores, scorer)
+    directory = local_directory(model_directory(source))
+    if is_pairwise(directory):
+        model = PreferenceModel.from_pretrained(directory).to(base.lm_head_weight.device).eval()
+        return None, partial(by_embeddings, model)
+    scorer = partial(by_model, load_reward_model(source, tokenizer, base))
+    return scorer, partial(by_scores, scorer)
 
 
-def load_function(file, name):
-    """A function of FILE.py, or of a module by its dotted name."""
-    sys.path.insert(0, "")  # the current directory
-    try:
-        names = runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
-    except ModuleNotFoundError as e:
-        raise UserError(f"--reward {file}:{name}: {e}") from None
-    if not callable(names.get(name)):
-        raise UserError(f"--reward {file}:{name}: no function {name} in {file}")
-    return names[name]
+def is_pairwise(directory):
+    """Whether a preference model lies in a directory, as far as its config.json says so."""
+    if not (directory / "config.json").is_file():
+        return False
+    return read_config(directory).get("num_labels", 1) > 1
+
+
+def first_column(rate, tokens, prompt_lengths, response_lengths):
+    return rate(tokens, prompt_lengths, response_lengths)[:, 0]
+
+
+def by_model(rm, tokens, prompt_lengths, response_lengths):
+    return rm(tokens, prompt_lengths + response_lengths, prompt_lengths).float()
+
+
+def by_scores(scorer, tokens, prompt_lengths, response_lengths, K):
+    scores = scorer(tokens, prompt_lengths, response_lengths).view(-1, K)
+    return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
+
+
+def by_embeddings(model, tokens, prompt_lengths, response_lengths, K):
+    embeddings = model.embed(tokens, prompt_lengths + response_lengths).float()
+    e = embeddings.view(-1, K, embeddings.shape[-1])
+    return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
+
+
+def load_reward_model(path, tokenizer, base):
+    """The reward model of a run or a directory, on the base model's device.
+
+    Raises UserError when the two do not fit together.
+    """
+    rm = RewardModel.from_pretrained(model_directory(path))
+    rm = rm.to(base.lm_head_weight.device).eval()
+    vocab_size, n_ctx = rm.config.vocab_size, rm.config.n_ctx
+    if vocab_size != tokenizer.vocab_size or n_ctx < base.config.n_ctx:
+        raise UserError(
+            f"reward model {path}: vocabulary {vocab_size} and context {n_ctx}, but the base model "
+            f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model"
+        )
+    return rm
+
+
+# Python functions
+
+
+def find_function(source, feedback):
+    """The function behind --reward true, FILE.py:FUNCTION or package.module:FUNCTION.
+
+    None: a model.
+    """
+    source = str(source)
+    if source == "true":
+        return true_reward(feedback)
+    if source.endswith(".py") and Path(source).is_file():
+        raise UserError(f"--reward {source}: which function of it? expected {source}:FUNCTION")
+    file, _, name = source.rpartition(":")
+    dotted = all(part.isidentifier() for part in (*file.split("."), name))
+    return load_function(file, name) if dotted or file.endswith(".py") else None
 
 
 def true_reward(feedback):
@@ -76,26 +111,71 @@ def true_reward(feedback):
     return feedback.true_reward
 
 
-def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_lengths):
-    """What a Python function says of the text of token rows: (B, 1), or (B, longest response) at the token level."""
-    rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
-    prompts, responses = zip(*((tokenizer.decode(row[:p]), row[p : p + r]) for row, p, r in rows), strict=True)
-    apart = level == "token"
-    texts = [[tokenizer.decode([i]) for i in ids] if apart else tokenizer.decode(ids) for ids in responses]
-    expected, given = [len(ids) if apart else 1 for ids in responses], function(list(prompts), texts)
+def load_function(file, name):
+    """A function of FILE.py, or of a module by its dotted name, in the current directory or not.
+
+    Raises UserError where there is no such file, module or function. What the file itself raises,
+    a module that it lacks included, is its own.
+    """
+    flag = f"--reward {file}:{name}"
+    with current_directory():
+        if not file.endswith(".py"):
+            names = vars(import_named(file, flag))
+        elif Path(file).is_file():
+            names = runpy.run_path(file)
+        else:
+            raise UserError(f"{flag}: no file {file}")
+    if not callable(names.get(name)):
+        raise UserError(f"{flag}: no function {name} in {file}")
+    return names[name]
+
+
+def import_named(module, flag):
     try:
-        scores = [torch.tensor(s if apart else [s], dtype=torch.float32) for s in given]
-    except (TypeError, ValueError):
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if f"{module}.".startswith(f"{e.name}."):  # it or a package of it, not what it imports
+            raise UserError(f"{flag}: {e}") from None
+        raise
+
+
+@contextlib.contextmanager
+def current_directory():
+    """The modules of the current directory can be imported for a while, before all others."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove("")
+
+
+def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_lengths):
+    """What a Python function says of the text of token rows.
+
+    (B, 1), or at the token level (B, longest response). Raises UserError where that is not a finite
+    number for each; what the function raises is its own.
+    """
+    by_token = level == "token"
+    prompts, responses, shapes = [], [], []
+    rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
+    for ids, p, r in rows:
+        response = ids[p : p + r]
+        prompts.append(tokenizer.decode(ids[:p]))
+        if by_token:
+            responses.append([tokenizer.decode([i]) for i in response])
+        else:
+            responses.append(tokenizer.decode(response))
+        shapes.append((r if by_token else 1,))
+    with current_directory():
+        given = function(prompts, responses)
+        given = list(given) if isinstance(given, Iterator) else given
+    try:
+        scores = [torch.tensor(s if by_token else [s], dtype=torch.float32) for s in given]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         scores = []
-    if [s.shape for s in scores] != [(n,) for n in expected] or not all(s.isfinite().all() for s in scores):
-        raise UserError(f"--reward {source}: expected a finite float for each {level}, {sum(expected)} in {len(responses)} responses")
-    return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True).to(tokens.device)
-
-
-def load_reward_model(path, tokenizer, base):
-    """The reward model of a run or a directory, on the base model's device. Raises UserError when the two do not fit together."""
-    rm = RewardModel.from_pretrained(model_directory(path)).to(base.wte.weight.device).eval()
-    if rm.config.vocab_size != tokenizer.vocab_size or rm.config.n_ctx < base.config.n_ctx:
-        raise UserError(f"reward model {path}: vocabulary {rm.config.vocab_size} and context {rm.config.n_ctx}, but the base model "
-                        f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model")  # fmt: skip
-    return rm
+    if [s.shape for s in scores] != shapes or not all(s.isfinite().all() for s in scores):
+        n = sum(length for (length,) in shapes)
+        problem = f"expected a finite float for each {level}, {n} in {len(responses)} responses"
+        raise UserError(f"--reward {source}: {problem}")
+    return pad_sequence(scores, batch_first=True).to(tokens.device)

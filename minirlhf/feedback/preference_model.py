@@ -1,23 +1,23 @@
-"""A model of preferences without scores."""
+"""A model of preferences without scores.
+
+Left out: more than one response a row; the pairwise model in PPO, which needs a score.
+"""
 
 import math
 
-import torch
-
-from minirlhf.engine.weights import (
-    expect_kind,
-    load_strictly,
-    read_directory,
-)
+from minirlhf.engine.rows import window
+from minirlhf.engine.weights import expect_kind, load_strictly, read_directory
 from minirlhf.gpt import GPTConfig, HeadedGPT
 
 
 class PreferenceModel(HeadedGPT):
-    """The general preference model of Zhang et al. 2024 (arXiv 2410.02197): P(a preferred to b) without a score of a or b.
+    """The general preference model of Zhang et al. 2024 (arXiv 2410.02197).
 
-    Each response has an embedding of `dim` = 2k numbers, and logit(a, b) = sum_i a_2i b_2i+1 - a_2i+1 b_2i: k planes, in each of which
-    a beats what lies up to half a turn ahead of it. So logit(b, a) = -logit(a, b), and circles of preference can be held. The head's
-    standard deviation makes fresh logits of independent unit-variance hidden states have one near 1. Raises ValueError for an odd dim.
+    P(a preferred to b) without a score of a or b: each response has an embedding of `dim` = 2k
+    numbers, and logit(a, b) = sum_i a_2i b_2i+1 - a_2i+1 b_2i. Those are k planes, in each of which
+    a beats what lies up to half a turn ahead of it. So logit(b, a) = -logit(a, b), and circles of
+    preference can be held. The head's standard deviation makes fresh logits of independent
+    unit-variance hidden states have one near 1. Raises ValueError for an odd dim.
     """
 
     def __init__(self, config, dim=8):
@@ -27,12 +27,19 @@ class PreferenceModel(HeadedGPT):
 
     def embed(self, idx, lengths):
         """The embedding (B, dim) of each row: the head at its last real token."""
-        hidden = self.transformer.hidden(idx, lengths=lengths)
-        return self.score(hidden[torch.arange(len(idx), device=idx.device), lengths - 1])
+        hidden = self.transformer.hidden(idx, lengths=lengths)  # (B, T, C)
+        last = window(hidden, lengths - 1, 1)  # (B, 1, C)
+        return self.score(last.squeeze(1))
+
+    def forward(self, idx, lengths, prompt_lengths=None):
+        """`embed`, called as one calls a RewardModel; where the response begins says nothing."""
+        return self.embed(idx, lengths)
 
     def logit(self, a, b):
-        """The log-odds that a is preferred to b: (...) of embeddings (..., dim), which broadcast."""
-        return (a[..., ::2] * b[..., 1::2] - a[..., 1::2] * b[..., ::2]).sum(-1)
+        """The log-odds that a is preferred to b: (...) of embeddings (..., dim); they broadcast."""
+        ahead = a[..., ::2] * b[..., 1::2]
+        behind = a[..., 1::2] * b[..., ::2]
+        return (ahead - behind).sum(-1)
 
     def save_pretrained(self, directory, tokenizer=None):
         self.save(directory, {}, tokenizer)
@@ -42,4 +49,5 @@ class PreferenceModel(HeadedGPT):
         """Reads a directory that save_pretrained wrote; errors as in GPT.from_pretrained."""
         sizes, weights, _ = read_directory(directory)
         dim = expect_kind("preference model", directory, weights)
-        return load_strictly(cls(GPTConfig(*sizes, dropout=dropout), dim), weights, directory)
+        model = cls(GPTConfig(*sizes, dropout=dropout), dim)
+        return load_strictly(model, weights, directory)

@@ -1,0 +1,63 @@
+"""How often scores order pairs as people do: a reward model, ridge regression and a person."""
+
+import math
+
+from minirlhf import data
+from minirlhf.look.ridge import ridge_scores
+from minirlhf.reward import share_positive
+
+EDGES = (0, 0.5, 1, 2, 3, math.inf)  # of the gaps between two mean ratings
+
+
+def accuracy_figures(feedback, ahead, pairs, gaps):
+    """Figures of the summary, and a printed table of pair accuracy by the gap of the mean ratings.
+
+    ahead (P,): how far the model has the first of each test pair (P, 2) before the second.
+    """
+    columns = {"reward model": ahead}
+    figures = {"eval/accuracy": share_positive(ahead).item(), "eval/pairs": len(pairs)}
+    rated = feedback.train.ratings is not None
+    if rated:
+        scores = ridge_scores(feedback.train, feedback.test)
+        columns["ridge"] = scores[pairs[:, 0]] - scores[pairs[:, 1]]
+        figures["eval/ridge_accuracy"] = share_positive(columns["ridge"]).item()
+    human = data.human_ceiling(feedback.test, pairs)
+    if not math.isnan(human):
+        figures["eval/human_ceiling"] = human
+    print_table(columns, human, feedback.test, pairs, gaps, EDGES if rated else ())
+    return figures
+
+
+def print_table(columns, human, items, pairs, gaps, edges):
+    """A row for the pairs of each range of gaps, and one for all; a column for each of `columns`,
+    {name: (P,)}, and one for a person, if their accuracy on all pairs, `human`, is not nan."""
+    titles = [f"{'rating gap':>12} {'pairs':>7}"]
+    titles += [f"{name:>13}" for name in columns]
+    titles.append("" if math.isnan(human) else f"{'one person':>11}")
+    print(f"\npair accuracy on {len(pairs):,} test pairs")
+    print(*titles)
+    for low, high in [*zip(edges, edges[1:], strict=False), (0, math.inf)]:
+        inside = (gaps > low) & (gaps <= high)
+        if inside.any():
+            cells = [f"{range_name(low, high):>12} {inside.sum():>7}"]
+            for ahead in columns.values():
+                cells.append(f"{share_positive(ahead[inside]).item():>13.3f}")
+            person = human if inside.all() else data.human_ceiling(items, pairs[inside])
+            cells.append("" if math.isnan(person) else f"{person:>11.3f}")
+            print(*cells)
+    print()
+
+
+def range_name(low, high):
+    if high < math.inf:
+        return f"{low:g} to {high:g}"
+    return f"over {low:g}" if low else "all"
+
+
+def scored_texts(items, scores, n=64):
+    """The first n items as samples.jsonl shows them, with their scores, if these are (N,)."""
+    texts = []
+    for prompt, response, score in zip(items.prompts, items.responses, scores, strict=True):
+        known = {"score": score.item()} if scores.dim() == 1 else {}
+        texts.append({"prompt": prompt, "response": response} | known)
+    return texts[:n]
