@@ -12,7 +12,8 @@ import torch
 
 from minirlhf import kernels
 from minirlhf.engine.decoding import GRAPHS
-from minirlhf.gpt import GPT, GPTConfig, compile_trunks
+from minirlhf.engine.passes import compile_models
+from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import decoding, fused_logprobs
 from minirlhf.sampling import generate, response_logprobs
 
@@ -215,7 +216,7 @@ def test_nothing_is_compiled_again(gpt):
     import torch._dynamo
 
     torch._dynamo.reset()
-    compile_trunks(gpt)
+    compile_models(gpt)
     assert gpt.compiled
 
     def run(B, T):

@@ -11,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from minirlhf import ppo, reward, sft
 from minirlhf.bench import duration, memory, plan
 from minirlhf.engine import cli, machine, optim, parallel
-from minirlhf.engine.rows import Rows
+from minirlhf.engine.rows import Rows, in_parts, mean_step
+from minirlhf.feedback.kinds import Batch, Compared
+from minirlhf.feedback.method import method_of
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.kernels import logprobs
 
@@ -113,43 +116,42 @@ def a_step(stage, sizes, flags):
 def rm_loss(k, model, base, rows):
     import train_rm
 
-    scores = train_rm.forward(
-        model, rows.tokens, rows.prompt_lengths, rows.pad, rows.device, k.micro_batch
-    )
+    scores = train_rm.forward(model, rows, k.micro_batch)
     return reward.bradley_terry_loss(scores[::2], scores[1::2])
 
 
 def dpo_loss(k, model, base, rows):
     import train_dpo
 
-    pairs = np.arange(len(rows.tokens)).reshape(-1, 2)
+    index = np.arange(len(rows.tokens))
+    said = Compared(index, index.reshape(-1, 2), np.ones(len(index) // 2))
+    batch = Batch(rows, torch.zeros(len(index)), said)
     own = train_dpo.Knobs(micro_batch=k.micro_batch)
-    ref_logps = torch.zeros(len(rows.tokens))
-    loss, _ = train_dpo.batch_loss(
-        model, base, "sigmoid", {}, own, rows, ref_logps, pairs, np.ones(len(pairs))
-    )
+    loss, _ = train_dpo.batch_loss(model, base, batch, method_of(own), own)
     return loss
 
 
 def ppo_iteration(k, policy, base, rm, critic, trained, optimizer, rows, autocast):
     import train_ppo
 
+    R = k.response_length
     own = train_ppo.Knobs(
-        batch_size=k.batch_size, micro_batch=k.micro_batch, response_length=k.response_length,
-        stop_at_eos=False, ppo_epochs=1,
+        batch_size=k.batch_size, micro_batch=k.micro_batch, response_length=R, stop_at_eos=False,
+        ppo_epochs=1,
     )  # fmt: skip
     tokens = torch.tensor(np.array(rows.tokens)[:, : k.prompt_length])
     prompts = tokens, torch.full((len(tokens),), k.prompt_length)
-    everywhere = torch.ones(len(tokens), k.response_length, dtype=torch.bool)
+    everywhere = torch.ones(len(tokens), R, dtype=torch.bool)
 
     def scorer(tokens, p, r):
-        scores = train_ppo.in_parts(rm, k.micro_batch, tokens, p + r)
-        return ppo.on_last_token(scores, everywhere), r == k.response_length
+        scores = in_parts(rm, k.micro_batch, tokens, p + r)
+        return ppo.on_last_token(scores, everywhere), r == R
 
     tokenizer = SimpleNamespace(eos=0, pad=rows.pad)
     with torch.no_grad(), autocast:
         episodes, _ = train_ppo.rollout(policy, base, scorer, critic, prompts, tokenizer, own, 0.03)
-    train_ppo.update(trained, optimizer, episodes, own, 0.03, autocast)
+    take_step = partial(mean_step, trained, optimizer, own, autocast, None)
+    train_ppo.update(policy, critic, episodes, take_step, own, 0.03)
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +224,10 @@ def test_flops_of_the_layers(micro_batch):
 
     config, B, T = GPTConfig(**DEEP), 4, 48
     model = RewardModel(config)
-    rows = list(torch.ones(B, T, dtype=torch.int64).numpy())
+    tokens = list(torch.ones(B, T, dtype=torch.int64).numpy())
+    rows = Rows(tokens, np.full(B, 8), 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        scores = train_rm.forward(model, rows, [8] * B, 0, torch.device("cpu"), micro_batch)
-        scores.sum().backward()
+        train_rm.forward(model, rows, micro_batch).sum().backward()
     expected = duration.flops(config, T, B * T, 0, True, micro_batch > 0)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minirlhf import kernels
+from minirlhf.engine.decoding import decode
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import choice, decoding, fused_logprobs
 from minirlhf.sampling import generate
@@ -228,11 +229,11 @@ def test_a_rows_sample_is_its_own():
     model = GPT(GPTConfig(50, 32, 1, 1, 32)).eval()
     prompts, lengths = torch.randint(0, 50, (4, 6)), torch.tensor([6, 1, 4, 3])
 
+    options = {"eos": -1, "pad": 0, "temperature": 1.0, "top_k": None}
+
     def sampled(rows, first_row):
-        return generate(
-            model, prompts[rows], lengths[rows], 2, eos=-1, pad=0,
-            generator=torch.Generator().manual_seed(5), first_row=first_row,
-        )  # fmt: skip
+        generator = torch.Generator().manual_seed(5)
+        return decode(model, prompts[rows], lengths[rows], 2, generator, first_row, **options)
 
     whole = sampled(slice(0, 4), 0)
     for rows in (slice(0, 1), slice(1, 4), slice(3, 4)):

@@ -15,6 +15,7 @@ Left out: several GPUs, other models.
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,9 +29,9 @@ from minirlhf.data import all_logps, total
 from minirlhf.dpo import pair_loss
 from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import knob
-from minirlhf.engine.rows import Rows
+from minirlhf.engine.rows import Rows, mean_step
 from minirlhf.gpt import RewardModel
-from minirlhf.ppo import gae, gae_by_loop, on_last_token
+from minirlhf.ppo import fast_gae, gae, on_last_token
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.sampling import generate
 
@@ -182,8 +183,8 @@ def row_gae(bench):
     B = R = 512
     rewards, values = torch.randn(2, B, R, device=bench.device)
     mask = torch.rand(B, 1, device=bench.device) * R > torch.arange(R, device=bench.device)
-    theirs = {"loop": lambda: gae_by_loop(rewards, values, mask)}
-    bench.row("GAE", [B, R], "rows/s", B, lambda: gae(rewards, values, mask), theirs)
+    theirs = {"loop": lambda: gae(rewards, values, mask)}
+    bench.row("GAE", [B, R], "rows/s", B, lambda: fast_gae(rewards, values, mask), theirs)
 
 
 def row_adamw(bench):
@@ -268,6 +269,7 @@ def row_ppo(bench):
     rm, critic = (RewardModel.from_base(policy).to(bench.device) for _ in range(2))
     trained = parallel.Together(policy, critic)
     optimizer = optim.make_optimizer(trained, 1e-5)
+    take_step = partial(mean_step, trained, optimizer, knobs, bench.autocast, None)
     prompts = bench.tokens(B, Q), torch.full((B,), Q, device=bench.device)
     tokenizer = SimpleNamespace(eos=0, pad=0)
     everywhere = torch.ones(B, R, device=bench.device)
@@ -281,7 +283,7 @@ def row_ppo(bench):
             episodes, _ = train_ppo.rollout(
                 policy, reference, scorer, critic, prompts, tokenizer, knobs, 0.05
             )
-        train_ppo.update(trained, optimizer, episodes, knobs, 0.05, bench.autocast)
+        train_ppo.update(policy, critic, episodes, take_step, knobs, 0.05)
 
     bench.against_trl(
         "PPO iteration", [B, Q, R], "episodes/s", B, ours, peers.ppo_iterations, policy, rm, B, Q, R
