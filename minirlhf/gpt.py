@@ -209,11 +209,8 @@ class RewardModel(HeadedGPT):
         return self.score(self.transformer.hidden(idx, lengths=lengths)).squeeze(-1)
 
     def forward(self, idx, lengths, prompt_lengths=None):
-        """The score (B,) of each row of `lengths` real tokens, the first `prompt_lengths` no
-        response.
-
-        Raises ValueError when a token-level model is not told where the responses begin.
-        """
+        """The score (B,) of each row of `lengths` real tokens, the first `prompt_lengths` a prompt.
+        Raises ValueError when a token-level model is not told them."""
         values = self.values(idx, lengths)
         if self.level == "response":
             return values.gather(1, lengths[:, None] - 1).squeeze(1) + self.shift

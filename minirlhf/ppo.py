@@ -24,10 +24,10 @@ def masked_mean(x, mask):
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
-    """Estimators of KL(policy || reference) from the policy's own samples (Schulman 2020).
+    """Elementwise estimators of KL(policy || reference), by policy's samples (Schulman 2020).
 
-    Elementwise, with u = logprobs - ref_logprobs: k1 = u, unbiased and of either sign; k2 = u^2/2;
-    k3 = exp(-u) - 1 + u, unbiased and never negative. Raises ValueError for another kind.
+    With u = logprobs - ref_logprobs: k1 = u, unbiased and of either sign; k2 = u^2/2; k3 = exp(-u)
+    - 1 + u, unbiased and never negative. Raises ValueError for another kind.
     """
     u = logprobs - ref_logprobs
     if kind == "k1":

@@ -1,4 +1,4 @@
-"""python -m minirlhf.runtime --plan gpt2-xl --gpus 8: the old name of python -m minirlhf.bench.plan."""
+"""python -m minirlhf.runtime --plan gpt2-xl: the old name of python -m minirlhf.bench.plan."""
 
 import runpy
 

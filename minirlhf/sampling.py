@@ -47,21 +47,20 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
 
     prompts (B, Q) int, right-padded; prompt_lengths (B,). `temperature` 0 takes the likeliest
     token, whose log-prob is then given at temperature 1; `top_k` keeps the k likeliest. The
-    generator, or torch's own, gives one seed; the noise of a token depends on that seed, on its
-    row, and on its place in the response. A KV cache and, on a GPU, a captured graph make it quick:
-    engine/decoding.py. Raises ValueError when a row could outgrow the context or an argument makes
-    no sense.
+    generator, or torch's own, gives one seed, of which with row and place comes a token's noise.
+    Raises ValueError when a row could outgrow the context or an argument makes no sense.
     """
     Q, n_ctx = prompts.shape[1], model.config.n_ctx
-    shortest, longest = int(prompt_lengths.min()), int(prompt_lengths.max())
+    shortest = int(prompt_lengths.min())
+    longest = int(prompt_lengths.max())
     if longest + max_new_tokens > n_ctx:
         raise ValueError(
             f"a prompt of {longest} tokens and a response of up to {max_new_tokens} exceed the "
             f"context of {n_ctx}: shorten the prompts, or allow fewer new tokens"
         )
-    fits = 1 <= shortest <= longest <= Q
-    senseless = max_new_tokens < 1 or not temperature >= 0 or (top_k is not None and top_k < 1)
-    if senseless or not fits:
+    k = 1 if top_k is None else top_k
+    positive = max_new_tokens >= 1 and temperature >= 0 and k >= 1
+    if not positive or not 1 <= shortest <= longest <= Q:
         raise ValueError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt "
             f"lengths {shortest}..{longest} of {Q}: each must be positive and fit"
@@ -72,12 +71,10 @@ def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temper
 
 def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0,
                       entropy=False):  # fmt: skip
-    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask; with
-    `entropy` also that of each whole distribution, which has a gradient where the log-probs have
-    one.
+    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask.
 
-    tokens (B, T): left-aligned rows of prompt and response; R = `width`. The one function for
-    rollout, reference and update. Only what stands before a response token goes through the head.
+    tokens (B, T): left-aligned rows of prompt and response; R = `width`. With `entropy`, also the
+    entropy of each distribution (B, R). The one function for rollout, reference and update.
     """
     mask = response_mask(response_lengths, width)  # (B, R)
     before = prompt_lengths - 1  # each token is predicted at the place before its own
@@ -86,10 +83,9 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     hidden = model.hidden(tokens[:, : end - 1], lengths=lengths - 1)  # (B, T, C)
     hidden = window(hidden, before, width)[mask]  # (N, C)
     targets = window(tokens[:, 1:end], before, width)[mask]  # (N,)
-    found = kernels.token_logprobs_and_entropy(
-        hidden, model.lm_head_weight, targets, temperature=temperature, entropy=entropy
-    )
-    zeros = torch.zeros(mask.shape, dtype=found[0].dtype, device=mask.device)
+    options = {"temperature": temperature, "entropy": entropy}
+    found = kernels.token_logprobs_and_entropy(hidden, model.lm_head_weight, targets, **options)
+    zeros = found[0].new_zeros(mask.shape)
     logprobs = zeros.masked_scatter(mask, found[0])
     if not entropy:
         return logprobs

@@ -15,10 +15,7 @@ def mean_of(history):
 
 
 def rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef):
-    """The metrics of one iteration's episodes (train_ppo.Episodes).
-
-    earned: scores (B, R), rewards (B, R), and which responses ended (B,); all else (B, R).
-    """
+    """Metrics of train_ppo's Episodes; earned: scores, rewards (B, R), which ended (B,)."""
     scores, rewards, ended = earned
     logprobs, scores = episodes.logprobs, scores.sum(1)
     off = (logprobs - sampled_logprobs).abs().sum()
@@ -34,8 +31,8 @@ def rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef):
         "objective/ended": ended.float().mean(),
         "objective/mismatch": off / mask.sum(),
     }
-    if episodes.values is not None:
-        returns = episodes.returns
+    returns = episodes.returns
+    if returns is not None:
         stats["ppo/returns/mean"] = masked_mean(returns, mask)
         explained = explained_variance(episodes.values, returns, mask)
         stats["ppo/val/explained_variance"] = explained
