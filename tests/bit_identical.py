@@ -1,9 +1,10 @@
-"""Do two versions of the code make the same bits?   python tests/bit_identical.py OLD_CHECKOUT NEW_CHECKOUT [case ...]
+"""Do two versions make the same bits?   python tests/bit_identical.py OLD NEW [case ...]
 
-For a change that moves code and no number: `git worktree add /tmp/old COMMIT`, then compare it with the tree at hand. Each case
-trains on the toy language, or with `--default` on the reviews, by one process and by two, in both checkouts on one machine; weights,
-metrics but for the clock, and samples must be equal to the last bit. What a checkout gave is kept beside it (bits.json) for the next
-comparison; delete the file when the checkout changes.
+OLD and NEW are checkouts. For a change that moves code and no number: `git worktree add /tmp/old
+COMMIT`, then compare it with the tree at hand. Each case trains on the toy language, or with
+`--default` on the reviews, by one process and by two, in both checkouts on one machine; weights,
+metrics but for the clock, and samples must be equal to the last bit. What a checkout gave is kept
+beside it (bits.json) for the next comparison; delete the file when the checkout changes.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ CASES = {
     "ppo-grpo": f"{PPO} --steps 6 --advantage grpo --kl-in loss --kl-kind k3",
     "ppo-shared": f"{PPO} --steps 6 --critic shared",
     "ppo-token": f"{PPO} --steps 6 --reward {{rm-token}} --whiten-rewards --kl-target 3",
-    "ppo-truncated": f"{PPO} --steps 6 --truncate c --missing-eos-score -1 --no-stop-at-eos --top-k 20",
+    "ppo-truncated": f"{PPO} --steps 6 --truncate c --missing-eos-score -1 "
+    "--no-stop-at-eos --top-k 20",
     "dpo": f"{DPO} --epochs 1",
     "dpo-ipo": f"{DPO} --epochs 1 --loss ipo --no-soft-labels",
     "dpo-kto": f"{DPO} --epochs 1 --loss kto",

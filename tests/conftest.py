@@ -1,4 +1,5 @@
-"""A toy base model and reward model, small enough for seconds, made once for all tests that train."""
+"""A toy base model and reward model, small enough for seconds, made once for all tests that
+train."""
 
 import os
 import sys
@@ -12,7 +13,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """The tests are the CPU's on every machine, with Triton's kernels interpreted; `-m gpu` runs those of the GPU instead."""
+    """The tests are the CPU's on every machine, with Triton's kernels interpreted; `-m gpu` runs
+    those of the GPU instead."""
     if config.getoption("markexpr") != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
@@ -24,8 +26,28 @@ def toy(tmp_path_factory):
     from minirlhf import sft  # not above: Triton reads its environment when it is imported
 
     folder = tmp_path_factory.mktemp("toy")
-    sft.main(sft.Knobs(data="toy", out=str(folder / "sft"), n_layer=2, n_head=2, n_embd=64, epochs=4, batch_size=64, lr=5e-3,
-                       embedding_lr=1.0))  # fmt: skip
-    train_rm.main(train_rm.Knobs(data="toy", out=str(folder / "rm"), epochs=4, lr=3e-3, embedding_lr=1.0, delete=0.0,
-                                 dropout=0.0))  # fmt: skip
+    sft.main(
+        sft.Knobs(
+            data="toy",
+            out=str(folder / "sft"),
+            n_layer=2,
+            n_head=2,
+            n_embd=64,
+            epochs=4,
+            batch_size=64,
+            lr=5e-3,
+            embedding_lr=1.0,
+        )
+    )
+    train_rm.main(
+        train_rm.Knobs(
+            data="toy",
+            out=str(folder / "rm"),
+            epochs=4,
+            lr=3e-3,
+            embedding_lr=1.0,
+            delete=0.0,
+            dropout=0.0,
+        )
+    )
     return folder

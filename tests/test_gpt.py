@@ -1,4 +1,5 @@
-"""GPT and RewardModel against transformers' own GPT-2, and the promises a left-aligned, right-padded batch rests on.
+"""GPT and RewardModel against transformers' own GPT-2, and the promises a left-aligned,
+right-padded batch rests on.
 
 The directories are written to tmp_path from small random configurations; no test needs a network.
 """
@@ -128,7 +129,8 @@ SHAPES = [(1, 1, 8, 11), (2, 2, 12, 97), (4, 8, 64, 300), (5, 3, 24, 61), (2, 4,
 
 @pytest.mark.parametrize("n_layer, n_head, n_embd, vocab", SHAPES)
 def test_all_shapes_both_ways(hf, tmp_path, n_layer, n_head, n_embd, vocab):
-    """Ours read by transformers and theirs read here: language model, reward model, preference model."""
+    """Ours read by transformers and theirs read here: language model, reward model, preference
+    model."""
     config = GPTConfig(vocab, CONTEXT, n_layer, n_head, n_embd)
     sizes = {
         "n_positions": CONTEXT,
@@ -138,8 +140,11 @@ def test_all_shapes_both_ways(hf, tmp_path, n_layer, n_head, n_embd, vocab):
         "vocab_size": vocab,
     }
     tokens, lengths = ragged(vocab=vocab)
-    for cls, theirs_cls, outputs in [(GPT, hf.GPT2LMHeadModel, 0), (RewardModel, hf.GPT2ForSequenceClassification, 1),
-                                     (PreferenceModel, hf.GPT2ForSequenceClassification, 6)]:  # fmt: skip
+    for cls, theirs_cls, outputs in [
+        (GPT, hf.GPT2LMHeadModel, 0),
+        (RewardModel, hf.GPT2ForSequenceClassification, 1),
+        (PreferenceModel, hf.GPT2ForSequenceClassification, 6),
+    ]:
         labels = {"num_labels": outputs, "pad_token_id": PAD} if outputs else {}
         ours = roughen(cls(config, **({"dim": 6} if outputs == 6 else {})))
         theirs = roughen(
@@ -170,7 +175,8 @@ def test_all_shapes_both_ways(hf, tmp_path, n_layer, n_head, n_embd, vocab):
 
 
 def test_old_checkpoint_loads(tmp_path):
-    """No `transformer.` prefix, the causal mask and the tied head among the weights, in half precision."""
+    """No `transformer.` prefix, the causal mask and the tied head among the weights, in half
+    precision."""
     model = roughen(GPT(CONFIG))
     model.save_pretrained(tmp_path)
     weights = {
@@ -326,7 +332,8 @@ def test_later_tokens_change_nothing_earlier(t):
 
 
 def row_loss(model, tokens, lengths, i):
-    """Row i's next-token loss over its own tokens plus its score: of a language model and a reward model."""
+    """Row i's next-token loss over its own tokens plus its score: of a language model and a reward
+    model."""
     n = int(lengths[i])
     lm, reward = model.transformer(tokens), model(tokens, lengths)
     return F.cross_entropy(lm[i, : n - 1], tokens[i, 1:n], reduction="sum") + reward[i]
@@ -392,7 +399,8 @@ def test_token_level_score_is_the_sum_over_the_response():
 
 
 def test_credit_moved_between_tokens_changes_only_the_token_level(monkeypatch):
-    """Three tokens of prompt, four of response: the response level reads the head at the last token and nowhere else."""
+    """Three tokens of prompt, four of response: the response level reads the head at the last token
+    and nowhere else."""
     values, moved = (
         torch.tensor([[9.0, 9, 9, 1, 2, 3, 4]]),
         torch.tensor([[9.0, 9, 10, 0, 1, 4, 4]]),
@@ -481,7 +489,8 @@ def test_fresh_preference_logits_are_of_order_one(dim):
 
 
 def test_rock_paper_scissors():
-    """Each beats the next with p = .9. No scores do better than equal ones, log 2; three embeddings reach the entropy of .9."""
+    """Each beats the next with p = .9. No scores do better than equal ones, log 2; three embeddings
+    reach the entropy of .9."""
     pairs, q = torch.tensor([[0, 1], [1, 2], [2, 0]]), 0.9
     scores, embeddings = torch.randn(3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
     model = PreferenceModel(CONFIG, dim=2)
@@ -652,7 +661,8 @@ def test_noise_of_rows_is_the_loop(seed):
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
 def test_dropout_by_noise_is_that_of_the_bytes(p):
-    """Each number by one byte of splitmix64: dropped where the byte is below 256 p, rounded, of which there are at most 255."""
+    """Each number by one byte of splitmix64: dropped where the byte is below 256 p, rounded, of
+    which there are at most 255."""
     noise = noise_of(torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(2)))
     x = torch.randn(3, 4, 21, requires_grad=True)
     out, below = drop_out(x, p, noise), {0.1: 26, 0.2: 51, 0.5: 128, 0.999: 255}[p]
@@ -669,7 +679,8 @@ def test_dropout_by_noise_is_that_of_the_bytes(p):
 @pytest.mark.parametrize("p", [0.1, 0.35, 0.9])
 @pytest.mark.parametrize("rows", ["random", "alike"])
 def test_dropout_by_noise_keeps_its_share_everywhere(p, rows):
-    """In every row, in every column, and of what is kept the scale; rows of one token repeated are no exception."""
+    """In every row, in every column, and of what is kept the scale; rows of one token repeated are
+    no exception."""
     generator = torch.Generator().manual_seed(3)
     idx = (
         torch.randint(0, 300, (40, 25), generator=generator)
@@ -689,7 +700,8 @@ def test_dropout_by_noise_keeps_its_share_everywhere(p, rows):
 
 
 def test_dropout_by_noise_is_independent():
-    """Between rows, places, columns, layers, heads and seeds: correlations as of that many coins."""
+    """Between rows, places, columns, layers, heads and seeds: correlations as of that many
+    coins."""
     V, config = 300, GPTConfig(300, 64, 3, 2, 16)
 
     def kept(idx, offset=0, seed=0):
@@ -708,7 +720,9 @@ def test_dropout_by_noise_is_independent():
     with pytest.MonkeyPatch.context() as patch:
         real = drop_out
         patch.setattr(
-            passes, "drop_out", lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise)
+            passes,
+            "drop_out",
+            lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise),
         )
         torch.manual_seed(0)
         GPT(GPTConfig(**{**vars(config), "dropout": 0.5})).train().hidden(idx[:1])
@@ -740,7 +754,8 @@ def test_noise_is_of_all_real_tokens_of_a_row():
 
 @pytest.mark.parametrize("lengths", [[3, 70, 1, 9, 20] * 5, [70, 66, 70], [2] * 9 + [40]])
 def test_a_rows_dropout_is_its_own(lengths):
-    """Alone, in a batch, padded further and packed: hidden states and gradients, which without dropout are others."""
+    """Alone, in a batch, padded further and packed: hidden states and gradients, which without
+    dropout are others."""
     torch.manual_seed(0)
     model, T = layered(0.4).train(), max(lengths) + 6
     tokens = torch.randint(0, 61, (len(lengths), T), generator=torch.Generator().manual_seed(6))
@@ -786,7 +801,8 @@ def test_a_rows_dropout_is_its_own(lengths):
 
 @pytest.fixture
 def tracing(monkeypatch):
-    """--compile without a compiler: graphs are made, and run by PyTorch. Gives the number of graphs so far."""
+    """--compile without a compiler: graphs are made, and run by PyTorch. Gives the number of graphs
+    so far."""
     import torch._dynamo
 
     torch._dynamo.reset()

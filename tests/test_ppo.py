@@ -1,6 +1,7 @@
 """PPO maths against one example worked by hand, NumPy loops and finite differences.
 
-B rows of R response tokens. Padding is filled with large numbers: what lies outside the mask must change nothing.
+B rows of R response tokens. Padding is filled with large numbers: what lies outside the mask must
+change nothing.
 """
 
 import math
@@ -30,7 +31,8 @@ def double(x):
 
 
 def dirty(x, mask, value):
-    """x with its padding overwritten by value, one sign on even places and the other on odd ones."""
+    """x with its padding overwritten by value, one sign on even places and the other on odd
+    ones."""
     return torch.where(mask, x, value * (-1.0) ** torch.arange(x.numel()).view_as(x).to(x.dtype))
 
 
@@ -93,7 +95,8 @@ def test_gae_is_its_recursion_on_long_rows():
 
 
 def test_the_example_by_hand():
-    """Two responses of 2 and 3 tokens, gamma 1, lambda 0.5, KL coefficient 0.1; the 7 and the 9s are padding."""
+    """Two responses of 2 and 3 tokens, gamma 1, lambda 0.5, KL coefficient 0.1; the 7 and the 9s
+    are padding."""
     mask = make_mask([2, 3])
     logprobs, ref_logprobs = (
         double([[-1, -2, 7], [-1, -1, -2]]),
@@ -123,7 +126,8 @@ def test_kl_estimates():
     close(ppo.kl_estimate(logprobs, ref, kind="k3"), [[math.exp(-1), math.exp(2) - 3, 0]])
     with pytest.raises(ValueError):
         ppo.kl_estimate(logprobs, ref, kind="k4")
-    # Under the policy p, k1 and k3 average to KL(p, q) exactly, k2 to second order; only k1 can be negative.
+    # Under the policy p, k1 and k3 average to KL(p, q) exactly, k2 to second order; k1 alone can
+    # be negative.
     p, q = torch.softmax(normal(50, seed=1), 0), torch.softmax(normal(50, seed=2), 0)
     k1, k3 = (ppo.kl_estimate(p.log(), q.log(), kind=kind) for kind in ("k1", "k3"))
     kl = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
@@ -227,7 +231,8 @@ def test_clipped_losses_are_the_loops_whatever_the_padding_holds(loss, loop, cli
             assert grad.isfinite().all() and (grad[~mask] == 0).all()
 
 
-ONE_TOKEN = [  # loss, moved parameter, old one, advantage or return, gradient; the default clip is 0.2
+# loss, moved parameter, old one, advantage or return, gradient; the default clip is 0.2
+ONE_TOKEN = [
     (ppo.policy_loss, 1.0, 1.0, 2.0, -2.0),
     (ppo.policy_loss, 1.0, 1.0, -2.0, 2.0),  # on-policy: plain policy gradient
     (ppo.policy_loss, 1.5, 1.0, 2.0, 0.0),
@@ -262,7 +267,8 @@ def test_gradient_of_one_token(loss, new, old, target, expected):
 
 @both_losses
 def test_gradient_is_the_slope(loss, loop):
-    """Central differences in float64 (torch.autograd.gradcheck), padding and an empty row included."""
+    """Central differences in float64 (torch.autograd.gradcheck), padding and an empty row
+    included."""
     mask = make_mask()
     x, old, target = (
         normal(B, R, seed=90 + i, scale=scale) for i, scale in enumerate((0.3, 0.1, 1.0))
@@ -274,7 +280,8 @@ def test_gradient_is_the_slope(loss, loop):
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_losses_add_up(kind):
-    """Policy loss, the KL where it is in the loss, and the weighed value loss; with the slope, whatever the padding holds."""
+    """Policy loss, the KL where it is in the loss, and the weighed value loss; with the slope,
+    whatever the padding holds."""
     mask = make_mask()
     logprobs, old, ref, advantages, values, old_values, returns = (
         normal(B, R, seed=100 + i, scale=0.4) for i in range(7)
@@ -286,8 +293,13 @@ def test_losses_add_up(kind):
         value_loop(values, old_values, returns, mask, 0.3)[0],
     )
     for pad in (0.0, 800.0):
-        minibatch = SimpleNamespace(logprobs=dirty(old, mask, pad), ref_logprobs=dirty(ref, mask, -pad), advantages=advantages,
-                                    values=dirty(old_values, mask, pad), returns=returns)  # fmt: skip
+        minibatch = SimpleNamespace(
+            logprobs=dirty(old, mask, pad),
+            ref_logprobs=dirty(ref, mask, -pad),
+            advantages=advantages,
+            values=dirty(old_values, mask, pad),
+            returns=returns,
+        )
         inputs = [
             dirty(x, mask, s * pad).requires_grad_() for x, s in ((logprobs, 1), (values, -2))
         ]
@@ -309,7 +321,8 @@ def test_losses_add_up(kind):
 
 
 def test_k1_in_a_loss_has_a_gradient_of_mean_zero_and_k2_that_of_the_kl():
-    """Over all tokens of a small distribution, by its own probabilities; d KL / d logits = p (log p/q - KL)."""
+    """Over all tokens of a small distribution, by its own probabilities; d KL / d logits = p (log
+    p/q - KL)."""
     logits, q = normal(9, seed=110), torch.softmax(normal(9, seed=111), 0)
     p = torch.softmax(logits, 0)
     kl = (p * (p / q).log()).sum()
@@ -322,7 +335,8 @@ def test_k1_in_a_loss_has_a_gradient_of_mean_zero_and_k2_that_of_the_kl():
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @both_losses
 def test_micro_batches_give_the_gradient_of_the_whole(loss, loop, parts):
-    """Each part rescaled by its share of the tokens; the slope of the loop over all rows is the expected gradient."""
+    """Each part rescaled by its share of the tokens; the slope of the loop over all rows is the
+    expected gradient."""
     mask, eps, total = (
         make_mask([5, 1, 2, 7, 3, 6, 1, 4]),
         1e-6,
@@ -387,7 +401,8 @@ def test_group_advantages_invariants(kind):
 
 
 def test_adaptive_kl_by_hand():
-    """Target 6, horizon 100, 10 episodes a step: a tenth of the error, which is clipped to -0.2 .. 0.2, is applied."""
+    """Target 6, horizon 100, 10 episodes a step: a tenth of the error, which is clipped to -0.2 ..
+    0.2, is applied."""
     controller = ppo.AdaptiveKL(0.2, 6.0, 100)
     assert controller.coef == 0.2
     for kl, n, coef in [

@@ -1,6 +1,7 @@
 """Cached decoding against loops that recompute everything, and what must hold of any rollout.
 
-Letters: B rows, Q prompt width, R new tokens, V vocabulary. A row of a rollout is [prompt, response, padding].
+Letters: B rows, Q prompt width, R new tokens, V vocabulary. A row of a rollout is [prompt,
+response, padding].
 """
 
 import contextlib
@@ -271,16 +272,12 @@ def test_a_rows_sample_is_its_own(model, options):
     whole = sampled(model, (prompts, lengths))
     assert len({tuple(response) for _, response in rows_of(whole)}) > 9
     for rows in (slice(0, 5), slice(5, 12), slice(11, 12)):
-        part = sampled(
-            model, (prompts[rows], lengths[rows]), first_row=rows.start
-        )
+        part = sampled(model, (prompts[rows], lengths[rows]), first_row=rows.start)
         assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(
             part.response_lengths, whole.response_lengths[rows]
         )
         close(part.logprobs, whole.logprobs[rows])
-    assert not torch.equal(
-        sampled(model, (prompts, lengths), first_row=1).tokens, whole.tokens
-    )
+    assert not torch.equal(sampled(model, (prompts, lengths), first_row=1).tokens, whole.tokens)
 
 
 @pytest.mark.parametrize(

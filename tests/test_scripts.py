@@ -1,4 +1,5 @@
-"""The scripts' knobs and errors: every flag changes something, and every mistake is one line that says what and where."""
+"""The scripts' knobs and errors: every flag changes something, and every mistake is one line that
+says what and where."""
 
 import dataclasses
 import functools
@@ -33,28 +34,120 @@ CHEAP = {
 }
 # Where a changed value must show: in the weights that the run leaves, unless named otherwise.
 CHANGES = {
-    sft: dict(n_layer=2, n_head=1, n_embd=32, epochs=1, batch_size=256, lr=1e-3, embedding_lr=1.0, weight_decay=5.0, seed=1,
-              max_grad_norm=0.01,
-               dtype="bfloat16", n_ctx=32),
-    train_rm: dict(epochs=2, batch_size=64, lr=1e-2, embedding_lr=1.0, weight_decay=5.0, dropout=0.5, delete=0.5, margin=1.0, center=0.5,
-                   max_grad_norm=0.01, normalize=False, response_length=6, seed=1, dtype="bfloat16", model="pairwise", level="token",
-                   loss="plackett_luce", soft_labels=False),
-    train_ppo: dict(steps=1, batch_size=16, response_length=4, temperature=0.5, missing_eos_score=-3.0, kl_coef=5.0, kl_kind="k3",
-                    kl_target=0.001, whiten_rewards=True, gamma=0.5, lam=0.0, clip=0.01, value_clip=0.001, vf_coef=1.0, ppo_epochs=1,
-                    minibatches=1, lr=1e-3, warmup=0.9, adam_eps=1e-2, max_grad_norm=0.01, seed=1, dtype="bfloat16",
-                    top_k=2, stop_at_eos=False, advantage="rloo", critic="shared", whiten_advantages=False, lr_schedule="cosine"),
-    train_dpo: dict(loss="ipo", beta=0.5, label_smoothing=0.3, soft_labels=False, epochs=2, batch_size=64, lr=1e-3, weight_decay=5.0,
-                    loss_options="divergence=js", rounds=2, steps=2, max_grad_norm=0.01, seed=1, dtype="bfloat16"),
-}  # fmt: skip
+    sft: dict(
+        n_layer=2,
+        n_head=1,
+        n_embd=32,
+        epochs=1,
+        batch_size=256,
+        lr=1e-3,
+        embedding_lr=1.0,
+        weight_decay=5.0,
+        seed=1,
+        max_grad_norm=0.01,
+        dtype="bfloat16",
+        n_ctx=32,
+    ),
+    train_rm: dict(
+        epochs=2,
+        batch_size=64,
+        lr=1e-2,
+        embedding_lr=1.0,
+        weight_decay=5.0,
+        dropout=0.5,
+        delete=0.5,
+        margin=1.0,
+        center=0.5,
+        max_grad_norm=0.01,
+        normalize=False,
+        response_length=6,
+        seed=1,
+        dtype="bfloat16",
+        model="pairwise",
+        level="token",
+        loss="plackett_luce",
+        soft_labels=False,
+    ),
+    train_ppo: dict(
+        steps=1,
+        batch_size=16,
+        response_length=4,
+        temperature=0.5,
+        missing_eos_score=-3.0,
+        kl_coef=5.0,
+        kl_kind="k3",
+        kl_target=0.001,
+        whiten_rewards=True,
+        gamma=0.5,
+        lam=0.0,
+        clip=0.01,
+        value_clip=0.001,
+        vf_coef=1.0,
+        ppo_epochs=1,
+        minibatches=1,
+        lr=1e-3,
+        warmup=0.9,
+        adam_eps=1e-2,
+        max_grad_norm=0.01,
+        seed=1,
+        dtype="bfloat16",
+        top_k=2,
+        stop_at_eos=False,
+        advantage="rloo",
+        critic="shared",
+        whiten_advantages=False,
+        lr_schedule="cosine",
+    ),
+    train_dpo: dict(
+        loss="ipo",
+        beta=0.5,
+        label_smoothing=0.3,
+        soft_labels=False,
+        epochs=2,
+        batch_size=64,
+        lr=1e-3,
+        weight_decay=5.0,
+        loss_options="divergence=js",
+        rounds=2,
+        steps=2,
+        max_grad_norm=0.01,
+        seed=1,
+        dtype="bfloat16",
+    ),
+}
 BESIDE = {"device", "compile", "save_every", "resume", "on_nonfinite", "shard"}
 NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"} | BESIDE,
-    train_ppo: {"data", "init", "reward", "out", "overlong", "kl_horizon", "micro_batch", "eval_samples"} | BESIDE
-    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},  # tests/test_switches.py
-    train_dpo: {"data", "init", "reward", "out", "overlong", "group_size", "online", "samples", "mixture", "micro_batch",
-                "response_length", "eval_samples"} | BESIDE,
-}  # fmt: skip
+    train_ppo: {
+        "data",
+        "init",
+        "reward",
+        "out",
+        "overlong",
+        "kl_horizon",
+        "micro_batch",
+        "eval_samples",
+    }
+    | BESIDE
+    # tests/test_switches.py
+    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},
+    train_dpo: {
+        "data",
+        "init",
+        "reward",
+        "out",
+        "overlong",
+        "group_size",
+        "online",
+        "samples",
+        "mixture",
+        "micro_batch",
+        "response_length",
+        "eval_samples",
+    }
+    | BESIDE,
+}
 
 
 def weights(script, toy, out, **changes):
@@ -178,8 +271,16 @@ def test_micro_batches_do_not_change_the_update(micro_batch, toy, baselines, tmp
 
 
 def run(*command, cwd, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1"}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        | env,
+    )
 
 
 def bad_data(tmp_path, text):

@@ -1,4 +1,5 @@
-"""Every switch of PPO changes what it says and nothing else: the check that belongs to each published detail."""
+"""Every switch of PPO changes what it says and nothing else: the check that belongs to each
+published detail."""
 
 import json
 import math
@@ -51,8 +52,16 @@ class Stage:
     def rollout(self):
         torch.manual_seed(0)
         with torch.no_grad():
-            return train_ppo.rollout(self.policy, self.reference, self.scorer, self.critic, self.batch, self.tokenizer, self.knobs,
-                                     self.knobs.kl_coef)  # fmt: skip
+            return train_ppo.rollout(
+                self.policy,
+                self.reference,
+                self.scorer,
+                self.critic,
+                self.batch,
+                self.tokenizer,
+                self.knobs,
+                self.knobs.kl_coef,
+            )
 
     def models(self):
         return parallel.Together(self.policy, self.critic)
@@ -118,17 +127,59 @@ def train(toy, out, **changes):
 
 # The published recipes
 
-LAUNCHES = [shlex.split(line, comments=True)[2:]
-            for line in re.findall(r"^ +(python train_ppo.py .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M)]  # fmt: skip
-COMMON = dict(temperature=0.7, top_k=0, missing_eos_score=-1, kl_kind="k1", kl_in="reward", whiten_advantages=True, gamma=1, lam=0.95,
-              clip=0.2, value_clip=0.2, vf_coef=0.1, ppo_epochs=4, minibatches=1, max_grad_norm=0, adam_eps=1e-5, warmup=0,
-              lr_schedule="linear", advantage="gae", batch_size=512)  # fmt: skip
+LAUNCHES = [
+    shlex.split(line, comments=True)[2:]
+    for line in re.findall(
+        r"^ +(python train_ppo.py .*)$", train_ppo.__doc__.replace("\\\n", " "), re.M
+    )
+]
+COMMON = dict(
+    temperature=0.7,
+    top_k=0,
+    missing_eos_score=-1,
+    kl_kind="k1",
+    kl_in="reward",
+    whiten_advantages=True,
+    gamma=1,
+    lam=0.95,
+    clip=0.2,
+    value_clip=0.2,
+    vf_coef=0.1,
+    ppo_epochs=4,
+    minibatches=1,
+    max_grad_norm=0,
+    adam_eps=1e-5,
+    warmup=0,
+    lr_schedule="linear",
+    advantage="gae",
+    batch_size=512,
+)
 RECIPES = [
-    COMMON | dict(response_length=24, stop_at_eos=False, truncate=".", truncate_after=16, whiten_rewards=True, kl_coef=0.15, kl_target=6,
-                  kl_horizon=10000, critic="shared", lr=1e-5),
-    COMMON | dict(response_length=53, stop_at_eos=True, truncate="", whiten_rewards=False, kl_coef=0.05, kl_target=0, critic="own",
-                  lr=3e-6),
-]  # fmt: skip
+    COMMON
+    | dict(
+        response_length=24,
+        stop_at_eos=False,
+        truncate=".",
+        truncate_after=16,
+        whiten_rewards=True,
+        kl_coef=0.15,
+        kl_target=6,
+        kl_horizon=10000,
+        critic="shared",
+        lr=1e-5,
+    ),
+    COMMON
+    | dict(
+        response_length=53,
+        stop_at_eos=True,
+        truncate="",
+        whiten_rewards=False,
+        kl_coef=0.05,
+        kl_target=0,
+        critic="own",
+        lr=3e-6,
+    ),
+]
 
 
 @pytest.mark.parametrize("recipe", range(2))
@@ -263,7 +314,8 @@ def test_missing_eos_score_replaces_unfinished_rows_only(level, toy, tmp_path):
 
 
 def hand(toy, tmp_path, texts, **changes):
-    """What a function that records its arguments sees of the given responses, and what the scorer says."""
+    """What a function that records its arguments sees of the given responses, and what the scorer
+    says."""
     (tmp_path / "seen.py").write_text(
         "import json\n"
         "def rate(prompts, responses):\n"
@@ -279,7 +331,8 @@ def hand(toy, tmp_path, texts, **changes):
 
 
 def test_truncate_hides_what_follows_the_token(toy, tmp_path):
-    """$ is EOS. The c at position 1 or 2 comes before --truncate-after, so only a later one counts."""
+    """$ is EOS. The c at position 1 or 2 comes before --truncate-after, so only a later one
+    counts."""
     texts = ["abcabc", "acaacaac", "abcab$", "cccc", "c"]
     seen, scored, ended = hand(
         toy, tmp_path, texts, truncate="c", truncate_after=3, missing_eos_score=-1.0
@@ -328,12 +381,15 @@ def test_truncate_moves_the_reward_model_and_the_training_stays_whole(toy):
     assert (episodes.advantages != 0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("level,rule,expected", [
-    ("token", "[[(t == 'h') - 0.5 for t in r] for r in responses]", None),
-    ("token", "[[1.0] for r in responses]", "a finite float for each token"),
-    ("response", "[1.0]", "a finite float for each response"),
-    ("response", "[float('nan') for r in responses]", "a finite float for each response"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "level,rule,expected",
+    [
+        ("token", "[[(t == 'h') - 0.5 for t in r] for r in responses]", None),
+        ("token", "[[1.0] for r in responses]", "a finite float for each token"),
+        ("response", "[1.0]", "a finite float for each response"),
+        ("response", "[float('nan') for r in responses]", "a finite float for each response"),
+    ],
+)
 def test_python_rewards_by_token(level, rule, expected, toy, tmp_path):
     (tmp_path / "rule.py").write_text(f"def rate(prompts, responses):\n    return {rule}\n")
     stage = Stage(
@@ -422,9 +478,7 @@ def test_the_example_by_hand_in_one_piece():
         logprobs, ref, values = (
             torch.where(MASK, x, pad * s) for x, s in ((LOGPROBS, 1), (REF, -0.9), (VALUES, 5))
         )
-        rewards, advantages, returns = experience(
-            SCORES, logprobs, ref, values, MASK, BY_HAND, 0.1
-        )
+        rewards, advantages, returns = experience(SCORES, logprobs, ref, values, MASK, BY_HAND, 0.1)
         close(rewards, [[-0.1, 3.1, 0], [0, -0.2, -1.1]])
         close(advantages, [[1.45, 1.1, 0], [0.375, -1.25, -2.1]])
         close(returns, [[2.45, 3.1, 0], [0.375, -0.25, -1.1]])
@@ -443,12 +497,16 @@ def test_token_scores_stay_at_their_tokens():
     close(rewards, [[0.9, 2.1, 0], [3, 3.8, 4.9]])
 
 
-@pytest.mark.parametrize("kind,kl", [("k1", [1, -1, 0, 2, 1]), ("k2", [0.5, 0.5, 0, 2, 0.5]),
-                                     ("k3", [math.exp(-1), math.exp(1) - 2, 0, math.exp(-2) + 1, math.exp(-1)])])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,kl",
+    [
+        ("k1", [1, -1, 0, 2, 1]),
+        ("k2", [0.5, 0.5, 0, 2, 0.5]),
+        ("k3", [math.exp(-1), math.exp(1) - 2, 0, math.exp(-2) + 1, math.exp(-1)]),
+    ],
+)
 def test_kl_kind_in_the_reward(kind, kl):
-    rewards, _, _ = experience(
-        0 * SCORES, LOGPROBS, REF, VALUES, MASK, knobs(kl_kind=kind), 2.0
-    )
+    rewards, _, _ = experience(0 * SCORES, LOGPROBS, REF, VALUES, MASK, knobs(kl_kind=kind), 2.0)
     close(rewards[MASK], [-2 * x for x in kl])
 
 
@@ -529,8 +587,11 @@ def test_group_kinds_spread_a_shaped_total(kind):
     for b in range(6):
         mates = [total[i] for i in range(3 * (b // 3), 3 * (b // 3) + 3)]
         others = [total[i] for i in range(3 * (b // 3), 3 * (b // 3) + 3) if i != b]
-        by_hand = {"rloo": total[b] - np.mean(others), "reinforce": total[b] - np.mean(mates),
-                   "grpo": (total[b] - np.mean(mates)) / (np.std(mates, ddof=1) + 1e-4)}[kind]  # fmt: skip
+        by_hand = {
+            "rloo": total[b] - np.mean(others),
+            "reinforce": total[b] - np.mean(mates),
+            "grpo": (total[b] - np.mean(mates)) / (np.std(mates, ddof=1) + 1e-4),
+        }[kind]
         close(advantages[b], [by_hand if real else 0 for real in mask[b]])
     in_loss = knobs(advantage=kind, group_size=3, kl_in="loss", kl_kind="k2")
     close(experience(given, logprobs, ref, None, mask, in_loss, 0.3)[0].sum(1), given)
@@ -615,7 +676,8 @@ def test_own_critic_starts_as_the_reward_model(toy):
 
 
 def test_values_are_those_of_the_state_before_each_token(toy, monkeypatch):
-    """In the rollout, each row alone; and in the update, the same numbers before anything has moved."""
+    """In the rollout, each row alone; and in the update, the same numbers before anything has
+    moved."""
     stage = Stage(toy)
     episodes, _ = stage.rollout()
     for b in range(32):
@@ -830,10 +892,15 @@ def history(steps=30, **series):
     """Rows of a healthy run, with some series replaced by functions of the step."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=steps)
-    healthy = {"objective/kl": lambda i: 0.4 * i + 0.3 * noise[i], "objective/score": lambda i: 0.05 * i,
-               "objective/entropy": lambda i: 95 - i / 2, "objective/response_length": lambda i: 17 + i / 6,
-               "objective/ended": lambda i: 0.9 - i / 40, "ppo/policy/first_approxkl": lambda i: 1e-6,
-               "ppo/val/explained_variance": lambda i: -0.3 + 0.2 * min(i, 5) + 0.01 * noise[i]}  # fmt: skip
+    healthy = {
+        "objective/kl": lambda i: 0.4 * i + 0.3 * noise[i],
+        "objective/score": lambda i: 0.05 * i,
+        "objective/entropy": lambda i: 95 - i / 2,
+        "objective/response_length": lambda i: 17 + i / 6,
+        "objective/ended": lambda i: 0.9 - i / 40,
+        "ppo/policy/first_approxkl": lambda i: 1e-6,
+        "ppo/val/explained_variance": lambda i: -0.3 + 0.2 * min(i, 5) + 0.01 * noise[i],
+    }
     series = healthy | {
         next(key for key in healthy if key.endswith(name)): f for name, f in series.items()
     }
@@ -856,13 +923,23 @@ def test_alarms_are_silent_on_healthy_runs():
     )  # no critic
 
 
-@pytest.mark.parametrize("name,series", [
-    ("KL", dict(kl=lambda i: -0.3 - 0.02 * i)),
-    ("ratio", dict(first_approxkl=lambda i: 0.02)),
-    ("entropy", dict(entropy=lambda i: 95 * 0.8**i)),
-    ("score", dict(response_length=lambda i: 10 + 3 * i, ended=lambda i: 0.9 * 0.9**i, entropy=lambda i: 50 + 15 * i)),
-    ("explained", dict(explained_variance=lambda i: -0.2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,series",
+    [
+        ("KL", dict(kl=lambda i: -0.3 - 0.02 * i)),
+        ("ratio", dict(first_approxkl=lambda i: 0.02)),
+        ("entropy", dict(entropy=lambda i: 95 * 0.8**i)),
+        (
+            "score",
+            dict(
+                response_length=lambda i: 10 + 3 * i,
+                ended=lambda i: 0.9 * 0.9**i,
+                entropy=lambda i: 50 + 15 * i,
+            ),
+        ),
+        ("explained", dict(explained_variance=lambda i: -0.2)),
+    ],
+)
 def test_each_alarm_has_its_sign(name, series):
     assert set(raised(history(**series)[0])) == {name}
 
