@@ -96,8 +96,8 @@ def test_one_iteration(recipe, dtype, monkeypatch):
     assert read[0].tolist() == expected["scored_lengths"]
     close(stats["objective/score"], "mean", {"mean": np.mean(expected["scores"])}, dtype)
     scores = torch.tensor(expected["scores"], dtype=dtype)
-    of_policy = (episodes.logprobs, episodes.ref_logprobs, episodes.values)
-    rewards, _, _ = ppo.experience(scores, *of_policy, mask, knobs, knobs.kl_coef)
+    kl = ppo.kl_estimate(episodes.logprobs, episodes.ref_logprobs, knobs.kl_kind)
+    rewards = train_ppo.token_rewards(scores, kl, mask, knobs, knobs.kl_coef)
     shaped = "whitened_rewards" if knobs.whiten_rewards else "shaped_rewards"
     close(rewards, shaped, expected, dtype)
     close(stats["objective/reward"], "mean", {"mean": rewards.sum(1).mean().item()}, dtype)
@@ -107,7 +107,7 @@ def test_one_iteration(recipe, dtype, monkeypatch):
     close(stats["objective/entropy"], "entropy", expected, dtype)
 
     new = (fixed["new_logprobs"], fixed["new_values"])
-    loss, stats = ppo.losses(*new, episodes, mask, knobs, knobs.kl_coef)
+    loss, stats = train_ppo.losses(*new, episodes, mask, knobs, knobs.kl_coef)
     for name, key in (
         ("ppo/policy/loss", "policy_loss"),
         ("ppo/val/loss", "value_loss"),
