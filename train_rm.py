@@ -229,8 +229,8 @@ def batch_loss(knobs, model, outputs, items, chosen, pairs, labels):
         means = [items.ratings[i].mean() for i in chosen]
         return reward.rating_loss(outputs, as_floats(means, outputs))
     groups = rankings(items, chosen, pairs, knobs.group_size)
-    scores = [outputs[group] for group in groups]  # best first
-    scores = pad_sequence(scores, batch_first=True, padding_value=-torch.inf)  # (G, K)
+    best_first = [outputs[group] for group in groups]
+    scores = pad_sequence(best_first, batch_first=True, padding_value=-torch.inf)  # (G, K)
     in_order = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     if knobs.loss == "best_of_k":
         return reward.best_of_k_loss(scores, in_order[:, 0])
