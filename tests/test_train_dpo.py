@@ -1,5 +1,8 @@
-"""train_dpo: what each loss is fed, own samples, rounds, micro-batches and the cache of reference log-probs."""
+"""train_dpo: what each loss is fed, own samples, rounds, micro-batches and the cache of reference
+log-probs."""
 
+import copy
+import functools
 import json
 
 import numpy as np
@@ -11,11 +14,12 @@ import train_dpo
 import train_rm
 from minirlhf import data, dpo, gpt
 from minirlhf.data import Items, all_logps, parse_record, prefix_kl, stored_logps
-from minirlhf.engine import log
+from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows, pad_rows
-from minirlhf.feedback import labelers
-from minirlhf.feedback.kinds import lists_epoch, thumbs, thumbs_epoch
+from minirlhf.feedback import kinds, labelers
+from minirlhf.feedback.kinds import Batch, Compared, Ranked, Thumbs, thumbs
+from minirlhf.feedback.method import LOSSES, method_of
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.online import samples
@@ -30,10 +34,17 @@ def shared_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+load_feedback = data.load_feedback
+load_toy = functools.cache(lambda: load_feedback("toy"))
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, shared_cache):
+    """Without what takes most of the time of a short run."""
     monkeypatch.setenv("MINIRLHF_CACHE", str(shared_cache))
-    monkeypatch.setattr(log.Run, "plot", lambda self: None)  # most of the time of a short run
+    monkeypatch.setattr(curves, "plot", lambda *_: None)
+    load = lambda source: load_toy() if source == "toy" else load_feedback(source)  # noqa: E731
+    monkeypatch.setattr(data, "load_feedback", load)
 
 
 @pytest.fixture
@@ -58,13 +69,27 @@ def some_rows(n=8, seed=0):
     return Rows(tokens, np.array([rng.integers(1, len(row)) for row in tokens]), PAD, CPU)
 
 
+def each(rows):
+    """(row, prompt length) of each."""
+    return list(zip(rows.tokens, rows.prompt_lengths, strict=True))
+
+
+def prompts_of(rows):
+    return [row[:p].tolist() for row, p in each(rows)]
+
+
 def run(toy, out, **knobs):
     """(summary, rows of metrics, weights) of a short run on the toy language."""
-    defaults = dict(data="toy", init=str(toy / "sft"), reward=str(toy / "rm"), out=str(out), batch_size=32, steps=3, lr=1e-2,
-                    response_length=6, eval_samples=4)  # fmt: skip
+    defaults = dict(data="toy", init=str(toy / "sft"), reward=str(toy / "rm"), out=str(out),
+                    batch_size=32, steps=3, lr=1e-2, response_length=6, eval_samples=4)  # fmt: skip
     summary = train_dpo.main(train_dpo.Knobs(**defaults | knobs))
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return summary, metrics, load_file(out / "model" / "model.safetensors")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def differ(a, b):
@@ -81,49 +106,40 @@ def log_softmax(model, row):
 
 
 def np_logp(model, row, p):
-    return sum(log_softmax(model, row)[t - 1][row[t]] for t in range(p, len(row)))
+    logp = log_softmax(model, row)
+    return sum(logp[t - 1][row[t]] for t in range(p, len(row)))
 
 
 def np_kl(policy, reference, row, p):
-    total = 0.0
-    for t in range(p, len(row)):
-        q, r = log_softmax(policy, row)[t - 1], log_softmax(reference, row)[t - 1]
-        total += sum(np.exp(r[v]) * (r[v] - q[v]) for v in range(len(r)))
-    return total
+    q, r = log_softmax(policy, row), log_softmax(reference, row)
+    kl = (np.exp(r) * (r - q)).sum(1)
+    return sum(kl[t - 1] for t in range(p, len(row)))
 
 
 def np_h(policy, reference, rows):
-    return np.array(
-        [
-            np_logp(policy, row, p) - np_logp(reference, row, p)
-            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-        ]
-    )
+    return np.array([np_logp(policy, *row) - np_logp(reference, *row) for row in each(rows)])
 
 
 def sg(x):
     return 1 / (1 + np.exp(-x))
 
 
-def loss_of(kind, rows, *labels, policy, reference, **knobs):
+def loss_of(kind, rows, said, *, policy, reference, wins=None, **knobs):
     """batch_loss on rows, with the reference's log-probs."""
-    settings = train_dpo.Knobs(loss=kind, **knobs)
-    kind, options = train_dpo.loss_of(settings)
-    ref_logps = all_logps(reference, rows)
-    return train_dpo.batch_loss(
-        policy, reference, kind, options, settings, rows, ref_logps, *labels
-    )
+    knobs = train_dpo.Knobs(loss=kind, **knobs)
+    batch = Batch(rows, all_logps(reference, rows), said, wins)
+    return train_dpo.batch_loss(policy, reference, batch, method_of(knobs), knobs)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 3])
 def test_prefix_kl(micro_batch):
     policy, reference, rows = tiny(1), tiny(2), some_rows()
+
+    def by_hand():
+        return [np_kl(policy, reference, *row) for row in each(rows)]
+
     kl = rows.by_parts(lambda *row: prefix_kl(policy, reference, *row), micro_batch)
-    expected = [
-        np_kl(policy, reference, row, p)
-        for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-    ]
-    assert np.allclose(kl.detach(), expected, atol=1e-4) and min(expected) > 0.01
+    assert np.allclose(kl.detach(), by_hand(), atol=1e-4) and min(by_hand()) > 0.01
     kl.sum().backward()
     assert all(p.grad is None for p in reference.parameters())
     weight, step = policy.h[0].mlp.c_fc.weight, 1e-2
@@ -131,14 +147,10 @@ def test_prefix_kl(micro_batch):
     for sign in (1, -1):
         with torch.no_grad():
             weight[3, 2] += sign * step
-            sides.append(
-                sum(
-                    np_kl(policy, reference, row, p)
-                    for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-                )
-            )
+            sides.append(sum(by_hand()))
             weight[3, 2] -= sign * step
-    assert weight.grad[3, 2].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=0.02)
+    slope = (sides[0] - sides[1]) / (2 * step)
+    assert weight.grad[3, 2].item() == pytest.approx(slope, rel=0.02)
 
 
 def test_pairs_reach_their_losses(monkeypatch):
@@ -146,36 +158,29 @@ def test_pairs_reach_their_losses(monkeypatch):
     policy, reference, rows = tiny(1), tiny(2), some_rows(8)
     both = {"policy": policy, "reference": reference}
     h, b = np_h(policy, reference, rows), 0.1
-    pairs, labels = np.array([[0, 1], [2, 3], [5, 4]]), np.array([0.9, 0.3, 1.0])
+    said = Compared(None, np.array([[0, 1], [2, 3], [5, 4]]), np.array([0.9, 0.3, 1.0]))
     chosen, rejected = np.array([0, 3, 5]), np.array([1, 2, 4])
-    kl = np.array(
-        [
-            np_kl(policy, reference, row, p)
-            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-        ]
-    )
-    loss, stats = loss_of("tdpo1", rows, pairs, labels, **both)
-    assert loss.item() == pytest.approx(
-        -np.log(sg(b * (h[chosen] - h[rejected] - kl[rejected] + kl[chosen]))).mean(), rel=1e-4
-    )
+    kl = np.array([np_kl(policy, reference, *row) for row in each(rows)])
+    loss, stats = loss_of("tdpo1", rows, said, **both)
+    logit = b * (h[chosen] - h[rejected] - kl[rejected] + kl[chosen])
+    assert loss.item() == pytest.approx(-np.log(sg(logit)).mean(), rel=1e-4)
     assert stats["rewards/chosen"].item() == pytest.approx(b * h[chosen].mean(), rel=1e-4)
     assert stats["rewards/accuracies"].item() == pytest.approx((h[chosen] > h[rejected]).mean())
-    loss, _ = loss_of("npo", rows, pairs, labels, **both)
+    loss, _ = loss_of("npo", rows, said, **both)
     assert loss.item() == pytest.approx((-2 / b * np.log(sg(-b * h[rejected]))).mean(), rel=1e-4)
     p = np.array([0.9, 0.7, 1.0])
-    for wins, won, lost in [((), p, 1 - p), ((torch.linspace(0, 1, 8),), chosen / 7, rejected / 7)]:
-        loss, _ = loss_of("sppo", rows, pairs, labels, *wins, **both)
-        expected = 0.5 * (
-            (h[chosen] - (won - 0.5) / b) ** 2 + (h[rejected] - (lost - 0.5) / b) ** 2
-        )
-        assert loss.item() == pytest.approx(expected.mean(), rel=1e-4)
+    own_wins = torch.linspace(0, 1, 8), chosen / 7, rejected / 7
+    for wins, won, lost in [(None, p, 1 - p), own_wins]:
+        loss, _ = loss_of("sppo", rows, said, wins=wins, **both)
+        up, down = h[chosen] - (won - 0.5) / b, h[rejected] - (lost - 0.5) / b
+        assert loss.item() == pytest.approx((0.5 * (up**2 + down**2)).mean(), rel=1e-4)
     own, real = [], samples.own_answers
     monkeypatch.setattr(samples, "own_answers", lambda *a: own.append(real(*a)) or own[0])
-    loss, _ = loss_of("d2o", rows, pairs, labels, **both, samples=3, response_length=5)
-    assert [row[:p].tolist() for row, p in zip(own[0].tokens, own[0].prompt_lengths, strict=True)] == [
-        row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True) for _ in range(3)]  # fmt: skip
+    loss, _ = loss_of("d2o", rows, said, **both, samples=3, response_length=5)
+    assert prompts_of(own[0]) == [prompt for prompt in prompts_of(rows) for _ in range(3)]
     anchors = np_h(policy, reference, own[0]).reshape(8, 3).mean(1)
-    assert loss.item() == pytest.approx(-np.log(sg(b * (anchors - h)[rejected])).mean(), rel=1e-4)
+    expected = -np.log(sg(b * (anchors - h)[rejected])).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_thumbs_and_lists_reach_their_losses():
@@ -183,66 +188,66 @@ def test_thumbs_and_lists_reach_their_losses():
     both = {"policy": policy, "reference": reference}
     h, b = np_h(policy, reference, rows), 0.1
     good = np.array([True, False, True, True, False, False])
-    other = rows.mismatched(16)
-    z = max(0.0, np_h(policy, reference, other).mean())
-    loss, stats = loss_of("kto", rows, good, **both)
-    assert loss.item() == pytest.approx((1 - sg(b * np.where(good, h - z, z - h))).mean(), rel=1e-4)
-    assert stats["rewards/margins"].item() == pytest.approx(
-        b * (h[good].mean() - h[~good].mean()), rel=1e-3
-    )
+    z = max(0.0, np_h(policy, reference, rows.mismatched(16)).mean())
+    loss, stats = loss_of("kto", rows, Thumbs(None, good), **both)
+    expected = (1 - sg(b * np.where(good, h - z, z - h))).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    margin = b * (h[good].mean() - h[~good].mean())
+    assert stats["rewards/margins"].item() == pytest.approx(margin, rel=1e-3)
     scores = np.array([1.5, -0.5, 0.25, 0.5, -1, -0.75], dtype=np.float32)
-    assert loss_of("una", rows, scores, **both)[0].item() == pytest.approx(
-        ((b * h - scores) ** 2).mean(), rel=1e-4
-    )
-    assert loss_of("una", rows, good, **both)[0].item() == pytest.approx(
-        -np.log(sg(np.where(good, b * h, -b * h))).mean(), rel=1e-4
-    )
+    loss, _ = loss_of("una", rows, Thumbs(None, scores), **both)
+    assert loss.item() == pytest.approx(((b * h - scores) ** 2).mean(), rel=1e-4)
+    loss, _ = loss_of("una", rows, Thumbs(None, good), **both)
+    expected = -np.log(sg(np.where(good, b * h, -b * h))).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
     # two lists, of three and of two responses
     lists, rewards = np.array([[4, 0, 1], [3, 5, 0]]), np.array([[2.0, 1, 0], [1, 0, 7]])
-    mask = np.array([[True, True, True], [True, True, False]])
-    s = np.array(
-        [
-            np_logp(policy, row, p) / (len(row) - p)
-            for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-        ]
-    )
-    expected = [
-        max(0, s[0] - s[4]) + max(0, s[1] - s[4]) + max(0, s[1] - s[0]) - s[4],
-        max(0, s[5] - s[3]) - s[3],
-    ]
-    loss, stats = loss_of("rrhf", rows, lists, rewards, mask, **both)
-    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
-    ordered = [h[4] > h[0], h[4] > h[1], h[0] > h[1], h[3] > h[5]]
-    assert loss_of("lipo", rows, lists, rewards, mask, **both)[1][
-        "rewards/accuracies"
-    ].item() == pytest.approx(np.mean(ordered))
+    said = Ranked(None, lists, rewards, np.array([[True, True, True], [True, True, False]]))
+    s = [np_logp(policy, row, p) / (len(row) - p) for row, p in each(rows)]
+    first = max(0, s[0] - s[4]) + max(0, s[1] - s[4]) + max(0, s[1] - s[0]) - s[4]
+    second = max(0, s[5] - s[3]) - s[3]
+    loss, _ = loss_of("rrhf", rows, said, **both)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-4)
+    ordered = np.mean([h[4] > h[0], h[4] > h[1], h[0] > h[1], h[3] > h[5]])
+    _, stats = loss_of("lipo", rows, said, **both)
+    assert stats["rewards/accuracies"].item() == pytest.approx(ordered)
 
 
 def test_nash_md_learns_from_its_wins():
     policy, reference, rows = tiny(1), tiny(2), some_rows(4)
     wins = torch.tensor([0.9, 0.2, 0.6, 0.5])
-    loss, _ = loss_of(
-        "nash_md", rows, None, None, wins, policy=policy, reference=reference, online=True
-    )
-    logp = np.array(
-        [np_logp(policy, row, p) for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)]
-    )
-    h = np_h(policy, reference, rows)
-    assert loss.item() == pytest.approx(((0.1 * h - (wins.numpy() - 0.5)) * logp).mean(), rel=1e-4)
+    both = {"policy": policy, "reference": reference}
+    loss, _ = loss_of("nash_md", rows, None, wins=wins, online=True, **both)
+    logp = np.array([np_logp(policy, *row) for row in each(rows)])
+    cost = 0.1 * np_h(policy, reference, rows) - (wins.numpy() - 0.5)
+    assert loss.item() == pytest.approx((cost * logp).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "tdpo2", "sppo"])
+def test_a_batch_of_ties_says_nothing(kind):
+    policy, rows = tiny(1), some_rows(4)
+    said = Compared(None, np.array([[0, 1], [2, 3]]), np.array([0.5, 0.5]))
+    both = {"policy": policy, "reference": tiny(2)}
+    loss, stats = loss_of(kind, rows, said, **both, soft_labels=False)
+    loss.backward()
+    assert loss == 0 and all(not p.grad.any() for p in policy.parameters() if p.grad is not None)
+    assert stats["rewards/margins"].isnan()
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "tdpo2", "aot", "simpo", "kto", "pro"])
 def test_micro_batches_give_the_gradient_of_the_whole(kind):
     rows, gradients = some_rows(8), []
-    labels = {"kto": [np.array([True, False] * 4)],
-              "pro": [np.arange(8).reshape(2, 4), np.tile([3.0, 2, 1, 0], (2, 1)), np.ones((2, 4), dtype=bool)]}  # fmt: skip
+    given = {
+        "kto": Thumbs(None, np.array([True, False] * 4)),
+        "pro": Ranked(None, np.arange(8).reshape(2, 4), np.tile([3.0, 2, 1, 0], (2, 1)),
+                      np.ones((2, 4), dtype=bool)),
+    }  # fmt: skip
+    pairs = Compared(None, np.array([[0, 1], [3, 2], [4, 7], [5, 6]]), np.ones(4))
     for micro_batch in (0, 8, 4, 2):  # as one, and in 1, 2, 4 parts
         policy, reference = tiny(1, scale=3), tiny(2, scale=3)
-        reference = None if kind in ("simpo", "pro") else reference
-        given = labels.get(kind, [np.array([[0, 1], [3, 2], [4, 7], [5, 6]]), np.ones(4)])
-        loss_of(kind, rows, *given, policy=policy, reference=reference, micro_batch=micro_batch)[
-            0
-        ].backward()
+        both = {"policy": policy, "reference": None if kind in ("simpo", "pro") else reference}
+        loss, _ = loss_of(kind, rows, given.get(kind, pairs), **both, micro_batch=micro_batch)
+        loss.backward()
         gradients.append([p.grad for p in policy.parameters()])
     assert max(g.abs().max() for g in gradients[0]) > 1e-3
     for other in gradients[1:]:
@@ -260,18 +265,10 @@ def test_micro_batch_bounds_the_rows_in_memory():
 
 
 def test_mismatched_rows():
-    rows = Rows(
-        [np.array([0, 1, 2, 5, 0]), np.array([0, 3, 6, 7, 8, 0]), np.array([0, 4, 0])],
-        np.array([3, 2, 2]),
-        PAD,
-        CPU,
-    )
-    other = rows.mismatched(5)
-    assert [row.tolist() for row in other.tokens] == [
-        [0, 1, 2, 0],
-        [0, 3, 5, 0],
-        [0, 6, 7, 8, 0],
-    ]  # the last prompt did not fit
+    tokens = [np.array([0, 1, 2, 5, 0]), np.array([0, 3, 6, 7, 8, 0]), np.array([0, 4, 0])]
+    other = Rows(tokens, np.array([3, 2, 2]), PAD, CPU).mismatched(5)
+    expected = [[0, 1, 2, 0], [0, 3, 5, 0], [0, 6, 7, 8, 0]]  # the last prompt did not fit
+    assert [row.tolist() for row in other.tokens] == expected
     assert other.prompt_lengths.tolist() == [3, 2, 1]
 
 
@@ -283,114 +280,94 @@ def items(n, **more):
 
 
 def test_thumbs_of_ratings_rankings_and_labels(capsys):
-    index, scores = thumbs(
-        items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])])
-    )  # the mean is 2
+    rated = items(5, ratings=[np.array(r) for r in ([1, 3], [0.0], [4.0], [1.0], [3.0])])
+    index, scores = thumbs(rated)  # the mean is 2
     assert index.tolist() == [1, 2, 3, 4] and "1 of 5" in capsys.readouterr().out
     assert np.allclose(scores, np.array([-2, 2, -1, 1]) / np.sqrt(2.5))
     index, scores = thumbs(items(6, groups=[[1, 0], [4, 3, 5]]))
     assert index.tolist() == [0, 1, 4, 5] and scores.tolist() == [False, True, True, False]
     assert "2 of 6" in capsys.readouterr().out
-    index, scores = thumbs(
-        items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0])
-    )  # labels count, also of rows in no pair
+    labelled = items(4, groups=[[0, 1]], means=[1.0, 0.0, 0.0, 1.0])
+    index, scores = thumbs(labelled)  # labels count, also of rows in no pair
     assert index.tolist() == [0, 1, 2, 3] and scores.tolist() == [True, False, False, True]
     with pytest.raises(UserError, match="all 2 ratings are alike"):
         thumbs(items(2, ratings=[np.array([1.0])] * 2))
     with pytest.raises(UserError, match="all 3 ratings are alike"):
         thumbs(items(3, ratings=[np.array([0.1])] * 3))  # whose mean is not quite 0.1
-    drawn = list(
-        thumbs_epoch(
-            *thumbs(items(10, groups=[[i, i + 5] for i in range(5)])), 4, np.random.default_rng(0)
-        )
-    )
-    assert sorted(np.concatenate([rows for rows, _ in drawn])) == list(range(10)) and {
-        len(rows) for rows, _ in drawn
-    } <= {3, 4, 5}
-    assert all((rows < 5).tolist() == scores.tolist() for rows, scores in drawn)
+    halves = thumbs(items(10, groups=[[i, i + 5] for i in range(5)]))
+    drawn = list(kinds.thumbs_epoch(*halves, 4, np.random.default_rng(0)))
+    assert sorted(np.concatenate([index for index, _ in drawn])) == list(range(10))
+    assert {len(index) for index, _ in drawn} <= {3, 4, 5}
+    assert all((index < 5).tolist() == scores.tolist() for index, scores in drawn)
     with pytest.raises(UserError, match="at least 2"):
-        list(thumbs_epoch(*thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
+        list(kinds.thumbs_epoch(*thumbs(items(10, groups=[[0, 1]])), 1, np.random.default_rng(0)))
 
 
 def test_lists_are_ranked_and_whole():
     groups = [[3, 1, 2], [0, 4], [5, 6, 7], [9, 8]]
-    drawn = list(lists_epoch(items(10, groups=groups), 6, 4, np.random.default_rng(0)))
+    drawn = list(kinds.lists_epoch(items(10, groups=groups), 6, 4, np.random.default_rng(0)))
     assert len(drawn) == 2  # two lists of at most three are six responses
     found = []
-    for rows, lists, rewards, mask in drawn:
-        assert lists.shape == rewards.shape == mask.shape and sorted(lists[mask]) == list(
-            range(len(rows))
-        )
-        found += [rows[one[real]].tolist() for one, real in zip(lists, mask, strict=True)]
-        assert all(
-            r[real].tolist() == list(range(real.sum()))[::-1]
-            for r, real in zip(rewards, mask, strict=True)
-        )
+    for index, lists, rewards, mask in drawn:
+        assert lists.shape == rewards.shape == mask.shape
+        assert sorted(lists[mask]) == list(range(len(index)))
+        for one, worth, real in zip(lists, rewards, mask, strict=True):
+            found.append(index[one[real]].tolist())
+            assert worth[real].tolist() == list(range(real.sum()))[::-1]
     assert sorted(found) == sorted(groups)
     means = np.arange(11.0)[::-1] % 4
     rated = items(11, ratings=[np.array([m]) for m in means])
-    drawn = list(lists_epoch(rated, 100, 3, np.random.default_rng(0)))
-    ((rows, lists, rewards, mask),) = drawn
-    assert sorted(rows) == list(range(11)) and sorted(mask.sum(1)) == [3, 4, 4]
-    for one, worth, real in zip(
-        lists, rewards, mask, strict=True
-    ):  # ranks: how many smaller values its list has
-        m = means[rows[one[real]]].tolist()
+    drawn = list(kinds.lists_epoch(rated, 100, 3, np.random.default_rng(0)))
+    ((index, lists, rewards, mask),) = drawn
+    assert sorted(index) == list(range(11)) and sorted(mask.sum(1)) == [3, 4, 4]
+    for one, worth, real in zip(lists, rewards, mask, strict=True):
+        m = means[index[one[real]]].tolist()  # ranks: how many smaller values its list has
         assert worth[real].tolist() == [len({y for y in m if y < x}) for x in m]
-    assert all((np.diff(r[real]) <= 0).all() for r, real in zip(rewards, mask, strict=True))
+        assert (np.diff(worth[real]) <= 0).all()
 
 
 def test_labels_in_a_file(tmp_path):
     line = '{"prompt": "p", "response": "r", "label": %s}'
-    assert (
-        parse_record(line % "true", "f") == ("p", ["r"], True)
-        and parse_record(line % "false", "f")[2] is False
-    )
+    assert parse_record(line % "true", "f") == ("p", ["r"], True)
+    assert parse_record(line % "false", "f")[2] is False
     for bad in ("1", '"true"', "null"):
         with pytest.raises(UserError, match="f: label: expected true or false"):
             parse_record(line % bad, "f")
     path = tmp_path / "labels.jsonl"
-    rows = [
-        {"prompt": f"p{i // 2 % 15}", "response": f"r{i}", "label": i % 2 == 0} for i in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = data.load_feedback(
-        str(path)
-    ).train  # two thumbs up and two down for each prompt: pairs too, but the labels stay
+    rows = [{"prompt": f"p{i // 2 % 15}", "response": f"r{i}", "label": i % 2 == 0}
+            for i in range(60)]  # fmt: skip
+    # two thumbs up and two down for each prompt: pairs too, but the labels stay
+    train = data.load_feedback(write_lines(path, rows)).train
     index, scores = thumbs(train)
     assert len(index) == len(train) == 56
-    assert [
-        good == (int(r[1:]) % 2 == 0) for good, r in zip(scores, train.responses, strict=True)
-    ] == [True] * 56
+    even = [int(response[1:]) % 2 == 0 for response in train.responses]
+    assert scores.tolist() == even
     assert train.ratings is None and len(train.groups) == 14 * 4
-    path.write_text(json.dumps(rows[0]) + "\n" + '{"prompt": "p", "response": "r", "rating": 1}\n')
+    write_lines(path, [rows[0], {"prompt": "p", "response": "r", "rating": 1}])
     with pytest.raises(UserError, match="line 2: labels, ratings and comparisons in one file"):
         data.load_feedback(str(path))
 
 
 @pytest.mark.parametrize("loss", ["kto", "una", "lipo", "pro"])
 def test_files_of_labels_and_rankings_train(loss, toy, tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "data.jsonl"
-    word = lambda: "".join(rng.choice(list("abcdefgh"), 6))  # noqa: E731
+    rng = np.random.default_rng(0)
+
+    def word():
+        return "".join(rng.choice(list("abcdefgh"), 6))
+
     label = [{"prompt": word(), "response": word(), "label": i % 3 > 0} for i in range(60)]
-    rank = [
-        {
-            "prompt": word(),
-            "responses": [word() for _ in range(k)],
-            "ranking": rng.permutation(k).tolist(),
-        }
-        for k in [2, 3, 4] * 10
-    ]
-    path.write_text(
-        "".join(json.dumps(row) + "\n" for row in (label if loss in ("kto", "una") else rank))
-    )
-    summary, metrics, _ = run(
-        toy, tmp_path / "out", data=str(path), loss=loss, epochs=6, steps=0, lr=1e-3
-    )
+    rank = []
+    for k in [2, 3, 4] * 10:
+        prompt, responses = word(), [word() for _ in range(k)]
+        ranking = rng.permutation(k).tolist()
+        rank.append({"prompt": prompt, "responses": responses, "ranking": ranking})
+    path = write_lines(tmp_path / "data.jsonl", label if loss in ("kto", "una") else rank)
+    more = {"data": path, "epochs": 6, "steps": 0, "lr": 1e-3}
+    _, metrics, _ = run(toy, tmp_path / "out", loss=loss, **more)
     assert metrics[-1]["rewards/accuracies"] > 0.7
     if loss == "kto":
         with pytest.raises(UserError, match="no two rated responses share a prompt"):
-            run(toy, tmp_path / "out", data=str(path))
+            run(toy, tmp_path / "out", data=path)
 
 
 # References
@@ -398,36 +375,31 @@ def test_files_of_labels_and_rankings_train(loss, toy, tmp_path):
 
 def test_losses_without_a_reference_load_none(toy, tmp_path, monkeypatch):
     loaded, real = [], GPT.from_pretrained.__func__
-    monkeypatch.setattr(
-        GPT,
-        "from_pretrained",
-        classmethod(lambda cls, *a, **k: loaded.append(a) or real(cls, *a, **k)),
-    )
-    for loss in [kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"] + [
-        "sigmoid"
-    ]:
+    load = classmethod(lambda cls, *a, **k: loaded.append(a) or real(cls, *a, **k))
+    monkeypatch.setattr(GPT, "from_pretrained", load)
+    free = [kind for kind in LOSSES if dpo.AXES[kind]["RL1"] == "free"]
+    assert {"simpo", "orpo", "cpo", "slic", "rrhf", "pro"} == set(free)
+    for loss in [*free, "sigmoid"]:
         loaded.clear()
         summary, _, _ = run(toy, tmp_path, loss=loss, steps=1)
         assert len(loaded) == 1 + (loss == "sigmoid")
-        assert ("eval/kl_after" in summary) == (loss == "sigmoid") and "eval/score_after" in summary
-    assert {"simpo", "orpo", "cpo", "slic", "rrhf", "pro"} == {
-        kind for kind in train_dpo.LOSSES if dpo.AXES[kind]["RL1"] == "free"
-    }
+        assert ("eval/kl_after" in summary) == (loss == "sigmoid")
+        assert "eval/score_after" in summary
 
 
 def test_implicit_rewards_by_hand():
-    logps, ref, lengths = (
-        torch.tensor([-6.0, -2.0]),
-        torch.tensor([-5.0, -4.0]),
-        torch.tensor([3, 2]),
-    )
-    assert train_dpo.rewards_of("sigmoid", {}, logps, ref, lengths).tolist() == [-1, 2]
-    assert train_dpo.rewards_of("cpo", {}, logps, None, lengths).tolist() == [-6, -2]
-    assert train_dpo.rewards_of("simpo", {}, logps, None, lengths).tolist() == [-2, -1]
-    for kind, options in (("sigmoid_norm", {}), ("ipo", {"length_normalise": True})):
-        assert torch.equal(
-            train_dpo.rewards_of(kind, options, logps, ref, lengths), torch.tensor([-1 / 3, 1])
-        )
+    logps, ref = torch.tensor([-6.0, -2.0]), torch.tensor([-5.0, -4.0])
+    lengths = torch.tensor([3, 2])
+
+    def rewards(loss, ref, options=""):
+        method = method_of(train_dpo.Knobs(loss=loss, loss_options=options))
+        return train_dpo.implicit_rewards(logps, ref, lengths, method)
+
+    assert rewards("sigmoid", ref).tolist() == [-1, 2]
+    assert rewards("cpo", None).tolist() == [-6, -2]
+    assert rewards("simpo", None).tolist() == [-2, -1]
+    for loss, options in (("sigmoid_norm", ""), ("ipo", "length_normalise=true")):
+        assert torch.equal(rewards(loss, ref, options), torch.tensor([-1 / 3, 1]))
 
 
 def test_reference_log_probs_are_computed_once(cache, monkeypatch):
@@ -442,23 +414,19 @@ def test_reference_log_probs_are_computed_once(cache, monkeypatch):
         assert torch.equal(logps, real(model, rows))
         return len(calls)
 
-    assert (
-        misses(model, rows) == 1 and misses(model, rows) == 0 and misses(tiny(1), some_rows()) == 0
-    )
+    assert misses(model, rows) == 1 and misses(model, rows) == 0
+    assert misses(tiny(1), some_rows()) == 0
     assert misses(tiny(2), rows) == 1 and misses(model, rows, "bfloat16") == 1
     changed = [rows.tokens[0].copy(), *rows.tokens[1:]]
     changed[0][1] = 8 if changed[0][1] != 8 else 7
     assert misses(model, rows._replace(tokens=changed)) == 1
-    assert (
-        misses(model, rows._replace(prompt_lengths=np.ones(8, dtype=int))) == 1
-        and misses(model, rows.take(np.arange(7))) == 1
-    )
+    assert misses(model, rows._replace(prompt_lengths=np.ones(8, dtype=int))) == 1
+    assert misses(model, rows.take(np.arange(7))) == 1
     heads = GPT(GPTConfig(10, 16, 1, 4, 8))
     heads.load_state_dict(model.state_dict())  # the same weights, shared out among other heads
     assert misses(heads, rows) == 1
-    assert len(list(cache.iterdir())) == 7 and all(
-        path.suffix == ".safetensors" for path in cache.iterdir()
-    )
+    kept = list(cache.iterdir())
+    assert len(kept) == 7 and all(path.suffix == ".safetensors" for path in kept)
     assert stored_logps(None, rows, off, "float32") is None
 
 
@@ -466,35 +434,28 @@ def test_a_second_run_reads_the_cache(toy, tmp_path, cache, monkeypatch):
     first = run(toy, tmp_path / "a")
     assert len(list(cache.iterdir())) == 2  # training and test rows
     models, real = [], all_logps
-    monkeypatch.setattr(
-        data.logps, "all_logps", lambda model, rows: models.append(model) or real(model, rows)
-    )
+    for module in (data.logps, train_dpo):
+        counted = lambda model, rows: models.append(model) or real(model, rows)  # noqa: E731
+        monkeypatch.setattr(module, "all_logps", counted)
     second = run(toy, tmp_path / "b")
     assert len(models) == 1  # the policy's, at the end
-    assert (
-        not differ(first[2], second[2])
-        and first[0]["eval/implicit_accuracy"] == second[0]["eval/implicit_accuracy"]
-    )
+    assert not differ(first[2], second[2])
+    assert first[0]["eval/implicit_accuracy"] == second[0]["eval/implicit_accuracy"]
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(cache):
     cache.parent.write_text("a file where the folder should be")
     rows = some_rows()
-    assert len(stored_logps(tiny(), rows, torch.autocast("cpu", enabled=False), "float32")) == len(
-        rows.tokens
-    )
+    off = torch.autocast("cpu", enabled=False)
+    assert len(stored_logps(tiny(), rows, off, "float32")) == len(rows.tokens)
 
 
 @pytest.mark.parametrize("online", [False, True])
 def test_rounds_move_the_reference(online, toy, tmp_path):
-    losses = [
-        [
-            row["loss"]
-            for row in run(toy, tmp_path, rounds=rounds, steps=4, online=online, seed=1)[1]
-        ]
-        for rounds in (1, 2, 4)
-    ]
-    at_log_2 = [[abs(loss - np.log(2)) < 1e-4 for loss in one] for one in losses]
+    at_log_2 = []
+    for rounds in (1, 2, 4):
+        _, metrics, _ = run(toy, tmp_path, rounds=rounds, steps=4, online=online, seed=1)
+        at_log_2.append([abs(row["loss"] - np.log(2)) < 1e-4 for row in metrics])
     assert at_log_2 == [[True, False, False, False], [True, False, True, False], [True] * 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval/kl_after"] > 0.05  # from the base model, not from the last reference
@@ -505,10 +466,11 @@ def test_rounds_move_the_reference(online, toy, tmp_path):
 
 def test_win_rates():
     p = torch.rand(5, 4, 4, generator=torch.manual_seed(0), dtype=torch.float64)
-    expected = [
-        [np.mean([p[b, i, j] for j in range(4) if j != i]) for i in range(4)] for b in range(5)
-    ]
-    assert np.allclose(samples.win_rates(p), expected)
+    rates = samples.win_rates(p)
+    for b in range(5):
+        for i in range(4):
+            others = [p[b, i, j] for j in range(4) if j != i]
+            assert rates[b, i] == pytest.approx(np.mean(others))
 
 
 class Letters:
@@ -518,118 +480,94 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-@pytest.mark.parametrize("kind,samples", [("sigmoid", 2), ("sigmoid", 4), ("nash_md", 2)])
-def test_own_batch(kind, samples):
-    """The labeler likes high tokens: best, worst, win rates and order are recomputed here from the rows it was shown."""
+@pytest.mark.parametrize("kind,K", [("sigmoid", 2), ("sigmoid", 4), ("nash_md", 2)])
+def test_own_batch(kind, K):
+    """The labeler likes high tokens: best, worst, win rates and order are recomputed here from the
+    rows it was shown."""
     shown = []
 
-    def prefer(tokens, prompt_lengths, response_lengths, K):
-        rows = [
-            row[p : p + r]
-            for row, p, r in zip(
-                tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True
-            )
-        ]
-        scores = torch.tensor([float(np.mean(row)) for row in rows]).view(-1, K)
-        shown.append(
-            (
-                K,
-                [
-                    row[: p + r]
-                    for row, p, r in zip(
-                        tokens.tolist(), prompt_lengths, response_lengths, strict=True
-                    )
-                ],
-                scores,
-            )
-        )
+    def prefer(tokens, prompt_lengths, response_lengths, asked):
+        assert asked == K
+        rows, scores = [], []
+        for row, p, r in zip(tokens.tolist(), prompt_lengths, response_lengths, strict=True):
+            rows.append(row[: p + r])
+            scores.append(float(np.mean(row[p : p + r])))
+        scores = torch.tensor(scores).view(-1, K)
+        shown.append((rows, scores.numpy()))
         return torch.sigmoid(scores[:, :, None] - scores[:, None])
 
     prompts = [np.array([0, *range(1, k)]) for k in (2, 3, 4, 3)]
-    knobs = train_dpo.Knobs(samples=samples, response_length=5)
+    knobs = train_dpo.Knobs(samples=K, response_length=5)
     policy, reference = tiny(1, scale=2), tiny(2, scale=2)
     torch.manual_seed(0)
     for _ in range(2):
-        bought, rows, ref_logps, pairs, labels, wins = samples.own_batch(
-            policy, reference, prefer, Letters, kind, knobs, prompts
-        )
-        K, all_rows, scores = shown.pop()
-        assert bought == 4 * K * (K - 1) / 2 and len(all_rows) == 4 * K and samples == K
-        expected, expected_wins, expected_labels = [], [], []
-        for i in range(4):
-            s = scores[i].numpy()
-            rate = [np.mean([sg(s[a] - s[b]) for b in range(K) if b != a]) for a in range(K)]
-            order = sorted(range(K), key=lambda a: -rate[a])  # noqa: B023
-            order = {"sigmoid": [order[0], order[-1]], "nash_md": [0]}[kind]
+        batch = samples.own_batch(policy, reference, prefer, Letters, kind, knobs, prompts)
+        all_rows, scores = shown.pop()
+        assert batch.bought == 4 * K * (K - 1) / 2 and len(all_rows) == 4 * K
+        expected, wins, labels = [], [], []
+        for i, s in enumerate(scores):
+            beats = sg(s[:, None] - s)
+            rate = [np.mean(np.delete(beats[a], a)) for a in range(K)]
+            order = np.argsort(-np.array(rate), kind="stable")
+            order = [0] if kind == "nash_md" else [order[0], order[-1]]
             expected += [all_rows[i * K + a] for a in order]
-            expected_wins += [rate[a] for a in order]
-            expected_labels.append(
-                sg(s[order[0]] - s[order[-1]])
-            )  # P(the best is preferred to the worst)
+            wins += [rate[a] for a in order]
+            labels.append(beats[order[0], order[-1]])  # P(the best is preferred to the worst)
+        rows = batch.rows
         assert [row.tolist() for row in rows.tokens] == expected
-        assert np.allclose(wins, expected_wins, atol=1e-6) and np.allclose(
-            labels, expected_labels, atol=1e-6
-        )
+        assert np.allclose(batch.wins, wins, atol=1e-6)
+        assert np.allclose(batch.said.labels, labels, atol=1e-6)
         k = len(rows.tokens) // 4
-        assert pairs.tolist() == [[i * k, i * k + k - 1] for i in range(4)]
-        asked = [prompt.tolist() for prompt in prompts for _ in range(k)]
-        assert [
-            row[:p].tolist() for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-        ] == asked
-        assert np.allclose(
-            ref_logps,
-            [
-                np_logp(reference, r, p)
-                for r, p in zip(rows.tokens, rows.prompt_lengths, strict=True)
-            ],
-            atol=1e-4,
-        )
+        assert batch.said.pairs.tolist() == [[i * k, i * k + k - 1] for i in range(4)]
+        assert prompts_of(rows) == [prompt.tolist() for prompt in prompts for _ in range(k)]
+        ref_logps = [np_logp(reference, *row) for row in each(rows)]
+        assert np.allclose(batch.ref_logps, ref_logps, atol=1e-4)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
 def test_mixture_samples(mu):
-    """Two tokens after each of two ragged prompts, as often as the normalised geometric mixture says."""
+    """Two tokens after each of two ragged prompts, as often as the normalised geometric mixture
+    says."""
     policy, reference, n = tiny(3, scale=5), tiny(4, scale=5), 20_000
     prompts = torch.tensor([[0, 3, PAD], [0, 5, 2]]).repeat(n, 1)
+    given = policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2
     torch.manual_seed(0)
-    tokens, lengths = samples.sample_mixture(
-        policy, reference, mu, prompts, torch.tensor([2, 3]).repeat(n), 2, eos=0, pad=PAD
-    )
+    tokens, lengths = samples.sample_mixture(*given, eos=0, pad=PAD)
 
     def mixture(row):
         p = np.exp((1 - mu) * log_softmax(policy, row)[-1] + mu * log_softmax(reference, row)[-1])
         return p / p.sum()
 
+    def shares(tokens):
+        return np.bincount(tokens, minlength=10) / len(tokens)
+
     for which, prompt in enumerate(([0, 3], [0, 5, 2])):
         rows, q = tokens[which::2].numpy(), len(prompt)
-        assert (rows[:, :q] == prompt).all() and (
-            (lengths[which::2] == 1).numpy() == (rows[:, q] == 0)
-        ).all()
-        assert (rows[rows[:, q] == 0, q + 1] == PAD).all()  # nothing after the end
+        at_once = rows[:, q] == 0
+        assert (rows[:, :q] == prompt).all()
+        assert ((lengths[which::2] == 1).numpy() == at_once).all()
+        assert (rows[at_once, q + 1] == PAD).all()  # nothing after the end
         first = mixture(prompt)
-        assert np.abs(np.bincount(rows[:, q], minlength=10) / n - first).max() < 0.02
+        assert np.abs(shares(rows[:, q]) - first).max() < 0.02
         likely = int(first[1:].argmax()) + 1
         second = rows[rows[:, q] == likely, q + 1]
-        assert (
-            len(second) > 500
-            and np.abs(
-                np.bincount(second, minlength=10) / len(second) - mixture([*prompt, likely])
-            ).max()
-            < 0.06
-        )
+        assert len(second) > 500
+        assert np.abs(shares(second) - mixture([*prompt, likely])).max() < 0.06
 
 
 def test_online_counts_its_labels_and_answers_to_its_flags(toy, tmp_path):
-    plain = run(toy, tmp_path / "a", online=True)
-    assert [row["online/labels"] for row in plain[1]] == [16, 32, 48]
-    assert not differ(plain[2], run(toy, tmp_path / "b", online=True)[2])  # a run repeats
-    more = run(toy, tmp_path / "c", online=True, samples=3)
-    assert [row["online/labels"] for row in more[1]] == [48, 96, 144] and differ(plain[2], more[2])
-    assert differ(plain[2], run(toy, tmp_path / "d", online=True, reward="true")[2])
+    def online(name, **knobs):
+        _, metrics, weights = run(toy, tmp_path / name, online=True, **knobs)
+        return [row["online/labels"] for row in metrics], weights
+
+    labels, plain = online("a")
+    assert labels == [16, 32, 48]
+    assert not differ(plain, online("b")[1])  # a run repeats
+    labels, more = online("c", samples=3)
+    assert labels == [48, 96, 144] and differ(plain, more)
+    assert differ(plain, online("d", reward="true")[1])
     assert "online/labels" not in run(toy, tmp_path / "e")[1][0]
-    nash = [
-        run(toy, tmp_path / "f", online=True, loss="nash_md", mixture=mu)[2] for mu in (0.0, 1.0)
-    ]
+    nash = [online("f", loss="nash_md", mixture=mu)[1] for mu in (0.0, 1.0)]
     assert differ(*nash)
 
 
@@ -637,23 +575,24 @@ def test_a_reward_model_that_was_not_asked_for_need_not_fit(toy, tmp_path, capsy
     gpt.RewardModel(GPTConfig(300, 32, 1, 2, 16)).save_pretrained(tmp_path / "rm" / "model")
     (tmp_path / "rm" / "summary.json").write_text('{"data": "toy"}')
     summary, _, _ = run(toy, tmp_path / "dpo", reward="")
-    assert "samples are not scored" in capsys.readouterr().out and "eval/score_after" not in summary
+    assert "samples are not scored" in capsys.readouterr().out
+    assert "eval/score_after" not in summary
     with pytest.raises(UserError, match="vocabulary 300"):
         run(toy, tmp_path / "dpo", reward=str(tmp_path / "rm"))
 
 
 @pytest.mark.parametrize("prompt", ["", "p%d"])
 def test_labels_without_pairs(prompt, toy, tmp_path):
-    """Where all held-out labels are alike, or prompts differ, there is no accuracy, and the run ends well."""
-    texts = ["abcdefgh"[i % 8] * 3 + str(i) for i in range(60)]
-    rows = [
-        {"prompt": prompt % i if prompt else "", "response": text, "label": i % 20 != 3}
-        for i, text in enumerate(texts)
-    ]
-    path = tmp_path / "labels.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert prompt or len({r.mean() for r in data.load_feedback(str(path)).test.ratings}) == 1
-    summary, _, _ = run(toy, tmp_path / "dpo", data=str(path), loss="kto")
+    """Where all held-out labels are alike, or prompts differ, there is no accuracy, and the run
+    ends well."""
+    rows = []
+    for i in range(60):
+        text = "abcdefgh"[i % 8] * 3 + str(i)
+        asked = prompt % i if prompt else ""
+        rows.append({"prompt": asked, "response": text, "label": i % 20 != 3})
+    path = write_lines(tmp_path / "labels.jsonl", rows)
+    assert prompt or len({r.mean() for r in data.load_feedback(path).test.ratings}) == 1
+    summary, _, _ = run(toy, tmp_path / "dpo", data=path, loss="kto")
     assert "eval/implicit_accuracy" not in summary
 
 
@@ -671,16 +610,17 @@ def test_online_makes_its_reward_model(toy, tmp_path, monkeypatch):
 
 
 def test_bfloat16_online_reaches_every_weight(toy, tmp_path):
-    """What autocast cast for sampling, without gradients, must not stand in for the weights in the loss."""
+    """What autocast cast for sampling, without gradients, must not stand in for the weights in the
+    loss."""
     before = load_file(toy / "sft" / "model" / "model.safetensors")
     _, _, after = run(toy, tmp_path, online=True, dtype="bfloat16", steps=1)
-    assert all(
-        not torch.equal(before[name], after[name]) for name in before if name.endswith("weight")
-    )
+    weights = [name for name in before if name.endswith("weight")]
+    assert weights and not any(torch.equal(before[name], after[name]) for name in weights)
 
 
 def test_a_preference_model_labels(toy, tmp_path):
-    """Its log-odds are of the embeddings at the last tokens, computed here from transformers' view of the saved directory."""
+    """Its log-odds are of the embeddings at the last tokens, computed here from transformers' view
+    of the saved directory."""
     from transformers import GPT2ForSequenceClassification
 
     model = PreferenceModel(gpt.GPTConfig(257, 32, 1, 2, 16), dim=4)
@@ -689,38 +629,31 @@ def test_a_preference_model_labels(toy, tmp_path):
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 9], [0, 5, 9, 9], [0, 1, 2, 6]])
     lengths = torch.tensor([3, 2, 1, 3])
     p = prefer(tokens, torch.ones(4, dtype=int), lengths, 2)
-    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path)
+    theirs, e = GPT2ForSequenceClassification.from_pretrained(tmp_path), []
     with torch.no_grad():
-        e = [
-            theirs(row[None, : 1 + n]).logits[0].tolist()
-            for row, n in zip(tokens, lengths.tolist(), strict=True)
-        ]
-    logit = [[sum(a[k] * b[k + 1] - a[k + 1] * b[k] for k in (0, 2)) for b in e] for a in e]
-    expected = [[[sg(logit[i][j]) for j in (g, g + 1)] for i in (g, g + 1)] for g in (0, 2)]
+        for row, n in zip(tokens, lengths.tolist(), strict=True):
+            e.append(theirs(row[None, : 1 + n]).logits[0].tolist())
+
+    def wins(i, j):
+        a, b = e[i], e[j]
+        return sg(sum(a[k] * b[k + 1] - a[k + 1] * b[k] for k in (0, 2)))
+
+    expected = [[[wins(i, j) for j in (g, g + 1)] for i in (g, g + 1)] for g in (0, 2)]
     assert scorer is None and np.allclose(p.detach(), expected, atol=1e-6)
 
 
 def test_a_trained_preference_model_teaches_online(toy, tmp_path):
-    rm = {
-        "data": "toy",
-        "init": str(toy / "sft"),
-        "out": str(tmp_path / "pm"),
-        "epochs": 4,
-        "lr": 3e-3,
-        "delete": 0.0,
-        "dropout": 0.0,
-    }
+    rm = dict(data="toy", init=str(toy / "sft"), out=str(tmp_path / "pm"), epochs=4, lr=3e-3,
+              delete=0.0, dropout=0.0)  # fmt: skip
     train_rm.main(train_rm.Knobs(**rm, embedding_lr=1.0, model="pairwise"))
-    summary, rows, _ = run(toy, tmp_path / "dpo", reward=str(tmp_path / "pm"), online=True, steps=12, batch_size=64, lr=1e-3,
-                           response_length=8, eval_samples=64)  # fmt: skip
-    samples = [
-        json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()
-    ]
-    before, after = (
-        np.mean(data.toy_reward([""] * len(samples), [s[when] for s in samples]))
-        for when in ("before", "after")
-    )
-    assert after > before + 0.3 and rows[-1]["online/labels"] == 12 * 32
+    knobs = dict(reward=str(tmp_path / "pm"), online=True, steps=12, batch_size=64, lr=1e-3,
+                 response_length=8, eval_samples=64)  # fmt: skip
+    _, metrics, _ = run(toy, tmp_path / "dpo", **knobs)
+    lines = (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()
+    answered = [json.loads(line) for line in lines]
+    before, after = (np.mean(data.toy_reward([""] * len(answered), [row[when] for row in answered]))
+                     for when in ("before", "after"))  # fmt: skip
+    assert after > before + 0.3 and metrics[-1]["online/labels"] == 12 * 32
 
 
 # Flags
@@ -728,52 +661,96 @@ def test_a_trained_preference_model_teaches_online(toy, tmp_path):
 
 @pytest.mark.parametrize("change", [{"group_size": 2}, {"loss_options": "lam=3"}])
 def test_flags_of_lists(change, toy, tmp_path):
-    assert differ(
-        run(toy, tmp_path / "a", loss="pro")[2], run(toy, tmp_path / "b", loss="pro", **change)[2]
-    )
+    plain = run(toy, tmp_path / "a", loss="pro")[2]
+    assert differ(plain, run(toy, tmp_path / "b", loss="pro", **change)[2])
 
 
 @pytest.mark.parametrize("loss,option,value", [
-    ("ipo", "length_normalise=true", {"length_normalise": True}), ("sigmoid", "divergence=js", {"divergence": "js"}),
-    ("simpo", "gamma=1.5,nll_weight=1", {"gamma": 1.5, "nll_weight": 1.0}), ("sppo", "divergence=alpha,alpha_divergence=0.3",
-     {"divergence": "alpha", "alpha_divergence": 0.3}), ("kto", "desirable_weight=2", {"desirable_weight": 2.0}), ("exo", "", {}),
+    ("ipo", "length_normalise=true", {"length_normalise": True}),
+    ("sigmoid", "divergence=js", {"divergence": "js"}),
+    ("simpo", "gamma=1.5,nll_weight=1", {"gamma": 1.5, "nll_weight": 1.0}),
+    ("sppo", "divergence=alpha,alpha_divergence=0.3",
+     {"divergence": "alpha", "alpha_divergence": 0.3}),
+    ("kto", "desirable_weight=2", {"desirable_weight": 2.0}),
+    ("exo", "", {}),
 ])  # fmt: skip
 def test_loss_options(loss, option, value):
-    assert train_dpo.loss_of(train_dpo.Knobs(loss=loss, loss_options=option))[1] == value
+    smoothing = 0.001 if loss == "exo" else 0.0
+    knobs = train_dpo.Knobs(loss=loss, loss_options=option, label_smoothing=smoothing)
+    assert method_of(knobs).options == value
 
 
 @pytest.mark.parametrize("flags,message", [
-    ({"loss_options": "gamma=1"}, "loss sigmoid has the options"), ({"loss": "simpo", "loss_options": "gamma=high"}, "NAME=NUMBER"),
-    ({"loss": "simpo", "loss_options": "gamma"}, "NAME=NUMBER"), ({"loss": "lipo", "loss_options": "beta=1"}, "has the options none"),
-    ({"loss": "sppo", "loss_options": "chosen_win=1"}, "sppo has"), ({"loss": "tdpo1", "loss_options": "chosen_kl=1"}, "tdpo1 has"),
-    ({"loss": "simpo", "loss_options": "divergence=js"}, "loss simpo has"), ({"loss": "nash_md"}, "add --online"),
+    ({"loss_options": "gamma=1"}, "loss sigmoid has the options"),
+    ({"loss": "simpo", "loss_options": "gamma=high"}, "NAME=NUMBER"),
+    ({"loss": "simpo", "loss_options": "gamma"}, "NAME=NUMBER"),
+    ({"loss": "lipo", "loss_options": "beta=1"}, "has the options none"),
+    ({"loss": "sppo", "loss_options": "chosen_win=1"}, "sppo has"),
+    ({"loss": "tdpo1", "loss_options": "chosen_kl=1"}, "tdpo1 has"),
+    ({"loss": "simpo", "loss_options": "divergence=js"}, "loss simpo has"),
+    ({"loss_options": "divergence=hellinger"}, "expected reverse_kl"),
+    ({"loss": "ipo", "loss_options": "alpha_divergence=0.3"}, "--loss ipo: divergence"),
+    ({"loss": "nash_md"}, "add --online"),
     ({"loss": "kto", "online": True}, "leave out --online"),
-    ({"loss": "pro", "online": True}, "leave out --online"), ({"loss": "simpo", "rounds": 2}, "no reference to move"),
-    ({"loss": "kto", "label_smoothing": 0.1}, "loss kto has none"), ({"samples": 1}, "--samples"), ({"group_size": 1}, "--group-size"),
-    ({"rounds": 0}, "--rounds"), ({"mixture": 1.5}, "--mixture"), ({"online": True, "batch_size": 1}, "--batch-size 1"),
+    ({"loss": "pro", "online": True}, "leave out --online"),
+    ({"loss": "simpo", "rounds": 2}, "no reference to move"),
+    ({"loss": "kto", "label_smoothing": 0.1}, "loss kto has none"),
+    ({"loss": "ipo", "label_smoothing": 0.1}, "loss ipo has none"),
+    ({"loss": "robust", "label_smoothing": 0.5}, "robust needs less than 1/2"),
+    ({"loss": "exo"}, "--label-smoothing above 0"),
+    ({"loss": "d2o", "loss_options": "nll_weight=1"}, "no preferred response"),
+    ({"samples": 1}, "--samples"),
+    ({"group_size": 1}, "--group-size"),
+    ({"rounds": 0}, "--rounds"),
+    ({"mixture": 1.5}, "--mixture"),
+    ({"online": True, "batch_size": 1}, "--batch-size 1"),
 ])  # fmt: skip
 def test_what_does_not_go_together(flags, message):
     with pytest.raises(UserError, match=message):
-        train_dpo.loss_of(train_dpo.Knobs(**flags))
+        method_of(train_dpo.Knobs(**flags))
 
 
 def test_bad_values_of_options_and_labelers(toy, tmp_path):
     with pytest.raises(UserError, match="divergence"):
         run(toy, tmp_path, loss_options="divergence=hellinger")
-    feedback = data.load_feedback("toy")
+    feedback = copy.copy(load_toy())
     feedback.true_reward = None
     with pytest.raises(UserError, match="no known true reward"):
         labelers.load_labeler("true", feedback, Letters, tiny())
 
 
-def test_the_toys_own_reward_scores_samples(toy):
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_a_loss_of_ones_own(error, monkeypatch):
+    """A function in dpo.KINDS is a loss with options; its mistakes keep their type."""
 
+    def mine(pairs, beta, *, power=2.0):
+        if power < 0:
+            raise error("power")
+        return pairs.margin.abs() ** power
+
+    monkeypatch.setitem(dpo.KINDS, "mine", mine)
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    monkeypatch.setitem(dpo.AXES, "mine", dpo.AXES["sigmoid"])
+    both = {"policy": tiny(1), "reference": tiny(2)}
+    rows, said = some_rows(4), Compared(None, np.array([[0, 1], [3, 2]]), np.array([0.9, 0.2]))
+    knobs = train_dpo.Knobs(loss_options="power=3")
+    knobs.loss = "mine"  # a name that a fork's command line knows
+    batch = Batch(rows, all_logps(both["reference"], rows), said)
+    loss, _ = train_dpo.batch_loss(*both.values(), batch, method_of(knobs), knobs)
+    h = np_h(both["policy"], both["reference"], rows)
+    assert loss.item() == pytest.approx(np.mean(np.abs([h[0] - h[1], h[2] - h[3]]) ** 3), rel=1e-4)
+    knobs.loss_options = "power=-1"
+    with pytest.raises(error, match="power") as caught:
+        train_dpo.batch_loss(*both.values(), batch, method_of(knobs), knobs)
+    assert type(caught.value) is error
+
+
+def test_the_toys_own_reward_scores_samples(toy):
     tokenizer = Tokenizer.load(toy / "rm" / "model")
     scorer, prefer = labelers.load_labeler("true", data.load_feedback("toy"), tokenizer, tiny())
-    rows = [
-        [tokenizer.eos, *tokenizer.encode("ab" + word), tokenizer.eos] for word in ("hh", "ha", "a")
-    ]
-    tokens, lengths = pad_rows([np.array(row) for row in rows], tokenizer.pad)
+    rows = [tokenizer.encode("ab" + word) for word in ("hh", "ha", "a")]
+    rows = [np.array([tokenizer.eos, *row, tokenizer.eos]) for row in rows]
+    tokens, lengths = pad_rows(rows, tokenizer.pad)
     scores = scorer(tokens, torch.full((3,), 3), lengths - 3)
     assert np.allclose(scores, [4, 0, -4])
     p = prefer(tokens[:2], torch.full((2,), 3), lengths[:2] - 3, 2)

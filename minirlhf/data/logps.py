@@ -1,4 +1,4 @@
-"""Log-probs of rows."""
+"""Log-probs of rows under a model; the reference's are kept in the cache."""
 
 import contextlib
 import hashlib
@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.engine import parallel
 from minirlhf.engine.files import cache_directory, save_tensors
-from minirlhf.sampling import before_response, response_logprobs, response_mask
+from minirlhf.engine.rows import response_mask, window
+from minirlhf.sampling import response_logprobs
 
 
 def total(model):
-    """The log-prob of each response, summed over its tokens, as a function for Rows.by_parts."""
+    """The log-prob of a whole response, as a function for Rows.by_parts."""
     return lambda tokens, p, r: response_logprobs(model, tokens, p, r, int(r.max())).sum(1)
 
 
@@ -25,20 +26,21 @@ def all_logps(model, rows):
     if model is None:
         return None
     index = np.arange(len(rows.tokens))
-    return torch.cat([rows.take(i).by_parts(total(model)) for i in np.split(index, range(128, len(index), 128))])
+    parts = np.split(index, range(128, len(index), 128))
+    return torch.cat([rows.take(part).by_parts(total(model)) for part in parts])
 
 
 def stored_logps(model, rows, autocast, dtype):
-    """all_logps, computed once and kept in the cache under a digest of all that they depend on; `dtype` is the autocast's name."""
+    """all_logps, computed once and kept in the cache; `dtype` is the autocast's name.
+
+    A digest of all that they depend on is the name of their file.
+    """
     if model is None:
         return None
-    key = hashlib.sha256(repr((model.config, dtype, rows.device.type)).encode())
-    for weight in model.state_dict().values():
-        key.update(parallel.full(weight).cpu().numpy())
-    for row, prompt_length in zip(rows.tokens, rows.prompt_lengths, strict=True):
-        key.update(np.array([prompt_length, len(row), *row], dtype=np.int64))
-    path, stored = cache_directory() / "ref-logps" / f"{key.hexdigest()}.safetensors", None
-    with contextlib.suppress(OSError, SafetensorError, KeyError):  # what is not there, or broken, is made
+    name = digest(model, rows, dtype)
+    path = cache_directory() / "ref-logps" / f"{name}.safetensors"
+    stored = None
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there, or broken: made
         stored = load_file(path)["logps"].to(rows.device)
     if not parallel.any_process(stored is None, rows.device):
         return stored
@@ -50,22 +52,43 @@ def stored_logps(model, rows, autocast, dtype):
     return logps
 
 
-def prefix_kl(policy, reference, tokens, prompt_lengths, response_lengths):
-    """KL(pi_ref || pi) of the next token, summed over the prefixes of each response (TDPO): (b,), for Rows.by_parts.
+def digest(model, rows, dtype):
+    key = hashlib.sha256(repr((model.config, dtype, rows.device.type)).encode())
+    for weight in model.state_dict().values():
+        key.update(parallel.full(weight).cpu().numpy())
+    for row, p in zip(rows.tokens, rows.prompt_lengths, strict=True):
+        key.update(np.array([p, len(row), *row], dtype=np.int64))
+    return key.hexdigest()
 
-    Distributions over the vocabulary exist for 1,024 prefixes at a time, and are made again in backward.
+
+def prefix_kl(policy, reference, tokens, prompt_lengths, response_lengths):
+    """KL(pi_ref || pi) of the next token, summed over the prefixes of each response (TDPO): (b,).
+
+    A function for Rows.by_parts. Distributions over the vocabulary exist for 1,024 prefixes at a
+    time, and are made again in backward.
     """
-    width, end, lengths = int(response_lengths.max()), tokens.shape[1] - 1, prompt_lengths + response_lengths - 1
+    width, end = int(response_lengths.max()), tokens.shape[1] - 1
+    lengths = prompt_lengths + response_lengths - 1
     mask = response_mask(response_lengths, width)  # (b, R)
-    with torch.no_grad():
-        ref_hidden = before_response(reference.hidden(tokens[:, :end], lengths=lengths), prompt_lengths, width)[mask]  # (N, C)
-    hidden = before_response(policy.hidden(tokens[:, :end], lengths=lengths), prompt_lengths, width)[mask]
+
+    def before_responses(model):
+        hidden = model.hidden(tokens[:, :end], lengths=lengths)  # (b, T, C)
+        return window(hidden, prompt_lengths - 1, width)[mask].split(1024)  # (N, C) in all
 
     def kl(hidden, ref_hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            heads = (hidden, policy.lm_head_weight), (ref_hidden, reference.lm_head_weight.detach())
-            logp, ref = ((h.float() @ weight.float().t()).log_softmax(1) for h, weight in heads)
+            logp = log_probs(hidden, policy.lm_head_weight)  # (1024, V)
+            ref = log_probs(ref_hidden, reference.lm_head_weight.detach())
             return (ref.exp() * (ref - logp)).sum(1)
 
-    parts = [checkpoint(kl, h, r, use_reentrant=False) for h, r in zip(hidden.split(1024), ref_hidden.split(1024), strict=True)]
-    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(parts)).sum(1)
+    with torch.no_grad():
+        ref_hidden = before_responses(reference)
+    hidden = before_responses(policy)
+    parts = zip(hidden, ref_hidden, strict=True)
+    kls = [checkpoint(kl, *part, use_reentrant=False) for part in parts]
+    zeros = torch.zeros(mask.shape, device=tokens.device)
+    return zeros.masked_scatter(mask, torch.cat(kls)).sum(1)
+
+
+def log_probs(hidden, head):
+    return (hidden.float() @ head.float().t()).log_softmax(1)

@@ -1,63 +1,174 @@
-"""Kinds of human feedback other than pairs, as a step of train_dpo takes them: thumbs up or down, and ranked lists.
+"""What a step of train_dpo learns from: responses, and what was said of them.
+
+Pairs are compared, thumbs point up or down, lists are ranked. Each kind has a tuple of its own and
+a function that yields an epoch of it; `plan` makes all batches of a run. The index of each says
+which of the stored responses take part, all else is about their places in the batch.
 
 Left out: thumbs that mean different things from one prompt to another.
 """
 
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import Rows
+from minirlhf.lists import LISTS, THUMBS
+
+
+class Compared(NamedTuple):
+    """Pairs of b responses."""
+
+    index: np.ndarray  # (b,)
+    pairs: np.ndarray  # (P, 2) places
+    labels: np.ndarray  # (P,) P(the first is preferred)
+
+    def preferred_first(self, soft):
+        """(chosen, rejected, doubt), (P,) each: places, and P(the rejected one is preferred).
+
+        Unless `soft`, ties are left out, and there is no doubt.
+        """
+        first, second = self.pairs[:, 0], self.pairs[:, 1]
+        label = self.labels.astype(np.float32)  # in float64 a tie can be a hair above one half
+        swap = label < 0.5
+        chosen = np.where(swap, second, first)
+        rejected = np.where(swap, first, second)
+        doubt = 1 - np.where(swap, 1 - label, label)
+        if soft:
+            return chosen, rejected, doubt
+        sure = doubt < 0.5
+        return chosen[sure], rejected[sure], np.zeros_like(doubt[sure])
+
+
+class Thumbs(NamedTuple):
+    """Single responses and what they are worth."""
+
+    index: np.ndarray  # (b,)
+    scores: np.ndarray  # (b,) numbers or bool, above 0 for the desirable ones
+
+
+class Ranked(NamedTuple):
+    """L lists of at most K of b responses, best first."""
+
+    index: np.ndarray  # (b,)
+    lists: np.ndarray  # (L, K) places
+    rewards: np.ndarray  # (L, K)
+    mask: np.ndarray  # (L, K) which of the K there are
+
+
+class Batch(NamedTuple):
+    """The b responses of a step, and what people or a labeler said of them."""
+
+    rows: Rows
+    ref_logps: torch.Tensor | None  # (b,) log-probs under the reference, None without one
+    said: Compared | Thumbs | Ranked
+    wins: torch.Tensor | None = None  # (b,) how often an own sample is preferred to the others
+    bought: int = 0  # comparisons that the labeler was asked for
+
+
+def plan(items, kind, knobs, rng):
+    """All batches of a run, in the shape that the loss wants."""
+    if kind in THUMBS:
+        epoch = partial(thumbs_epoch, *thumbs(items), knobs.batch_size, rng)
+    elif kind in LISTS:
+        epoch = partial(lists_epoch, items, knobs.batch_size, knobs.group_size, rng)
+    else:
+        epoch = partial(pairs_epoch, items, knobs.batch_size, rng)
+    batches = []
+    for _ in range(knobs.epochs):
+        for batch in epoch():
+            batches.append(batch)
+            if len(batches) == knobs.steps:
+                return batches
+    return batches
+
+
+def pairs_epoch(items, batch_size, rng):
+    """Yields Compared: about batch_size items, and all that people compared of them."""
+    for index, pairs, labels in items.epoch(batch_size, rng):
+        yield Compared(index, pairs, labels)
 
 
 def thumbs(items):
-    """Single responses and what they are worth: indices (M,) and scores (M,), above 0 for the desirable ones.
+    """Single responses and what they are worth: indices (M,), scores (M,), above 0 for good ones.
 
-    Scores are mean ratings, standardised, so what is rated above the average is desirable; where there are but two values, or where a
-    pair or a ranking has an upper and a lower half, they are bool. What lies exactly between is left out, and counted.
+    Scores are mean ratings, standardised, so what is rated above the average is desirable; where
+    there are but two values, or where a pair or a ranking has an upper and a lower half, they are
+    bool. What lies exactly between is left out, and counted.
     """
-    means = items.means if items.ratings is None else [r.mean() for r in items.ratings]
-    scores = np.zeros(len(items)) if means is None else np.array(means, dtype=float) - np.mean(means)
-    for group in items.groups if means is None else []:
-        half = len(group) // 2
-        scores[group[:half]], scores[group[-half:]] = 1, -1
+    scores = worth(items)
     scores[np.isclose(scores, 0)] = 0
     if not scores.any():
-        raise UserError(f"{items.where[0]} and on: all {len(items)} ratings are alike, no response is better than the others")
+        alike = f"all {len(items)} ratings are alike, no response is better than the others"
+        raise UserError(f"{items.where[0]} and on: {alike}")
     index = np.flatnonzero(scores)
-    if len(index) < len(items):
-        print(f"{len(items) - len(index)} of {len(items)} responses are neither desirable nor undesirable: left out")
+    left_out = len(items) - len(index)
+    if left_out:
+        neither = "responses are neither desirable nor undesirable: left out"
+        print(f"{left_out} of {len(items)} {neither}")
     scores = scores[index]
-    return index, scores > 0 if len(np.unique(scores)) == 2 else (scores / scores.std()).astype(np.float32)
+    if len(np.unique(scores)) == 2:
+        return index, scores > 0
+    return index, (scores / scores.std()).astype(np.float32)
+
+
+def worth(items):
+    """(N,): how far each item is above the mean rating; by groups 1, -1 or, in the middle, 0."""
+    means = items.means
+    if items.ratings is not None:
+        means = [r.mean() for r in items.ratings]
+    if means is not None:
+        return np.array(means, dtype=float) - np.mean(means)
+    scores = np.zeros(len(items))
+    for group in items.groups:
+        half = len(group) // 2
+        scores[group[:half]] = 1
+        scores[group[-half:]] = -1
+    return scores
 
 
 def thumbs_epoch(index, scores, batch_size, rng):
-    """Yields (rows (b,), scores (b,)): about batch_size items of what `thumbs` gives, at random."""
-    if min(batch_size, len(index)) < 2:
-        raise UserError(f"a batch of {min(batch_size, len(index))} has no response of another row: expected at least 2")
-    for part in np.array_split(rng.permutation(len(index)), max(1, round(len(index) / batch_size))):
-        yield index[part], scores[part]
+    """Yields Thumbs: about batch_size items of what `thumbs` gives, at random."""
+    smallest = min(batch_size, len(index))
+    if smallest < 2:
+        alone = "has no response of another row: expected at least 2"
+        raise UserError(f"a batch of {smallest} {alone}")
+    n_batches = max(1, round(len(index) / batch_size))
+    for part in np.array_split(rng.permutation(len(index)), n_batches):
+        yield Thumbs(index[part], scores[part])
 
 
 def lists_epoch(items, batch_size, group_size, rng):
-    """Yields (rows (b,), lists (L, K), rewards (L, K), mask (L, K)): ranked lists of about batch_size items in all.
-
-    lists index into rows, best first; the mask tells which of the K there are. Rated items come in random groups of about group_size,
-    their rewards the ranks of their mean ratings, equal for equal ones; a given ranking has rewards K-1 .. 0.
-    """
-    if items.ratings is not None:
-        means = np.array([r.mean() for r in items.ratings])
-        groups = np.array_split(rng.permutation(len(items)), max(1, len(items) // group_size))
-        groups = [group[np.argsort(-means[group], kind="stable")] for group in groups]
-        rewards = [np.unique(means[group], return_inverse=True)[1] for group in groups]
-    else:
-        groups = items.groups
-        rewards = [np.arange(len(group))[::-1] for group in groups]
-    size = max(1, batch_size // max(map(len, groups)))
+    """Yields Ranked: lists of about batch_size items in all."""
+    groups, rewards = ranked_groups(items, group_size, rng)
+    per_batch = max(1, batch_size // max(map(len, groups)))
     order = rng.permutation(len(groups))
-    for batch in np.split(order, range(size, len(order), size)):
+    for batch in np.split(order, range(per_batch, len(order), per_batch)):
+        index = np.concatenate([groups[i] for i in batch])
         lengths = np.array([len(groups[i]) for i in batch])
         mask = np.arange(lengths.max()) < lengths[:, None]  # (L, K)
-        rows = np.concatenate([groups[i] for i in batch])
-        lists, worth = np.zeros(mask.shape, dtype=int), np.zeros(mask.shape, dtype=np.float32)
-        lists[mask], worth[mask] = np.arange(len(rows)), np.concatenate([rewards[i] for i in batch])
-        yield rows, lists, worth, mask
+        places = np.zeros(mask.shape, dtype=int)
+        places[mask] = np.arange(len(index))
+        worth = np.zeros(mask.shape, dtype=np.float32)
+        worth[mask] = np.concatenate([rewards[i] for i in batch])
+        yield Ranked(index, places, worth, mask)
+
+
+def ranked_groups(items, group_size, rng):
+    """(groups of indices, best first; the rewards of each).
+
+    Rated items come in random groups of about group_size, their rewards the ranks of their mean
+    ratings, equal for equal ones; a given ranking has rewards K-1 .. 0.
+    """
+    if items.ratings is None:
+        return items.groups, [np.arange(len(group))[::-1] for group in items.groups]
+    means = np.array([r.mean() for r in items.ratings])
+    n_groups = max(1, len(items) // group_size)
+    groups, rewards = [], []
+    for group in np.array_split(rng.permutation(len(items)), n_groups):
+        group = group[np.argsort(-means[group], kind="stable")]
+        groups.append(group)
+        rewards.append(np.unique(means[group], return_inverse=True)[1])
+    return groups, rewards

@@ -1,0 +1,57 @@
+"""Losses of own samples, in the form of minirlhf/feedback/losses.py: sppo, d2o and Nash-MD."""
+
+import torch
+
+from minirlhf import dpo
+from minirlhf.data import all_logps, total
+from minirlhf.feedback.losses import LOSSES, good_before_bad, of_pairs
+from minirlhf.lists import GAMES
+from minirlhf.online import samples
+
+
+def sppo(policy, reference, batch, logps, method, knobs):
+    """Pairs with the chances of their responses to beat the last policy's.
+
+    Online those are win rates among own samples, else of a pair's other response; without soft
+    labels 1 and 0.
+    """
+    soft = knobs.soft_labels
+    chosen, rejected, doubt = batch.said.preferred_first(soft)
+    doubt = torch.as_tensor(doubt, device=logps.device)
+    won, lost = 1 - doubt, doubt
+    if soft and batch.wins is not None:
+        won, lost = batch.wins[chosen], batch.wins[rejected]
+    chances = {"chosen_win": won, "rejected_win": lost}
+    return of_pairs(batch, logps, chosen, rejected, method, knobs, **chances), chosen, rejected
+
+
+def d2o(policy, reference, batch, logps, method, knobs):
+    """Rejected responses, each against what the policy itself answers to the same prompt."""
+    chosen, rejected, _ = batch.said.preferred_first(soft=False)
+    if not len(rejected):  # nothing but ties
+        return 0 * logps, chosen, rejected
+    K = knobs.samples
+    own = samples.own_answers(policy, batch.rows, K, knobs.response_length)
+    own_logps = own.by_parts(total(policy), knobs.micro_batch).view(-1, K).mean(1)  # (b,)
+    ref_own_logps = all_logps(reference, own).view(-1, K).mean(1)
+    losses = dpo.pair_loss(
+        "d2o",
+        own_logps[rejected],
+        logps[rejected],
+        ref_own_logps[rejected],
+        batch.ref_logps[rejected],
+        beta=knobs.beta,
+        **method.options,
+    )
+    return losses, chosen, rejected
+
+
+def nash_md(policy, reference, batch, logps, method, knobs):
+    """Responses of the policy, each with its chance to beat one of the mixture."""
+    losses = GAMES["nash_md"](logps, batch.ref_logps, batch.wins, beta=knobs.beta)
+    good = batch.wins.cpu().numpy() > 0.5
+    return losses, *good_before_bad(good)
+
+
+# What does not take pairs and their log-probs alone, stored responses' or own samples'
+OTHER_LOSSES = LOSSES | {"sppo": sppo, "d2o": d2o, "nash_md": nash_md}
