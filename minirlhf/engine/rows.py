@@ -7,6 +7,7 @@ of the rows and everyone the result of all; the gradient comes out right, too.
 
 import math
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,8 @@ def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
     values = parallel.total(torch.stack(list(sums.values())))
     means = dict(zip(sums, values, strict=True))
     loss = means.pop("loss")
-    _, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
+    skip = partial(nonfinite, batch.tokens) if nonfinite else None
+    _, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
     return means, norm
 
 
