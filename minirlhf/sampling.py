@@ -24,14 +24,15 @@ def plain_generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, 
     """
     B, R = len(prompts), max_new_tokens
     seed = torch.randint(2**62, (1,)).item()
-    noise = row_noise(seed, 0, B, R)  # (B, R, 2)
+    noise = row_noise(seed, 0, B, model.config.n_ctx)  # (B, n_ctx, 2), as in `generate`
     tokens = F.pad(prompts, (0, R), value=pad)  # (B, Q+R)
-    lengths, logprobs = prompt_lengths.clone(), torch.zeros(B, R)
+    lengths = prompt_lengths.clone()
+    logprobs = torch.zeros(B, R)
     ended = torch.zeros(B, dtype=torch.bool)
     for t in range(R):
         logits = window(model(tokens), lengths - 1, 1)[:, 0]  # (B, V), after each row's last
-        probs = (logits.float() / temperature).softmax(-1)
-        token = draw(probs, noise[:, t])  # (B,)
+        probs = (logits.float() / (temperature or 1)).softmax(-1)
+        token = draw(probs, noise[:, t]) if temperature else probs.argmax(-1)  # (B,)
         logprob = probs.gather(1, token[:, None]).log()
         logprobs[:, t] = logprob[:, 0].masked_fill(ended, 0)
         written = token.masked_fill(ended, pad)
@@ -89,4 +90,5 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     logprobs = zeros.masked_scatter(mask, found[0])
     if not entropy:
         return logprobs
-    return logprobs, zeros.masked_scatter(mask, found[1])
+    entropies = zeros.masked_scatter(mask, found[1])
+    return logprobs, entropies
