@@ -1,7 +1,7 @@
 """Stage 2': DPO and its family: a policy straight from preferences.   python train_dpo.py
 
     python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 3 minutes
-    python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: seconds
+    python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
     python train_dpo.py --loss ipo --no-soft-labels      # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
     python train_dpo.py --online                         # on own samples, by the reward model
@@ -245,7 +245,7 @@ def sample(base, scorer, prompts, tokenizer, knobs, autocast, model):
 
 
 def batch_loss(policy, reference, batch, method, knobs):
-    """The mean loss of a batch, and its statistics."""
+    """Steps 2 and 3: the mean loss of a batch, and its statistics."""
     logps = batch.rows.by_parts(total(policy), knobs.micro_batch)  # (b,) of whole responses
     if method.kind in OTHER_LOSSES:
         other_losses = OTHER_LOSSES[method.kind]
