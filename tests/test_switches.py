@@ -20,6 +20,7 @@ from minirlhf.feedback import labelers
 from minirlhf.feedback.scoring import make_scorer
 from minirlhf.gpt import GPT
 from minirlhf.look import alarms
+from minirlhf.sampling import generate
 from minirlhf.tokenizer import Tokenizer
 
 R = 8
@@ -234,6 +235,7 @@ def test_models_read_a_rollout_in_parts(variant, toy, monkeypatch):
             seen += [len(idx)] if cache is None else []  # with a cache it is the sampler
             return hidden(model, idx, lengths, cache)
 
+        generate(stage.policy, *stage.batch, 1, eos=-1, pad=0)  # tried before its first use
         monkeypatch.setattr(GPT, "hidden", spy)
         found.append(stage.rollout())
         models = 3 if variant.get("advantage") else 4  # policy, reference, reward model and critic
