@@ -2,7 +2,9 @@
 
 A schedule counts steps from 0: the last above 0 is steps - 1; without a warm-up the linear rate is
 lr * (1 - step / steps). The norm of the gradients is taken by way of those of their rows, which
-sharding leaves whole: so it is the same to the last digit on one process and on many.
+sharding leaves whole: so it is the same to the last digit on one process and on many. Where it or
+the loss is not finite no step is made: that is a UserError, or what `nonfinite(loss, norm)` makes
+of it.
 """
 
 import math
@@ -60,10 +62,7 @@ def gradient_norm(parameters):
 
 
 def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=None):
-    """Clips the gradients' norm (0: not at all), steps, clears: (loss, norm before), as numbers.
-
-    Where one is not finite there is no step: an error, or what `nonfinite(loss, norm)` makes of it.
-    """
+    """Clips the gradients' norm (0: not at all), steps, clears: (loss, norm before), as numbers."""
     parameters = parameters_of(optimizer)
     norm = gradient_norm(parameters)
     if max_grad_norm:
