@@ -56,7 +56,7 @@ from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.files import finished
 from minirlhf.engine.log import Run
-from minirlhf.engine.passes import compile_models
+from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import kinds, labelers
 from minirlhf.feedback.method import NAMES, method_of
@@ -206,10 +206,7 @@ def load_models(source, method, knobs, device):
     policy = GPT.from_pretrained(source).to(device)
     base = GPT.from_pretrained(source).to(device) if method.has_reference else None
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
-    if knobs.compile:
-        compile_models(policy, reference)
-    if knobs.shard:
-        parallel.shard(policy, base, reference)
+    prepare(knobs, policy, base, reference)
     return policy, base, reference
 
 

@@ -50,11 +50,11 @@ from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import finished
 from minirlhf.engine.log import Run
-from minirlhf.engine.passes import prepare
+from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
 from minirlhf.feedback.scoring import LEVELS, make_scorer
 from minirlhf.gpt import GPT, RewardModel
-from minirlhf.look.alarms import Alarms
+from minirlhf.look.alarms import alarms
 from minirlhf.look.answers import answers, compare
 from minirlhf.look.episodes import mean_of, rollout_stats
 from minirlhf.sampling import generate, response_logprobs
@@ -162,8 +162,7 @@ def main(knobs):
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
     given = {"data": prompts, "base model": source, "reward": reward}
-    run = Run("ppo", knobs, plan, device, tokenizer, parts, given)
-    alarms = Alarms(run)
+    run = Run("ppo", knobs, plan, device, tokenizer, parts, given, watch=alarms)
     for step, chosen in run.steps():
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
         skip = partial(run.nonfinite, step)
@@ -178,7 +177,6 @@ def main(knobs):
         if step == 0:
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
-        alarms.sound(step)
 
     before, after = ask(reference), ask(policy)  # the reference is the policy before
     run.close()
@@ -205,7 +203,8 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
         scores = torch.where(ended[:, None], scores, ppo.on_last_token(missing, mask))
 
     # 3 log-probs, by the function of the update, so that its first ratio is 1; and each token's KL
-    size, row = knobs.micro_batch, (tokens, p, r)
+    size = knobs.micro_batch
+    row = tokens, p, r
     read = partial(response_logprobs, width=R, temperature=knobs.temperature)
     logprobs, entropy = rowwise(partial(read, policy, entropy=True), size, *row)  # (B, R)
     ref_logprobs = rowwise(partial(read, reference), size, *row)
@@ -276,7 +275,8 @@ def update(policy, critic, episodes, take_step, knobs, kl_coef):
 
 def ppo_loss(policy, critic, knobs, kl_coef, mb):
     """(loss, stats) of a minibatch: its log-probs and values now, against those of the rollout."""
-    R, row = knobs.response_length, (mb.tokens, mb.prompt_lengths, mb.response_lengths)
+    R = knobs.response_length
+    row = mb.tokens, mb.prompt_lengths, mb.response_lengths
     mask = response_mask(mb.response_lengths, R)
     logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
     values = state_values(critic, *row, R) if critic else None

@@ -35,7 +35,7 @@ from minirlhf import data, reward, sft
 from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.log import Run
-from minirlhf.engine.passes import compile_models
+from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, RewardModel
@@ -92,10 +92,7 @@ def main(knobs):
     tokenizer = load_tokenizer(source)
     base = GPT.from_pretrained(source).to(device)
     model = fresh_model(knobs, base).to(device)
-    if knobs.compile:
-        compile_models(base, model)
-    if knobs.shard:
-        parallel.shard(base, model)
+    prepare(knobs, base, model)
     trained = parallel.Together(model)
     rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
     optimizer = optim.make_optimizer(trained, knobs.lr, **rates)

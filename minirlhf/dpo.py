@@ -42,13 +42,9 @@ class Pairs(NamedTuple):
 def pair_loss(kind, policy_chosen_logps, policy_rejected_logps, ref_chosen_logps,
               ref_rejected_logps, *, beta=0.1, label_smoothing=0.0, chosen_lengths=None,
               rejected_lengths=None, **options):  # fmt: skip
-    """The loss of each pair (B,); the script takes the mean.
-
-    Log-probs (B,) are sums over response tokens, lengths (B,) count those; None where unused.
-    label_smoothing, a float or (B,), is the probability that the labels are swapped: with 1 -
-    P(chosen preferred) sigmoid learns from soft labels. Options: see options_of. Raises ValueError
-    for an unknown kind, and for what it lacks, does not have or would ignore.
-    """
+    """The loss of each pair (B,). Log-probs (B,) are sums over response tokens, lengths (B,) count
+    those; None where unused. label_smoothing, a float or (B,), is P(the labels are swapped): 1 -
+    P(chosen preferred) of soft labels. ValueError for an unknown kind, or what it cannot use."""
     kind = ALIASES.get(kind, kind)
     if kind not in KINDS:
         raise ValueError(f"loss {kind!r}: expected one of {', '.join([*KINDS, *ALIASES])}")
@@ -57,7 +53,7 @@ def pair_loss(kind, policy_chosen_logps, policy_rejected_logps, ref_chosen_logps
     takes = inspect.signature(KINDS[kind])
     if "label_smoothing" in takes.parameters:
         options["label_smoothing"] = label_smoothing
-    elif torch.any(torch.as_tensor(label_smoothing) != 0):
+    elif torch.as_tensor(label_smoothing).any():
         raise ValueError(f"loss {kind} has no label smoothing")
     try:
         takes.bind(None, beta, **options)

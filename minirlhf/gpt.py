@@ -112,16 +112,11 @@ class GPT(nn.Module):
         return run.padded(self.ln_f(x))
 
     def hidden(self, idx, lengths=None, cache=None):
-        """Final hidden states (B, T, C) of token ids (B, T).
-
-        With the `lengths` (B,) of right-padded rows nothing is computed for the padding, where the
-        result is 0, if it is a sixth or more. Keys and values go into the first T slots of a
-        `cache` (L, 2, B, H, S, C/H). Raises ValueError when T exceeds the context.
-        """
+        """Final hidden states (B, T, C) of token ids (B, T), 0 where `lengths` (B,) of right-padded
+        rows left out a sixth or more as padding. A `cache` (L, 2, B, H, S, C/H) keeps keys and
+        values in its first T slots. Raises ValueError when T exceeds the context."""
         if idx.shape[1] > self.config.n_ctx:
-            raise ValueError(
-                f"a row of {idx.shape[1]} tokens exceeds the context of {self.config.n_ctx}"
-            )
+            raise ValueError(f"{idx.shape[1]} tokens exceed the context of {self.config.n_ctx}")
         if self.compiled and cache is None:
             return compiled_hidden(self, idx)
         return self.trunk(Pass(self, idx, lengths, cache))
@@ -204,22 +199,24 @@ class RewardModel(HeadedGPT):
         self.level, self.shift = level, shift
 
     def values(self, idx, lengths=None):
-        """The head at every position: (B, T) of token ids (B, T); `lengths` (B,) as in
-        GPT.hidden."""
+        """The head at every position: (B, T); idx (B, T) and `lengths` (B,) as in GPT.hidden."""
         return self.score(self.transformer.hidden(idx, lengths=lengths)).squeeze(-1)
 
     def forward(self, idx, lengths, prompt_lengths=None):
-        """The score (B,) of each row of `lengths` real tokens, the first `prompt_lengths` a prompt.
-        Raises ValueError when a token-level model is not told them."""
+        """The score (B,) of rows of `lengths` tokens; at token level of those after the prompt."""
         values = self.values(idx, lengths)
-        if self.level == "response":
-            return values.gather(1, lengths[:, None] - 1).squeeze(1) + self.shift
+        if self.level == "token":
+            return self.sum_of_response(values, lengths, prompt_lengths) + self.shift
+        return values.gather(1, lengths[:, None] - 1).squeeze(1) + self.shift
+
+    def sum_of_response(self, values, lengths, prompt_lengths):
+        """The sum (B,) of the values (B, T) of each row's response tokens."""
         if prompt_lengths is None:
             raise ValueError("a token-level score sums the response: prompt_lengths is missing")
-        where = torch.arange(idx.shape[1], device=idx.device)
+        where = torch.arange(values.shape[1], device=values.device)
         outside = (where < prompt_lengths[:, None]) | (where >= lengths[:, None])  # (B, T)
         exact = torch.promote_types(values.dtype, torch.float32)
-        return values.masked_fill(outside, 0).sum(1, dtype=exact) + self.shift
+        return values.masked_fill(outside, 0).sum(1, dtype=exact)
 
     @torch.no_grad()
     def normalize(self, mean, std):

@@ -9,6 +9,7 @@ Left out: entropy bonus, dual clip, clamps on log-ratios, bootstrapping the valu
 import math
 
 import torch
+import torch.nn.functional as F
 
 ADVANTAGES = ("gae", "rloo", "grpo", "reinforce")
 
@@ -20,34 +21,29 @@ def masked(x, mask):
 
 def masked_mean(x, mask):
     """The mean of x where the mask is True; 0 where it is nowhere."""
-    return masked(x, mask).sum() / mask.sum().clamp(min=1)
+    count = mask.sum().clamp(min=1)
+    return masked(x, mask).sum() / count
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
-    """Elementwise estimators of KL(policy || reference), by policy's samples (Schulman 2020).
-
-    With u = logprobs - ref_logprobs: k1 = u, unbiased and of either sign; k2 = u^2/2; k3 = exp(-u)
-    - 1 + u, unbiased and never negative. Raises ValueError for another kind.
-    """
+    """Estimators of KL(policy || reference) at each of the policy's samples (Schulman 2020): k1 is
+    unbiased, k2 never negative, k3 both. Raises ValueError for another kind."""
     u = logprobs - ref_logprobs
-    if kind == "k1":
-        return u
-    if kind == "k2":
-        return u**2 / 2
-    if kind == "k3":
-        return torch.expm1(-u) + u
-    raise ValueError(f"kl kind {kind!r}: expected k1, k2 or k3")
+    estimates = {"k1": u, "k2": u**2 / 2, "k3": torch.expm1(-u) + u}
+    if kind not in estimates:
+        raise ValueError(f"kl kind {kind!r}: expected k1, k2 or k3")
+    return estimates[kind]
 
 
 def kl_loss(logprobs, ref_logprobs, mask, kind):
     """The mean KL estimate over the mask: a scalar, for a KL that the loss pays (k2 or k3)."""
-    kl = kl_estimate(masked(logprobs, mask), masked(ref_logprobs, mask), kind)
+    logprobs, ref_logprobs = masked(logprobs, mask), masked(ref_logprobs, mask)
+    kl = kl_estimate(logprobs, ref_logprobs, kind)
     return masked_mean(kl, mask)
 
 
 def on_last_token(scores, mask):
-    """Scores (B,) on the last real token of their rows, 0 elsewhere: (B, R). A row without tokens
-    has no place for one."""
+    """Scores (B,) on the last real token of their rows, where there is one, 0 elsewhere: (B, R)."""
     lengths = mask.bool().sum(1, keepdim=True)  # (B, 1)
     last = (lengths - 1).clamp(min=0)
     zeros = scores.new_zeros(mask.shape)
@@ -56,11 +52,8 @@ def on_last_token(scores, mask):
 
 
 def shaped_rewards(scores, kl, mask, kl_coef):
-    """Per-token rewards (B, R): -kl_coef * kl at each token, and the score (B,) on the last one
-    (Ziegler et al. 2019, eq. 2).
-
-    Scores (B, R) are what each token earns, and stay where they are.
-    """
+    """Rewards of tokens (B, R): -kl_coef * kl, and on the last one the score (B,) (Ziegler et al.
+    2019, eq. 2); scores (B, R) are what each token earns."""
     if scores.dim() == 1:
         scores = on_last_token(scores, mask)
     return masked(scores - kl_coef * kl, mask)
@@ -95,7 +88,7 @@ def fast_gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def td_errors(rewards, values, mask, gamma):
     """delta_t = r_t + gamma V_{t+1} - V_t and V_t, both (B, R), 0 outside the mask."""
     rewards, values = masked(rewards, mask), masked(values, mask)
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    following = F.pad(values[:, 1:], (0, 1))
     return rewards + gamma * following - values, values
 
 
@@ -104,8 +97,7 @@ def whiten(x, mask, shift_mean=True):
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    if not shift_mean:
-        white = white + mean
+    white = white if shift_mean else white + mean
     return masked(white, mask)
 
 
@@ -121,15 +113,12 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
             "ppo/policy/approxkl": masked_mean(0.5 * log_ratio**2, mask),
             "ppo/policy/clipfrac": masked_mean((clipped > plain).float(), mask),
         }
-    larger = torch.maximum(plain, clipped)
-    return masked_mean(larger, mask), stats
+    return masked_mean(torch.maximum(plain, clipped), mask), stats
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """Half the squared error, or that of the value held within `clip` of the old one: the larger.
-
-    Returns (mean over the mask, stats), as in Ziegler et al. 2019.
-    """
+    Returns (mean over the mask, stats), as in Ziegler et al. 2019."""
     values, old_values = masked(values, mask), masked(old_values, mask)
     returns = masked(returns, mask)
     near = torch.maximum(values, old_values - clip)
@@ -143,13 +132,11 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect critic, 0 one that
-    knows only the mean."""
-
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    return 1 - variance(returns - values) / variance(returns)
+    """1 - var(returns - values) / var(returns): 1 of a perfect critic, 0 of a constant one."""
+    errors = returns - values
+    unexplained = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - unexplained / variance
 
 
 def group_advantages(scores, group_size, kind):
@@ -165,7 +152,8 @@ def group_advantages(scores, group_size, kind):
         given = f"{len(scores)} scores in groups of {group_size}"
         raise ValueError(f"{given}: expected whole groups of at least 2")
     groups = scores.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    mean = groups.mean(1, keepdim=True)
+    centred = groups - mean
     if kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     elif kind == "grpo":
@@ -183,7 +171,9 @@ class AdaptiveKL:
     """
 
     def __init__(self, coef, target, horizon):
-        self.coef, self.target, self.horizon = coef, target, horizon
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
 
     def update(self, kl, n):
         if math.isfinite(kl):

@@ -8,10 +8,9 @@ def bradley_terry_loss(chosen, rejected, *, margin=0.0, label=1.0, center=0.0):
     """Negative log-likelihood of preferences (Bradley and Terry 1952): a scalar, the mean.
 
     chosen, rejected: scores, any one shape; or the logits of a pairwise preference model, and 0.
-    label = P(chosen preferred), a float or that shape: 1 is a plain preference, 0.5 a tie, the
-    share of raters who agree a soft label. margin is subtracted from the difference (Llama 2).
-    center weighs (chosen + rejected)^2, which pins the free constant of a reward (Eisenstein et al.
-    2023).
+    label = P(chosen preferred), a float or that shape: 1 is a plain preference, 0.5 a tie, a share
+    of raters a soft label. margin is subtracted from the difference (Llama 2). center weighs
+    (chosen + rejected)^2, which pins a reward's free constant (Eisenstein et al. 2023).
     """
     difference = chosen - rejected
     agree = -label * F.logsigmoid(difference - margin)

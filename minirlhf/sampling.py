@@ -22,7 +22,8 @@ def plain_generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, 
 
     The same torch seed gives the same tokens. prompts (B, Q), right-padded; prompt_lengths (B,).
     """
-    B, R = len(prompts), max_new_tokens
+    B = len(prompts)
+    R = max_new_tokens
     seed = torch.randint(2**62, (1,)).item()
     noise = row_noise(seed, 0, B, model.config.n_ctx)  # (B, n_ctx, 2), as in `generate`
     tokens = F.pad(prompts, (0, R), value=pad)  # (B, Q+R)
@@ -31,12 +32,14 @@ def plain_generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, 
     ended = torch.zeros(B, dtype=torch.bool)
     for t in range(R):
         logits = window(model(tokens), lengths - 1, 1)[:, 0]  # (B, V), after each row's last
-        probs = (logits.float() / (temperature or 1)).softmax(-1)
+        logits = logits.float() / (temperature or 1)
+        probs = logits.softmax(-1)
         token = draw(probs, noise[:, t]) if temperature else probs.argmax(-1)  # (B,)
         logprob = probs.gather(1, token[:, None]).log()
         logprobs[:, t] = logprob[:, 0].masked_fill(ended, 0)
         written = token.masked_fill(ended, pad)
-        tokens.scatter_(1, lengths[:, None], written[:, None])
+        place = lengths[:, None]
+        tokens.scatter_(1, place, written[:, None])
         lengths += ~ended
         ended |= token == eos
     return Rollout(tokens, prompt_lengths, lengths - prompt_lengths, logprobs)
@@ -44,39 +47,33 @@ def plain_generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, 
 
 def generate(model, prompts, prompt_lengths, max_new_tokens, *, eos, pad, temperature=1.0,
              top_k=None, generator=None):  # fmt: skip
-    """Samples a response to each prompt until EOS or `max_new_tokens`: a Rollout.
+    """A Rollout: a response to each prompt, sampled until EOS or `max_new_tokens`.
 
-    prompts (B, Q) int, right-padded; prompt_lengths (B,). `temperature` 0 takes the likeliest
-    token, whose log-prob is then given at temperature 1; `top_k` keeps the k likeliest. The
-    generator, or torch's own, gives one seed, of which with row and place comes a token's noise.
-    Raises ValueError when a row could outgrow the context or an argument makes no sense.
+    prompts (B, Q) int, right-padded; prompt_lengths (B,). At `temperature` 0 the likeliest token,
+    with its log-prob at 1; `top_k` keeps the k likeliest. Noise is of the row, the place and one
+    seed, by the generator or torch's own. Raises ValueError where a row could outgrow the context
+    or an argument makes no sense.
     """
     Q, n_ctx = prompts.shape[1], model.config.n_ctx
     shortest = int(prompt_lengths.min())
     longest = int(prompt_lengths.max())
     if longest + max_new_tokens > n_ctx:
-        raise ValueError(
-            f"a prompt of {longest} tokens and a response of up to {max_new_tokens} exceed the "
-            f"context of {n_ctx}: shorten the prompts, or allow fewer new tokens"
-        )
-    k = 1 if top_k is None else top_k
-    positive = max_new_tokens >= 1 and temperature >= 0 and k >= 1
+        given = f"a prompt of {longest} tokens and a response of up to {max_new_tokens}"
+        raise ValueError(f"{given} exceed the context of {n_ctx}: allow fewer tokens")
+    positive = max_new_tokens >= 1 and temperature >= 0 and (top_k is None or top_k >= 1)
     if not positive or not 1 <= shortest <= longest <= Q:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, prompt "
-            f"lengths {shortest}..{longest} of {Q}: each must be positive and fit"
-        )
+        given = f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}"
+        lengths = f"prompt lengths {shortest}..{longest} of {Q}"
+        raise ValueError(f"{given}, {lengths}: each must be positive and fit")
     options = {"eos": eos, "pad": pad, "temperature": temperature, "top_k": top_k}
     return decode(model, prompts, prompt_lengths, max_new_tokens, generator, **options)
 
 
 def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, temperature=1.0,
                       entropy=False):  # fmt: skip
-    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask.
-
-    tokens (B, T): left-aligned rows of prompt and response; R = `width`. With `entropy`, also the
-    entropy of each distribution (B, R). The one function for rollout, reference and update.
-    """
+    """log pi of each response token given all before it: (B, R) fp32, 0 outside the mask; with
+    `entropy`, also that of each distribution (B, R). tokens (B, T): left-aligned rows of prompt and
+    response; R = `width`. The one function for rollout, reference and update."""
     mask = response_mask(response_lengths, width)  # (B, R)
     before = prompt_lengths - 1  # each token is predicted at the place before its own
     lengths = prompt_lengths + response_lengths
@@ -85,10 +82,10 @@ def response_logprobs(model, tokens, prompt_lengths, response_lengths, width, te
     hidden = window(hidden, before, width)[mask]  # (N, C)
     targets = window(tokens[:, 1:end], before, width)[mask]  # (N,)
     options = {"temperature": temperature, "entropy": entropy}
-    found = kernels.token_logprobs_and_entropy(hidden, model.lm_head_weight, targets, **options)
+    head = model.lm_head_weight
+    found = kernels.token_logprobs_and_entropy(hidden, head, targets, **options)
     zeros = found[0].new_zeros(mask.shape)
     logprobs = zeros.masked_scatter(mask, found[0])
     if not entropy:
         return logprobs
-    entropies = zeros.masked_scatter(mask, found[1])
-    return logprobs, entropies
+    return logprobs, zeros.masked_scatter(mask, found[1])

@@ -25,7 +25,7 @@ from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.files import finished
 from minirlhf.engine.log import Run
-from minirlhf.engine.passes import prepare
+from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import bucketed, pad_rows
 from minirlhf.engine.weights import model_directory
 from minirlhf.gpt import GPT, GPTConfig

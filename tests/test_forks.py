@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import train_ppo
 import train_rm
 from minirlhf import gpt, sft
-from minirlhf.engine import decoding
+from minirlhf.engine import decoding, quick
 from minirlhf.sampling import generate, plain_generate, response_logprobs
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ LINE = "sampling: the quick decoding step"
 @pytest.fixture(autouse=True)
 def no_model_yet(monkeypatch):
     """As in a new process: the line about the quick step is printed once in each."""
-    monkeypatch.setattr(decoding, "QUICK", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(quick, "QUICK", weakref.WeakKeyDictionary())
 
 
 # Forks: each changes classes of gpt.py by change(owner, name, new)
@@ -196,10 +196,10 @@ def expect_plain_samples(model, temperature, seed, eos):
 def test_a_fork_is_sampled_as_itself(fork, temperature, capsys):
     model = train(fresh())
     expect_right_samples(model, temperature)
-    assert capsys.readouterr().out.count(LINE) == 1 and not decoding.QUICK[model]
+    assert capsys.readouterr().out.count(LINE) == 1 and not quick.fits(model)
     other = train(fresh(seed=1))
     expect_plain_samples(other, temperature, seed=1, eos=EOS)
-    assert not capsys.readouterr().out and not decoding.QUICK[other]
+    assert not capsys.readouterr().out and not quick.fits(other)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -207,7 +207,7 @@ def test_a_fork_is_sampled_as_itself(fork, temperature, capsys):
 def test_the_plain_model_takes_the_quick_step(seed, temperature, capsys):
     model = train(fresh(seed))
     expect_right_samples(model, temperature, seed)
-    assert not capsys.readouterr().out and decoding.QUICK[model]
+    assert not capsys.readouterr().out and quick.fits(model)
 
 
 def test_a_forks_packed_rows_are_its_rows(fork):
@@ -242,9 +242,8 @@ def test_a_fork_that_differs_once_it_is_trained(monkeypatch):
     for block in model.h:
         nn.init.zeros_(block.mlp.c_proj.weight)  # a usual start: the activation changes nothing yet
     expect_right_samples(model)
-    assert decoding.QUICK[model]
+    assert not quick.fits(model)
     expect_right_samples(train(model))
-    assert not decoding.QUICK[model]
 
 
 def test_what_is_hung_on_a_model_counts_at_once():
@@ -254,7 +253,7 @@ def test_what_is_hung_on_a_model_counts_at_once():
     expect_right_samples(model)
     hook.remove()
     expect_right_samples(model)
-    assert decoding.QUICK[model]
+    assert quick.fits(model)
     model.h[1].mlp = nn.Identity()
     expect_right_samples(model)
 

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from minirlhf.engine import passes
-from minirlhf.engine.passes import Pass, attention, drop_out, noise_of, scramble
+from minirlhf.engine import passes, prepare
+from minirlhf.engine.passes import Pass
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.kernels import attention as attention_kernels
+from minirlhf.kernels.attention import attention, drop_out, noise_of, scramble
 from minirlhf.tokenizer import Tokenizer
 
 V, CONTEXT, PAD = 61, 24, 7
@@ -719,11 +721,13 @@ def test_dropout_by_noise_is_independent():
     used = []  # which noise each dropout of a model has, as an offset
     with pytest.MonkeyPatch.context() as patch:
         real = drop_out
-        patch.setattr(
-            passes,
-            "drop_out",
-            lambda x, p, noise: used.append(noise.flatten()) or real(x, p, noise),
-        )
+
+        def recorded(x, p, noise):
+            used.append(noise.flatten())
+            return real(x, p, noise)
+
+        for module in (passes, attention_kernels):
+            patch.setattr(module, "drop_out", recorded)
         torch.manual_seed(0)
         GPT(GPTConfig(**{**vars(config), "dropout": 0.5})).train().hidden(idx[:1])
     first = noise_of(idx[:1])[0]
@@ -827,7 +831,7 @@ def test_compiled_trunk_is_the_eager_one_for_every_shape(tracing):
             out.detach(),
             torch.autograd.grad(out.square().sum(), model.wpe.weight)[0],
         )
-    passes.compile_models(model)
+    prepare.compile_models(model)
     for tokens, (out, gradient) in expected.items():
         got = model.hidden(tokens, lengths=torch.ones(len(tokens), dtype=torch.long))
         close(got, out)
@@ -841,7 +845,7 @@ def test_compile_says_why_not(monkeypatch, capsys):
 
     monkeypatch.setattr(passes, "compiled_pass", broken)
     model = layered()
-    passes.compile_models(model)
+    prepare.compile_models(model)
     assert (
         capsys.readouterr().out
         == "--compile: not possible here, going on without: no compiler here\n"

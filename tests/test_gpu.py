@@ -12,7 +12,7 @@ import torch
 
 from minirlhf import kernels
 from minirlhf.engine.decoding import GRAPHS
-from minirlhf.engine.passes import compile_models
+from minirlhf.engine.prepare import compile_models
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import decoding, fused_logprobs
 from minirlhf.sampling import generate, response_logprobs

@@ -535,7 +535,7 @@ def test_a_loss_that_is_not_finite(stage, needs, tmp_path, monkeypatch, capsys):
     def poisoned(optimizer, max_grad_norm, loss, nonfinite=None):
         calls.append(loss)
         if len(calls) == 3:
-            gradients = [p.grad for p in optim.parameters_of(optimizer) if p.grad is not None]
+            gradients = [p.grad for p in states.parameters_of(optimizer) if p.grad is not None]
             gradients[0].view(-1)[0] = float("nan")
         return step(optimizer, max_grad_norm, loss, nonfinite)
 

@@ -947,7 +947,7 @@ def test_each_alarm_has_its_sign(name, series):
 
 
 def test_an_alarm_is_printed_once(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(alarms, "alarms", lambda rows: ["smoke"] if len(rows) > 1 else [])
+    monkeypatch.setattr(train_ppo, "alarms", lambda rows: ["smoke"] if len(rows) > 1 else [])
     train(toy, tmp_path, steps=4)
     assert re.findall(r"alarm at step \d+: smoke", capsys.readouterr().out) == [
         "alarm at step 1: smoke"

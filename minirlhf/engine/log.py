@@ -37,17 +37,19 @@ OLD = ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "nonfinit
 class Run:
     """A run directory, the loop's bookkeeping and its progress bar.
 
-    `parts` and `given` as in states.State. A new run empties what an older one left there first,
+    `parts` and `given` as in states.State; watch(rows) -> texts finds signs of trouble in
+    the metrics so far, and each is said once. A new run empties what an older one left there first,
     the summary before all: `finished` tells by it whether a directory holds a whole run. With
     --resume it goes on from the newest state, if there is one. Raises UserError where another run
     is writing, where the directory cannot be written, and where the state is another run's.
     """
 
-    def __init__(self, name, knobs, plan, device, tokenizer, parts, given):
+    def __init__(self, name, knobs, plan, device, tokenizer, parts, given, watch=None):
         self.name, self.knobs, self.plan = name, knobs, plan
         self.device, self.tokenizer = device, tokenizer
         self.out, self.start = Path(knobs.out), time.time()
         self.first, self.rows, self.skipped = 0, [], 0
+        self.watch, self.told = watch or (lambda rows: []), set()
         self.writes = not parallel.rank()  # the first process has the files
         given = given | {"data": (given["data"], plan), "tokenizer": tokenizer.ranks}
         self.state = State(self.out / "state", name, knobs, parts, given)
@@ -105,6 +107,8 @@ class Run:
             )
         rows = [json.loads(line) for line in kept.splitlines()]
         self.rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+        for n in range(self.first):
+            self.told |= set(self.watch(self.rows[: n + 1]))
         self.start -= facts["seconds"]
         parallel.barrier()  # all have read
         if self.writes:
@@ -122,6 +126,9 @@ class Run:
             for step in range(self.first, total):
                 machine.seed_everything(self.knobs.seed, step)
                 yield step, self.plan[step]
+                for sign in sorted(set(self.watch(self.rows)) - self.told):
+                    self.told.add(sign)
+                    self.say(f"alarm at step {step}: {sign}")
                 done = step + 1
                 stop = parallel.any_process(bool(caught), self.device)
                 if stop or done == total or (every and done % every == 0):

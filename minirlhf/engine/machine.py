@@ -42,16 +42,6 @@ def precision(device, dtype):
 
 
 @contextlib.contextmanager
-def products(x):
-    """Products in the types of their operands, whatever the autocast; by the quicker library."""
-    kind, off = x.device.type, contextlib.nullcontext()
-    if torch.is_autocast_enabled(kind):
-        off = torch.autocast(kind, enabled=False)
-    with quick_library(x), off:
-        yield
-
-
-@contextlib.contextmanager
 def matmul_precision(name):
     """torch's precision of fp32 matrix products for a while."""
     before = torch.get_float32_matmul_precision()
@@ -62,14 +52,19 @@ def matmul_precision(name):
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
 def quick_library(x):
     """On a CPU, matrix products by the quicker of its libraries for as many rows as x has."""
+    before = None
+    with contextlib.suppress(RuntimeError):  # where the caller set torch's newer switches
+        before = torch.get_float32_matmul_precision()
     try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller uses torch's newer switches, not to be mixed with this one
-        return contextlib.nullcontext()
-    gpu = x.device.type != "cpu"
-    return contextlib.nullcontext() if gpu else matmul_precision(cpu_precision(len(x)))
+        if before and x.device.type == "cpu":
+            torch.set_float32_matmul_precision(cpu_precision(len(x)))
+        yield
+    finally:
+        if before:
+            torch.set_float32_matmul_precision(before)
 
 
 def cpu_precision(rows=1024):

@@ -21,7 +21,11 @@ def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, 
     """
     vectors = {"params": [], "weight_decay": 0.0, "scale": 1.0}
     matrices = {"params": [], "weight_decay": weight_decay, "scale": 1.0}
-    embeddings = {"params": [], "weight_decay": weight_decay / embedding_lr, "scale": embedding_lr}
+    embeddings = {
+        "params": [],
+        "weight_decay": weight_decay / embedding_lr,
+        "scale": embedding_lr,
+    }
     for name, p in model.named_parameters():
         group = matrices if p.dim() >= 2 else vectors
         if name.endswith("wte.weight"):
@@ -38,41 +42,36 @@ def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
     left = min(1.0, (steps - step) / max(1, steps - rising))
     cosine = (1 - math.cos(math.pi * left)) / 2
     scale = {"linear": left, "cosine": cosine, "constant": 1.0}[schedule]
-    if rising:
-        scale = min((step + 1) / rising, scale)
+    scale = min((step + 1) / rising, scale) if rising else scale
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0) * scale
-
-
-def parameters_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def gradient_norm(parameters):
     """The norm of all gradients together, that of all processes where they are sharded."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = any(hasattr(g, "to_local") for g in gradients)
-    parts = [g.to_local() for g in gradients] if sharded else gradients
-    rows = [g.flatten(1) if g.dim() > 1 else g[:, None] for g in parts]
-    norms = [torch.linalg.vector_norm(g, dim=1) for g in rows]
+    parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    norms = [torch.linalg.vector_norm(g[:, None].flatten(1), dim=1) for g in parts]
     squares = sum(norm.double().square().sum() for norm in norms)
-    if sharded:
+    if any(hasattr(g, "to_local") for g in gradients):
         torch.distributed.all_reduce(squares)
     return squares.sqrt().float()
 
 
-def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=None):
+def refuse(loss, norm):
+    raise UserError(f"loss {loss}, gradient norm {norm}")
+
+
+def optimizer_step(optimizer, max_grad_norm, loss, nonfinite=refuse):
     """Clips the gradients' norm (0: not at all), steps, clears: (loss, norm before), as numbers."""
-    parameters = parameters_of(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = gradient_norm(parameters)
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
-    elif nonfinite:
-        nonfinite(loss, norm)
     else:
-        raise UserError(f"loss {loss}, gradient norm {norm}")
+        nonfinite(loss, norm)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm

@@ -73,13 +73,9 @@ def first_alone():
 
 
 def share(n):
-    """This process's part of n rows: their indices (k,), and which of them count (k,).
-
-    k is the same on all processes, so that they work in the same order; where n is no multiple, the
-    last row is taken again and does not count.
-    """
+    """This process's k of n rows, their indices, and which count: not the last, taken again."""
     k = -(-n // world())
-    index = rank() * k + np.arange(k)
+    index = np.arange(k) + (rank() * k if world() > 1 else 0)
     return np.minimum(index, n - 1), index < n
 
 
@@ -101,9 +97,11 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x, n):
-    """All n rows (n, ...), on every process, of what each made of its `share` of them (k, ...)."""
+    """All n rows (n, ...) of what each process made of its `share` (k, ...); of a list, each."""
     if world() == 1 or x is None:
         return x
+    if isinstance(x, list):
+        return [gather(part, n) for part in x]
     return Gather.apply(x.byte(), n).bool() if x.dtype == torch.bool else Gather.apply(x, n)
 
 
@@ -175,15 +173,17 @@ def sharded(model):
 
 
 @contextlib.contextmanager
-def whole(model):
-    """A sharded model has all its weights on each process for a while, to sample from."""
-    parts = sharded(model)
+def sampling(model):
+    """For a while a model drops nothing, and a sharded one has all its weights on each process."""
+    training, parts = model.training, sharded(model)
+    model.eval()
     for part in parts:
         part.set_reshard_after_forward(False)
         part.unshard()
     try:
         yield
     finally:
+        model.train(training)
         for part in parts:
             part.set_reshard_after_forward(not hasattr(part, "wte"))
             part.reshard()

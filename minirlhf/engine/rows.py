@@ -34,13 +34,10 @@ def response_mask(lengths, width):
 
 def window(x, start, width):
     """x (B, T, ...) at places start (B,) .. start + width - 1 of its own row: (B, width, ...).
-
-    Past the end of x the last place is repeated: outside any mask.
-    """
+    Past the end of x the last place is repeated: outside any mask."""
     places = start[:, None] + torch.arange(width, device=x.device)  # (B, width)
-    places = places.clamp(max=x.shape[1] - 1)
-    row = torch.arange(len(x), device=x.device)
-    return x[row[:, None], places]
+    row = torch.arange(len(x), device=x.device)[:, None]
+    return x[row, places.clamp(max=x.shape[1] - 1)]
 
 
 # Batches of indices
@@ -49,10 +46,12 @@ def window(x, start, width):
 def bucketed(lengths, batch_size, rng):
     """Batches of like length in random order: each index once, the last of a window perhaps
     smaller."""
-    order, batches, many = rng.permutation(len(lengths)), [], 16 * batch_size
+    order, batches = rng.permutation(len(lengths)), []
+    many = 16 * batch_size
     for some in np.split(order, range(many, len(order), many)):
-        some = some[np.argsort(lengths[some], kind="stable")]
-        batches += np.split(some, range(batch_size, len(some), batch_size))
+        by_length = np.argsort(lengths[some], kind="stable")
+        starts = range(batch_size, len(some), batch_size)
+        batches += np.split(some[by_length], starts)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -71,10 +70,7 @@ def rowwise(f, size, *rows):
     """f(*rows), a tensor (B, ...) or several, computed `size` rows at a time; 0: all."""
     n = len(rows[0])
     mine, _ = parallel.share(n)
-    found = in_parts(f, size, *(x[mine] for x in rows))
-    if torch.is_tensor(found):
-        return parallel.gather(found, n)
-    return [parallel.gather(x, n) for x in found]
+    return parallel.gather(in_parts(f, size, *(x[mine] for x in rows)), n)
 
 
 def in_parts(f, size, *rows):
@@ -88,31 +84,26 @@ def in_parts(f, size, *rows):
 
 def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
     """One optimizer step on loss_of(part) -> (loss, stats), means over the response tokens of a
-    part of the batch: (stats of the whole batch, gradient norm). Each process has its share of the
-    rows, --micro-batch of them in memory at a time.
-
-    batch: a NamedTuple of rows with `rows(index)`, `tokens` and `response_lengths`.
-    """
+    part of the batch: (stats of the whole batch, gradient norm). Each process has its share of its
+    rows(index), --micro-batch of them in memory at a time."""
     n_tokens, sums = batch.response_lengths.sum(), Counter()
     mine, counts = parallel.share(len(batch.tokens))
     size = knobs.micro_batch or len(mine)
     for start in range(0, len(mine), size):
         where = slice(start, start + size)
         part = batch.rows(mine[where])
-        real = torch.as_tensor(counts[where], device=n_tokens.device)
-        lengths = part.response_lengths * real  # no row counts twice
+        once = torch.as_tensor(counts[where], device=n_tokens.device)  # no row counts twice
+        lengths = part.response_lengths * once
         with autocast:
             loss, stats = loss_of(part._replace(response_lengths=lengths))
         weight = lengths.sum() / n_tokens
         trained.backward(loss * weight, last=where.stop >= len(mine))
-        stats["loss"] = loss
-        for name, value in stats.items():
+        for name, value in (stats | {"loss": loss}).items():
             sums[name] += value.detach() * weight
     values = parallel.total(torch.stack(list(sums.values())))
     means = dict(zip(sums, values, strict=True))
-    loss = means.pop("loss")
-    skip = partial(nonfinite, batch.tokens) if nonfinite else None
-    _, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
+    skip = partial(nonfinite, batch.tokens) if nonfinite else optim.refuse
+    _, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, means.pop("loss"), skip)
     return means, norm
 
 
@@ -130,55 +121,53 @@ class Rows(NamedTuple):
         lengths = prompt_lengths + response_lengths
         padded = zip(tokens.cpu().numpy(), lengths.tolist(), strict=True)
         rows = [row[:n] for row, n in padded]
-        return cls(rows, prompt_lengths.cpu().numpy(), pad, tokens.device)
+        prompt_lengths = prompt_lengths.cpu().numpy()
+        return cls(rows, prompt_lengths, pad, tokens.device)
 
     def take(self, index):
         tokens = [self.tokens[i] for i in index]
-        return self._replace(tokens=tokens, prompt_lengths=self.prompt_lengths[index])
+        prompt_lengths = self.prompt_lengths[index]
+        return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
     def lengths(self):
         """Response tokens of each row: (N,)."""
-        whole = torch.tensor([len(row) for row in self.tokens], device=self.device)
-        prompts = torch.as_tensor(self.prompt_lengths)
-        return whole - prompts.to(self.device)
+        whole = torch.tensor([len(row) for row in self.tokens])
+        return (whole - torch.as_tensor(self.prompt_lengths)).to(self.device)
 
     def by_parts(self, f, micro_batch=0):
-        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows: (N, ...).
-
-        Rows of like length go together. With a `micro_batch` a part has at most that many rows, and
-        its activations are made again in backward (Chen et al. 2016), so a loss may compare all
-        rows.
-        """
+        """f(tokens (b, T), prompt_lengths, response_lengths) -> (b, ...) of all rows: (N, ...), of
+        like length together. With a `micro_batch` of at most that many, whose activations are made
+        again in backward (Chen et al. 2016), so a loss may compare all rows."""
         mine, _ = parallel.share(len(self.tokens))
         whole = np.array([len(row) for row in self.tokens])
         # On a CPU, so many tokens' activations fit its cache; more rows at a time take longer.
         some = 1200 * parallel.world() if str(self.device) == "cpu" else whole.sum()
         parts = len(mine) / micro_batch if micro_batch else whole.sum() / some
+        parts = min(math.ceil(parts), len(mine))
         order = np.argsort(whole[mine], kind="stable")
+        call = partial(checkpoint, f, use_reentrant=False) if micro_batch else f
         values = []
-        for part in np.array_split(order, math.ceil(parts)):
-            index = mine[part]
-            if not len(index):
-                continue
-            tokens, lengths = pad_rows([self.tokens[i] for i in index], self.pad, self.device)
-            p = torch.as_tensor(self.prompt_lengths[index], device=self.device)
-            row = tokens, p, lengths - p
-            if micro_batch:  # of tensors checkpoint keeps the device's random state, for dropout
-                values.append(checkpoint(f, *row, use_reentrant=False))
-            else:
-                values.append(f(*row))
+        for part in np.array_split(mine[order], parts):
+            rows = [self.tokens[i] for i in part]
+            tokens, lengths = pad_rows(rows, self.pad, self.device)
+            p = torch.as_tensor(self.prompt_lengths[part], device=self.device)
+            values.append(call(tokens, p, lengths - p))
         undo = torch.as_tensor(order.argsort())
-        return parallel.gather(torch.cat(values)[undo], len(self.tokens))
+        values = torch.cat(values)[undo]
+        return parallel.gather(values, len(self.tokens))
 
     def mismatched(self, n_ctx):
         """Each prompt with the response of the row before it, the first with that of the last:
         where there are no prompts, the same rows. A prompt that is too long loses its left end."""
         rows, lengths = [], []
         for i, row in enumerate(self.tokens):
-            p, other = self.prompt_lengths[i], self.prompt_lengths[i - 1]
+            p = self.prompt_lengths[i]
+            other = self.prompt_lengths[i - 1]
             response = self.tokens[i - 1][other:]
             cut = max(0, p + len(response) - n_ctx)
-            prompt = np.append(row[:1], row[1 + cut : p])
-            rows.append(np.append(prompt, response))
+            kept = row[1 + cut : p]
+            prompt = np.append(row[:1], kept)
+            whole = np.append(prompt, response)
+            rows.append(whole)
             lengths.append(len(prompt))
         return self._replace(tokens=rows, prompt_lengths=np.array(lengths))

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import FileError, file_errors, json_line, parse_json, save_tensors
-from minirlhf.engine.optim import parameters_of
 
 
 class State:
@@ -145,6 +144,10 @@ class State:
             same = t.shape == p.shape  # then also spread over the processes as p is
             empty = torch.zeros_like(p) if same else torch.zeros_like(t, device=p.device)
             optimizer.state[p][key] = empty
+
+
+def parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def read_state(path):

@@ -27,14 +27,11 @@ class Compared(NamedTuple):
 
     def preferred_first(self, soft):
         """(chosen, rejected, doubt), (P,) each: places, and P(the rejected one is preferred).
-
-        Unless `soft`, ties are left out, and there is no doubt.
-        """
+        Unless `soft`, ties are left out, and there is no doubt."""
         first, second = self.pairs[:, 0], self.pairs[:, 1]
         label = self.labels.astype(np.float32)  # in float64 a tie can be a hair above one half
         swap = label < 0.5
-        chosen = np.where(swap, second, first)
-        rejected = np.where(swap, first, second)
+        chosen, rejected = np.where(swap, second, first), np.where(swap, first, second)
         doubt = 1 - np.where(swap, 1 - label, label)
         if soft:
             return chosen, rejected, doubt

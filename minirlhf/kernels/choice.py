@@ -19,13 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton read it too, j
 
 
 def fused(x):
-    """Whether tensor x goes to the Triton kernels.
-
-    Raises RuntimeError when they are demanded and Triton is not there.
-    """
-    if triton and not (x.is_cuda or INTERPRETED):
-        return False
+    """Whether x goes to the Triton kernels; RuntimeError where they are demanded and missing."""
     choice = os.environ.get("MINIRLHF_KERNELS", "auto")
     if choice == "triton" and triton is None:
         raise RuntimeError("MINIRLHF_KERNELS=triton, but triton is not installed")
-    return triton is not None and choice != "torch" and (x.is_cuda or choice == "triton")
+    possible = triton is not None and (x.is_cuda or INTERPRETED)
+    return possible and (choice == "triton" or (choice == "auto" and x.is_cuda))

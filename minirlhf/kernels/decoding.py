@@ -80,12 +80,8 @@ def sample_combine(
 
 
 def sample(logits, temperature, top_k, noise):
-    """The next token (B,) by logits (B, V) and noise (B, 2) in [0, 1), and its log-prob (B,).
-
-    The log-prob is that in the distribution the token was drawn from.
-    """
-    if temperature not in (0, 1):
-        logits = logits / temperature
+    """A token (B,) of logits (B, V) by noise (B, 2) in [0, 1), and its log-prob (B,) as drawn."""
+    logits = logits if temperature in (0, 1) else logits / temperature
     if top_k:
         floor = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
@@ -95,13 +91,9 @@ def sample(logits, temperature, top_k, noise):
 
 
 def draw(probs, noise, block=64):
-    """A token of each row of probs (B, V) by noise (B, 2).
-
-    Which block of tokens, then which of it, as to cumulate all V takes longer.
-    """
+    """A token of each row of probs (B, V) by noise (B, 2): first its block, quicker than of all V."""
     B, V = probs.shape
-    padded = F.pad(probs, (0, -V % block)) if V % block else probs
-    blocks = padded.view(B, -1, block)
+    blocks = (F.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
     u = 1 - noise.double()  # in (0, 1]
     chosen = inverse_transform(blocks.sum(2), u[:, :1])
     chosen = chosen.clamp(max=blocks.shape[1] - 1)  # NaN lands past the end
@@ -117,19 +109,20 @@ def inverse_transform(weights, u):
 
 
 def decode_attention(qkv, cache, positions, mask):
-    """Stores the new token's key and value in its row's slot of the cache, and attends.
-
-    (B, H, 1, D), over all slots up to its own. qkv (B, 3 H D); cache (2, B, H, S, D), changed in
-    place; positions (B,): the new token's slot; mask (B, 1, 1, S): the slots up to it, which only
-    the twin needs.
-    """
+    """(B, H, 1, D) of a token's qkv (B, 3 H D): its key and value go to the row's slot, positions
+    (B,), of the cache (2, B, H, S, D); it attends to those up to it, as the mask (B, 1, 1, S)."""
     _, B, H, S, D = cache.shape
     qkv = qkv.view(B, 3, H, 1, D).transpose(0, 1)
     if not fused(qkv):
         slots = positions.view(-1, 1, 1, 1).expand(2, B, H, 1, D)
         cache.scatter_(3, slots, qkv[1:])
         return F.scaled_dot_product_attention(qkv[0], cache[0], cache[1], attn_mask=mask)
-    q, k, v = qkv
+    return fused_decode_attention(*qkv, cache, positions)
+
+
+def fused_decode_attention(q, k, v, cache, positions):
+    """The same of q, k, v (B, H, 1, D), by the kernel."""
+    _, B, H, S, D = cache.shape
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     decode_attention_kernel[(B * H,)](
         q, k, v, cache[0], cache[1], positions, out, q.stride(0), q.stride(1), H, S,

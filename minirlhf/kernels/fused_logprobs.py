@@ -8,7 +8,7 @@ gradients. README.md in this folder draws both.
 
 import torch
 
-from minirlhf.engine.machine import products
+from minirlhf.engine.machine import quick_library
 from minirlhf.kernels.choice import jit, tl, triton
 from minirlhf.kernels.matmul import aligned, chunks, matmul
 
@@ -103,7 +103,7 @@ def fused_backward(hidden, weight, targets, temperature, dtype, scale, lse):
     d_hidden, h = torch.empty_like(hidden), hidden.to(dtype).contiguous()
     w, V = aligned(weight.to(dtype)), len(weight)
     d_weight = torch.zeros_like(w, dtype=lse.dtype)  # fp32: the sum over chunks must not round
-    with products(h):
+    with quick_library(h), torch.autocast(h.device.type, enabled=False):
         for rows in chunks(len(h), len(w), w.device):
             d_logits = fused_d_logits(
                 h[rows], w, lse[rows], targets[rows], scale[rows], temperature, V

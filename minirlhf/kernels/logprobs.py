@@ -11,7 +11,7 @@ Left out: attention in training, LayerNorm, GELU and Adam, where PyTorch's own a
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.engine.machine import products
+from minirlhf.engine.machine import quick_library
 from minirlhf.kernels.choice import fused
 from minirlhf.kernels.fused_logprobs import fused_backward, fused_forward
 from minirlhf.kernels.matmul import KEEP, chunks, matmul, operand_dtype
@@ -31,19 +31,13 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0):
 
 
 def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entropy=True):
-    """token_logprobs, and the entropy (N,) of the whole distribution, in nats.
-
-    Without a gradient both come from one pass. Where the log-probs have one, the entropy has one
-    too, and is made by token_entropy.
-    """
+    """token_logprobs, and the entropy (N,) of the distribution, in nats; both differentiable."""
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
-    dtype, together = operand_dtype(hidden, weight), entropy and not grad
-    logprobs, _, entropies, _ = token_logprobs_op(
-        hidden, weight, targets.contiguous(), float(temperature), dtype, keep, together
-    )
+    options = float(temperature), operand_dtype(hidden, weight), keep, entropy and not grad
+    logprobs, _, entropies, _ = token_logprobs_op(hidden, weight, targets.contiguous(), *options)
     if entropy and grad:
         return logprobs, token_entropy(hidden, weight, temperature)
     return logprobs, entropies.detach()
@@ -76,25 +70,19 @@ ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, Sc
     schema=f"({ARGUMENTS}, int keep, bool entropy) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy):
-    """Log-probs, log-sum-exp and, where asked for, entropy, (N,) each.
-
-    And of the first `keep` parts of the vocabulary softmax - onehot, for backward.
-    """
+    """Log-probs, log-sum-exp, entropy (N,); softmax - onehot of `keep` parts, for backward."""
     h, w = hidden.to(dtype), weight.to(dtype)
     if fused(hidden):
-        found = fused_forward(h.contiguous(), w.contiguous(), targets, temperature, entropy)
-        return *found, []
-    if len(targets) and not (targets.min() >= 0 and targets.max() < len(w)):
-        span = f"{targets.min()} to {targets.max()}"
-        raise IndexError(f"targets {span}: expected 0 to {len(w) - 1}")
-    parts = chunks(len(w), len(h), w.device)
-    at_target, sums, entropies, kept = 0, [], [], []
-    with products(h):
+        return *fused_forward(h.contiguous(), w.contiguous(), targets, temperature, entropy), []
+    if len(targets) and not 0 <= targets.min() <= targets.max() < len(w):
+        raise IndexError(f"targets {targets.min()}..{targets.max()}: expected 0..{len(w) - 1}")
+    parts, sums, entropies, kept = chunks(len(w), len(h), w.device), [], [], []
+    at_target = torch.zeros(len(h), dtype=torch.promote_types(dtype, torch.float32)).to(h.device)
+    with quick_library(h), torch.autocast(h.device.type, enabled=False):
         for cols in parts:
             z = matmul(h, w[cols].t(), temperature)  # (N, v)
-            largest = z.amax(1)
-            place, inside = place_of(targets, cols)
-            at_target = at_target + torch.where(inside, z.gather(1, place), 0).squeeze(1)
+            largest, places = z.amax(1), places_of(targets, cols)
+            at_target[places[0]] = z[places]
             p = torch.softmax(z, 1, out=None if z.is_cuda or entropy else z)
             sums.append(largest - p.amax(1).log())  # the largest p is 1 / sum exp(z - largest)
             if entropy:
@@ -106,28 +94,16 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
     for p, cols, share in zip(kept, parts, shares, strict=False):
         if len(parts) > 1:
             p.mul_(share[:, None])
-        minus_onehot(p, targets, cols)
-    whole = lse.new_empty(0)
-    if entropy:  # within the parts, and of the choice among them
-        both = zip(shares, entropies, strict=True)
-        whole = sum(share * part + torch.special.entr(share) for share, part in both)
-    return at_target - lse, lse, whole, kept
+        p[places_of(targets, cols)] -= 1
+    within = zip(shares, entropies, strict=False)  # the parts; and the choice among them
+    whole = [share * part + torch.special.entr(share) for share, part in within]
+    return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
 
 
-def place_of(targets, cols):
-    """Where in a part of the vocabulary each target is, and whether it is in it: (N, 1) each."""
-    place = targets.long()[:, None] - cols.start
-    last = cols.stop - cols.start - 1
-    return place.clamp(0, last), (place >= 0) & (place <= last)
-
-
-def minus_onehot(p, targets, cols):
-    """d(-logp) / d logits = softmax - onehot of a part of the vocabulary.
-
-    In place of its softmax p (N, v).
-    """
-    place, inside = place_of(targets, cols)
-    return p.scatter_add_(1, place, -inside.to(p.dtype))
+def places_of(targets, cols):
+    """The rows whose target is in a part of the vocabulary, and its place in it: (n,) each."""
+    rows = ((targets >= cols.start) & (targets < cols.stop)).nonzero().squeeze(1)
+    return rows, targets[rows].long() - cols.start
 
 
 @token_logprobs_op.register_fake
@@ -147,26 +123,21 @@ def _(hidden, weight, targets, temperature, dtype, keep, entropy):
     schema=f"({ARGUMENTS}, Tensor grad, Tensor lse, Tensor[] kept) -> (Tensor, Tensor)",
 )
 def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad, lse, kept):
-    """Gradients of hidden and weight, by d logp / d logits = onehot - softmax.
-
-    The logits of a part that was not kept are made anew; two matrix products a part.
-    """
+    """Gradients of hidden and weight, by d logp / d logits = onehot - softmax, a part at a time."""
     scale = grad / temperature
     if fused(hidden):
         return fused_backward(hidden, weight, targets, temperature, dtype, scale, lse)
-    h, w = hidden.to(dtype), weight.to(dtype)
-    d_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
-    d_weight = torch.empty_like(weight, dtype=lse.dtype)
-    # What is to be done to a row of logits is done to its C columns.
-    scaled = (-scale[:, None] * hidden).to(dtype)
-    with products(h):
+    h, w, wide = hidden.to(dtype), weight.to(dtype), lse.dtype
+    d_hidden, d_weight = torch.zeros_like(h, dtype=wide), torch.empty_like(w, dtype=wide)
+    scaled = (-scale[:, None] * hidden).to(dtype)  # rather than each row of logits
+    with quick_library(h), torch.autocast(h.device.type, enabled=False):
         for i, cols in enumerate(chunks(len(w), len(h), w.device)):
             if i < len(kept):
-                error = kept[i].to(dtype)
+                p = kept[i]
             else:
-                z = matmul(h, w[cols].t(), temperature)
-                p = z.sub_(lse[:, None]).exp_()
-                error = minus_onehot(p, targets, cols).to(dtype)
+                p = matmul(h, w[cols].t(), temperature).sub_(lse[:, None]).exp_()
+                p[places_of(targets, cols)] -= 1
+            error = p.to(dtype)
             d_hidden += matmul(error, w[cols])
             d_weight[cols] = matmul(error.t(), scaled)
     return (-scale[:, None] * d_hidden).to(hidden.dtype), d_weight.to(weight.dtype)
@@ -179,8 +150,7 @@ def _(hidden, weight, targets, temperature, dtype, grad, lse, kept):
 
 def save_for_backward(ctx, inputs, output):
     hidden, weight, targets, ctx.temperature, ctx.dtype, *_ = inputs
-    _, lse, _, kept = output
-    ctx.save_for_backward(hidden, weight, targets, lse, *kept)
+    ctx.save_for_backward(hidden, weight, targets, output[1], *output[3])
     ctx.set_materialize_grads(False)  # else zeros as large as what is kept
 
 
@@ -188,10 +158,8 @@ def backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
     hidden, weight, targets, lse, *kept = ctx.saved_tensors
-    d_hidden, d_weight = token_logprobs_backward_op(
-        hidden, weight, targets, ctx.temperature, ctx.dtype, grad.contiguous(), lse, kept
-    )
-    return d_hidden, d_weight, None, None, None, None, None
+    given = hidden, weight, targets, ctx.temperature, ctx.dtype, grad.contiguous(), lse, kept
+    return *token_logprobs_backward_op(*given), *(None,) * 5
 
 
 token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)

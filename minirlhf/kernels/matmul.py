@@ -7,7 +7,7 @@ largest source of a ratio that is not 1.
 import torch
 import torch.nn.functional as F
 
-from minirlhf.engine.machine import products
+from minirlhf.engine.machine import quick_library
 from minirlhf.kernels.choice import fused
 
 # Logits held at a time. CPU: 29 MB in fp32, as the C library keeps an array of up to 32 for the
@@ -20,41 +20,35 @@ MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def operand_dtype(hidden, weight):
-    """The type in which hidden and weight are multiplied; the sums are fp32 or wider.
-
-    On a GPU bf16 operands are where the speed is, so autocast rounds them; on the CPU nothing is
-    rounded.
-    """
-    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
+    """The type in which hidden and weight are multiplied: on a CPU fp32 at least."""
     both = torch.promote_types(hidden.dtype, weight.dtype)
-    if hidden.is_cuda or fused(hidden):
-        return both
-    return torch.promote_types(both, torch.float32)
+    if hidden.is_cuda:
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else both
+    return both if fused(hidden) else torch.promote_types(both, torch.float32)
 
 
 def head_logits(hidden, weight):
     """hidden @ weight.T: (N, V), fp32 at least."""
     dtype = operand_dtype(hidden, weight)
-    with products(hidden):
+    with quick_library(hidden), torch.autocast(hidden.device.type, enabled=False):
         return matmul(hidden.to(dtype), weight.to(dtype).t())
 
 
 def matmul(a, b, temperature=1.0):
     """a @ b / temperature with its sums as they are, fp32 at least."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype == wide or not a.is_cuda:
-        product = a.to(wide) @ b.to(wide)
-    else:
-        product = torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
+    narrow = a.is_cuda and a.dtype != wide
+    product = narrow_matmul(a, b, wide) if narrow else a.to(wide) @ b.to(wide)
     return product if temperature == 1 else product.div_(temperature)
 
 
-def chunks(total, other, device):
-    """Slices of about equal length into `total` rows or columns.
+def narrow_matmul(a, b, wide):
+    """a @ b of narrow operands on a GPU, which keeps their sums where torch can say so."""
+    return torch.mm(a, b, out_dtype=wide) if MM_DTYPE else (a @ b).to(wide)
 
-    A slice times `other` is no more than the chunk.
-    """
+
+def chunks(total, other, device):
+    """Slices of about equal length of `total` rows or columns: none times `other` exceeds CHUNK."""
     parts = -(-total * other // CHUNK.get(device.type, CHUNK["cpu"]))
     step = max(1, -(-total // max(1, parts)))
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]

@@ -24,21 +24,6 @@ CAUSES = {  # of each sign, the likeliest first
 }
 
 
-class Alarms:
-    """Sounds each alarm once in a run, also in one that was resumed."""
-
-    def __init__(self, run):
-        self.run, self.told = run, set()
-        for n in range(run.first):
-            self.told |= set(alarms(run.rows[: n + 1]))
-
-    def sound(self, step):
-        """Looks at the metrics so far."""
-        for alarm in sorted(set(alarms(self.run.rows)) - self.told):
-            self.told.add(alarm)
-            self.run.say(f"alarm at step {step}: {alarm}")
-
-
 def alarms(rows):
     """Signs of trouble in the metrics of all steps so far, with causes; a healthy run has none."""
     first = rows[0]

@@ -7,18 +7,14 @@ from minirlhf.ppo import explained_variance, masked_mean
 
 def mean_of(history):
     """The mean of each statistic of {name: number} in a list."""
-    means = {}
-    for name in history[0]:
-        column = [torch.as_tensor(stats[name]) for stats in history]
-        means[name] = torch.stack(column).mean()
-    return means
+    columns = {name: [torch.as_tensor(stats[name]) for stats in history] for name in history[0]}
+    return {name: torch.stack(column).mean() for name, column in columns.items()}
 
 
 def rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef):
     """Metrics of train_ppo's Episodes; earned: scores, rewards (B, R), which ended (B,)."""
     scores, rewards, ended = earned
     logprobs, scores = episodes.logprobs, scores.sum(1)
-    off = (logprobs - sampled_logprobs).abs().sum()
     stats = {
         "objective/score": scores.mean(),
         "objective/score_std": scores.std(correction=0),
@@ -29,11 +25,10 @@ def rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef):
         "objective/reward": rewards.sum(1).mean(),
         "objective/response_length": mask.sum(1).float().mean(),
         "objective/ended": ended.float().mean(),
-        "objective/mismatch": off / mask.sum(),
+        "objective/mismatch": (logprobs - sampled_logprobs).abs().sum() / mask.sum(),
     }
-    returns = episodes.returns
-    if returns is not None:
+    values, returns = episodes.values, episodes.returns
+    if values is not None:
         stats["ppo/returns/mean"] = masked_mean(returns, mask)
-        explained = explained_variance(episodes.values, returns, mask)
-        stats["ppo/val/explained_variance"] = explained
+        stats["ppo/val/explained_variance"] = explained_variance(values, returns, mask)
     return stats

@@ -147,5 +147,5 @@ def sample_mixture(policy, reference, mu, prompts, prompt_lengths, max_new_token
         return tokens, lengths - prompt_lengths
 
     # Processes may take unequal numbers of steps.
-    with parallel.whole(policy), parallel.whole(reference):
+    with parallel.sampling(policy), parallel.sampling(reference):
         return rowwise(sample, 0, prompts, prompt_lengths, noise)
