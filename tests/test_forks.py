@@ -246,6 +246,16 @@ def test_a_fork_that_differs_once_it_is_trained(monkeypatch):
     expect_right_samples(train(model))
 
 
+def test_a_trial_leaves_the_model_as_it_was():
+    model = train(fresh()).train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    state = torch.get_rng_state()
+    quick.try_out(model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
 def test_what_is_hung_on_a_model_counts_at_once():
     model, direction = train(fresh()), torch.randn(16)
     expect_right_samples(model)

@@ -952,3 +952,22 @@ def test_an_alarm_is_printed_once(toy, tmp_path, monkeypatch, capsys):
     assert re.findall(r"alarm at step \d+: smoke", capsys.readouterr().out) == [
         "alarm at step 1: smoke"
     ]
+
+
+def test_an_alarm_is_not_repeated_by_a_resumed_run(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_ppo, "alarms", lambda rows: ["smoke"] if len(rows) > 1 else [])
+    rollout, calls = train_ppo.rollout, []
+
+    def broken_off(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("power cut")
+        return rollout(*args)
+
+    monkeypatch.setattr(train_ppo, "rollout", broken_off)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(toy, tmp_path, steps=6, save_every=1)
+    assert "alarm at step 1: smoke" in capsys.readouterr().out
+    train(toy, tmp_path, steps=6, save_every=1, resume=True)
+    out = capsys.readouterr().out
+    assert "going on after 3 of 6 steps" in out and "smoke" not in out

@@ -91,7 +91,7 @@ def sample(logits, temperature, top_k, noise):
 
 
 def draw(probs, noise, block=64):
-    """A token of each row of probs (B, V) by noise (B, 2): first its block, quicker than of all V."""
+    """A token of each row of probs (B, V) by noise (B, 2): its block, then its place in that."""
     B, V = probs.shape
     blocks = (F.pad(probs, (0, -V % block)) if V % block else probs).view(B, -1, block)
     u = 1 - noise.double()  # in (0, 1]
