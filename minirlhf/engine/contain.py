@@ -69,7 +69,8 @@ def precision_switches():
     From torch 2.9 on there is one for each library, and where a caller has set those, the older one
     cannot be read.
     """
-    libraries = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    libraries = [x.matmul for x in backends if hasattr(x, "matmul")]
     newer = [(x, x.fp32_precision) for x in libraries if hasattr(x, "fp32_precision")]
     try:
         older = torch.get_float32_matmul_precision()

@@ -44,6 +44,7 @@ def decode(model, prompts, prompt_lengths, width, generator=None, first_row=0, *
             if t % every == 0 and decoder.ended.all():
                 break
             decoder.advance(model)
+    torch.clear_autocast_cache()  # weights that were cast here have no gradient
     tokens = decoder.tokens[:, : Q + width].to(prompts.dtype, copy=True)
     logprobs = window(decoder.logprobs, prompt_lengths, width)
     lengths = decoder.lengths.clone()
