@@ -306,11 +306,11 @@ def step_0_check(method, knobs, loss, stats):
     margin = stats["rewards/margins"].item()
     right = not abs(margin) >= 1e-4  # nan: no pair
     expected = None if method.options else dpo.loss_at_start(method.kind, knobs.beta)
-    said = f"step-0 check: loss {loss:.6f}"
+    known = "no known value"
     if expected:
         right = right and abs(loss - expected) < 1e-4 * max(1, expected)
-        said += f" (expected {expected:.6f})"
-    said += f", reward margin {margin:.6f}: "
+        known = f"expected {expected:.6f}"
+    said = f"step-0 check: loss {loss:.6f} ({known}), reward margin {margin:.6f}: "
     return said + ("as they should be" if right else "NOT as they should be")
 
 

@@ -6,7 +6,8 @@ is beta h, and its loss that of Bradley and Terry on it. Whose samples and label
 reference, is the script's affair. Left out: CRINGE, which needs logits.
 
 To add a loss, write a function of (pairs, beta), of label_smoothing=0.0 if it has any, and behind a
-star of its options; name it in KINDS, and where it is not like most others in ROWS and NEEDS.
+star of its options; name it in KINDS, and where it is not like most others in ROWS, NEEDS and
+AT_START.
 """
 
 import inspect

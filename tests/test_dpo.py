@@ -138,7 +138,7 @@ NEW = """loss {kind!r} has no formula in tests/test_dpo.py. To test it as the ot
   without a reference); to SMOOTHED if it takes label_smoothing, to TAKES if it takes tensors;
 - in minirlhf/dpo.py, add it to a row of ROWS, which makes AXES, if it is not like DPO on every axis
   (without a reference: the row of simpo); to NEEDS if it uses lengths, or fewer than the four
-  log-probs; to loss_at_start if it has one value there."""
+  log-probs; to AT_START if it has one value there."""
 
 
 @pytest.mark.parametrize("kind", dpo.KINDS)
@@ -477,7 +477,7 @@ def test_loss_at_start(kind, b):
     if np.ptp(losses) > 1e-6:
         assert value is None
     else:
-        assert value is not None, f"{kind} starts at {np.mean(losses)}: add it to loss_at_start"
+        assert value is not None, f"{kind} starts at {np.mean(losses)}: add it to dpo.AT_START"
         close(value, np.mean(losses))
 
 

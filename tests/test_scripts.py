@@ -183,7 +183,11 @@ def test_flag_changes_the_model(script, flag, toy, baselines, tmp_path):
 @pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
 def test_every_flag_is_accounted_for_and_runs_repeat(script, toy, baselines, tmp_path):
     names = {field.name for field in dataclasses.fields(script.Knobs)}
-    assert names == CHANGES[script].keys() | NOT_IN_WEIGHTS[script]
+    told = CHANGES[script].keys() | NOT_IN_WEIGHTS[script]
+    assert names == told, (
+        f"{sorted(names ^ told)}: give a flag a value that changes the weights, in CHANGES of "
+        "tests/test_scripts.py, or name it in NOT_IN_WEIGHTS; take out of both what is gone"
+    )
     assert same(weights(script, toy, tmp_path), baselines[script])
 
 

@@ -218,7 +218,9 @@ def load_strictly(model, weights, source):
             wrong.append(f"{name} has numbers that are not finite")
     if wrong:
         first = sorted(wrong)[0][:200]
-        raise UserError(f"{source}: weights do not fit: {first} ({len(wrong)} such problems)")
+        hint = "they are of another kind of model, or of another version of its code"
+        found = f"{first} ({len(wrong)} such problems)"
+        raise UserError(f"{source}: weights do not fit: {found}: {hint}")
     model.load_state_dict(weights)
     return model
 
