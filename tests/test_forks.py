@@ -256,6 +256,17 @@ def test_a_trial_leaves_the_model_as_it_was():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_a_first_sample_between_forward_and_backward():
+    model, twin = fresh(), fresh()
+    tokens, lengths = ragged()
+    loss, expected = model(tokens).square().mean(), twin(tokens).square().mean()
+    sampled(model, 1.0, 0, EOS)
+    loss.backward()
+    expected.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def test_what_is_hung_on_a_model_counts_at_once():
     model, direction = train(fresh()), torch.randn(16)
     expect_right_samples(model)

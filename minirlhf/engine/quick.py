@@ -86,16 +86,17 @@ def agrees(model):
 
 @contextlib.contextmanager
 def other_weights(model):
-    """Moves all weights for a while: so a layer that starts at 0, and does nothing yet, counts."""
+    """Moves all weights for a while: so a layer that starts at 0, and does nothing yet, counts.
+    By their data, as a backward pass of before may still need them."""
     kept = [p.clone() for p in model.parameters()]
     noise = 0.1 * torch.randn(4099, generator=torch.Generator().manual_seed(0))
     try:
         for p in model.parameters():
-            p += noise.repeat(1 + p.numel() // len(noise))[: p.numel()].view_as(p).to(p)
+            p.data += noise.repeat(1 + p.numel() // len(noise))[: p.numel()].view_as(p).to(p)
         yield
     finally:
         for p, before in zip(model.parameters(), kept, strict=True):
-            p.copy_(before)
+            p.data.copy_(before)
 
 
 def expect_one_reading(model):
