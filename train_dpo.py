@@ -2,7 +2,7 @@
 
     python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 3 minutes
     python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
-    python train_dpo.py --loss ipo --no-soft-labels      # or any other loss: on pairs, on thumbs
+    python train_dpo.py --loss ipo                       # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
     python train_dpo.py --online                         # on own samples, by the reward model
     python train_dpo.py --online --loss sppo --rounds 3  # against its own last round
@@ -40,6 +40,8 @@ both sides of where it starts, but for a higher temperature.
 Left out: thumbs and lists online, a reference that follows by a running mean.
 """
 
+if __name__ == "__main__":  # first, as torch takes a while
+    import minirlhf.engine.interrupts  # noqa: F401
 import copy
 import math
 from dataclasses import dataclass
@@ -52,27 +54,27 @@ import torch
 import train_rm
 from minirlhf import data, dpo, sft
 from minirlhf.data import all_logps, stored_logps, total
-from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine import cli, machine, optim, parallel, stages
 from minirlhf.engine.cli import UserError, knob
-from minirlhf.engine.files import finished
+from minirlhf.engine.files import figures_beside, figures_of
 from minirlhf.engine.log import Run
+from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import kinds, labelers
 from minirlhf.feedback.method import NAMES, method_of
-from minirlhf.gpt import GPT
 from minirlhf.lists import THUMBS
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
 from minirlhf.reward import pair_accuracy, share_positive
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tokenizer import load_base
 
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
     data: str = knob(
-        "reviews", "feedback: reviews, toy, FILE.jsonl[.gz], hub:OWNER/NAME/FILE", free=True
+        "reviews", "feedback: reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True
     )
     init: str = knob(
         "", "base model: run, directory or hub name (default: sft beside --out)", free=True
@@ -127,13 +129,15 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
+    check(feedback, method, knobs)
+    stages.look_ahead(knobs, {"sft": knobs.init, knobs.online and "rm": knobs.reward}, "true")
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
-    source = sft.base_model(knobs)
-    labeler, reward_summary = find_labeler(knobs)
+    source = sft.base_model(knobs, feedback)
+    labeler, reward_summary = find_labeler(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
-    tokenizer = load_tokenizer(source)
-    policy, base, reference = load_models(source, method, knobs, device)
+    policy, tokenizer = load_base(source)
+    base, reference = copies(policy, method, knobs, device)
     scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
     optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
@@ -141,20 +145,19 @@ def main(knobs):
     # Data: the plan of all batches, of stored responses or of prompts that the policy answers
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
-        prompts = data.prompts_of(feedback.train, tokenizer, rng)
-        prompts = data.fit(prompts, room, knobs.overlong)
+        prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
         plan = endless(len(prompts), knobs.batch_size // 2, knobs.steps or 100, rng)
         supply = batches.Own(prompts, policy, reference, prefer, tokenizer, method.kind, knobs)
     else:
-        rows = encode(feedback.train, tokenizer, method, knobs, policy)
-        plan = kinds.plan(feedback.train, method.kind, knobs, rng)
+        train, rows = encode(feedback.train, tokenizer, knobs, policy)
+        plan = kinds.plan(train, method.kind, knobs, rng)
         supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
-    given = {"data": supply.texts, "base model": source, "reward": labeler}
+    given = {"data": supply.texts, "base model": source, "reward": knobs.online and labeler}
     parts = {"policy": trained, "optimizer": optimizer}
     if knobs.rounds > 1:
         supply = batches.Rounds(supply, policy, reference, knobs.rounds, len(plan))
         parts["reference"] = reference
-    test_rows = encode(feedback.test, tokenizer, method, knobs, policy)
+    test, test_rows = encode(feedback.test, tokenizer, knobs, policy)
     unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
     held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
@@ -177,37 +180,37 @@ def main(knobs):
             stats["online/labels"] = (step + 1) * batch.bought
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
-    before, after = before or ask(base), ask(policy)
-    run.close()
-    more = implicit_accuracy(policy, base, feedback.test, test_rows, method, autocast, knobs.dtype)
-    policy.save_pretrained(run.out / "model", tokenizer)
-    return compare(run, before, after, (finished(Path(source).parent) or {}) | reward_summary, more)
+    with run.kept(policy, **feedback.facts(knobs.data, tokenizer)):
+        before, after = before or ask(base), ask(policy)
+        more = implicit_accuracy(policy, base, test, test_rows, method, autocast, knobs)
+        return compare(run, before, after, figures_beside(source) | reward_summary, more)
 
 
-def find_labeler(knobs):
+def find_labeler(knobs, feedback):
     """(what labels and scores samples, the summary of its training): --reward, or the reward model
     beside --out, which --online cannot do without."""
     beside = Path(knobs.out).parent / "rm"
-    sft.keep_apart(knobs.reward or beside, knobs.out)
+    expect_place(knobs.out, [beside])
     if knobs.reward:
-        return knobs.reward, finished(knobs.reward) or {}
+        stages.note_other_data(knobs.reward, knobs, feedback)
+        return knobs.reward, figures_of(knobs.reward)
     if knobs.online:
-        own = train_rm.Knobs(init=knobs.init, out=str(beside), **sft.earlier(knobs))
-        return sft.stage_before("reward model", train_rm.main, own)
-    summary = finished(beside) or {}
-    if summary.get("data") != knobs.data:
+        own = train_rm.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
+        return stages.stage_before("reward model", train_rm.main, own, feedback)
+    summary = figures_of(beside)
+    if not feedback.trained(summary, knobs.data):
         return None, {}
     return beside, summary
 
 
-def load_models(source, method, knobs, device):
-    """The policy; the base, if the loss has a reference; and that reference, which is the base
-    itself unless rounds move it."""
-    policy = GPT.from_pretrained(source).to(device)
-    base = GPT.from_pretrained(source).to(device) if method.has_reference else None
+def copies(policy, method, knobs, device):
+    """With the policy on its device, copies of it: the base, if the loss has a reference; and that
+    reference, which is the base itself unless rounds move it."""
+    policy.to(device)
+    base = copy.deepcopy(policy) if method.has_reference else None
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
     prepare(knobs, policy, base, reference)
-    return policy, base, reference
+    return base, reference
 
 
 def load_labeler(knobs, source, *args):
@@ -222,16 +225,24 @@ def load_labeler(knobs, source, *args):
         return None, None
 
 
-def encode(items, tokenizer, method, knobs, policy):
-    """The Rows of items. Responses are compared only when they answer the same prompt."""
-    alone = items.ratings is not None and any(items.prompts)
-    if alone and not knobs.online and method.kind not in THUMBS:
+def check(feedback, method, knobs):
+    """Refuses data that hold nothing for the loss, or no true reward that is asked for."""
+    labelers.given_true(knobs.reward, feedback)
+    items = feedback.train
+    if knobs.online:
+        return
+    if items.ratings is None and not items.groups:
+        raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
+    if items.ratings is not None and method.kind not in THUMBS and not items.contexts(across=False):
         problem = "no two rated responses share a prompt, so DPO has no pairs"
         raise UserError(f"{knobs.data}: {problem}; --loss kto needs none")
-    texts = zip(items.prompts, items.responses, items.where, strict=True)
+
+
+def encode(items, tokenizer, knobs, policy):
+    """The items that differ within the context, and their Rows."""
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)
-    tokens, lengths = data.encode(texts, tokenizer, policy.config.n_ctx, overlong)
-    return Rows(tokens, lengths, tokenizer.pad, policy.wte.weight.device)
+    items, *rows = data.encode_items(items, tokenizer, policy.config.n_ctx, overlong)
+    return items, Rows(*rows, tokenizer.pad, policy.wte.weight.device)
 
 
 def sample(base, scorer, prompts, tokenizer, knobs, autocast, model):
@@ -252,7 +263,8 @@ def batch_loss(policy, reference, batch, method, knobs):
     # Places of the preferred and of the other response of each pair, (P,); P(it is the other way)
     soft = knobs.soft_labels and method.kind == "sigmoid"
     chosen, rejected, doubt = batch.said.preferred_first(soft)
-    stats = statistics(batch, logps, chosen, rejected, method, knobs)
+    sure = doubt < 0.5
+    stats = statistics(batch, logps, chosen[sure], rejected[sure], method, knobs)
     if not len(chosen):  # nothing but ties
         return (0 * logps).mean(), stats
     smoothing = knobs.label_smoothing
@@ -314,17 +326,15 @@ def step_0_check(method, knobs, loss, stats):
     return said + ("as they should be" if right else "NOT as they should be")
 
 
-def implicit_accuracy(policy, base, items, rows, method, autocast, dtype):
+def implicit_accuracy(policy, base, items, rows, method, autocast, knobs):
     """How often the policy's implicit reward orders test pairs as people do; nothing where no two
     responses can be compared."""
-    if items.ratings is not None:
-        alike = len({rating.mean() for rating in items.ratings}) < 2
-        if alike or any(items.prompts):
-            return {}
-    pairs, _ = items.comparisons(20_000, seed=1)
+    if not items.can_compare(across=False):
+        return {}
+    pairs, _ = items.comparisons(20_000, seed=1, across=False)
     with autocast:
         logps = all_logps(policy, rows)
-    ref_logps = stored_logps(base, rows, autocast, dtype)
+    ref_logps = stored_logps(base, rows, autocast, knobs.dtype)
     rewards = implicit_rewards(logps, ref_logps, rows.lengths(), method)
     accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
     orders = f"the policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs"

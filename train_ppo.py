@@ -34,11 +34,12 @@ summarize_from_feedback_details (Huang et al. 2024); what it decodes after EOS i
 Left out: entropy bonus, values of cut responses, length filters, Adam's epsilon as in TensorFlow.
 """
 
+if __name__ == "__main__":  # first, as torch takes a while
+    import minirlhf.engine.interrupts  # noqa: F401
 import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -46,24 +47,24 @@ import torch
 
 import train_rm
 from minirlhf import data, ppo, sft
-from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine import cli, machine, optim, parallel, stages
 from minirlhf.engine.cli import knob
-from minirlhf.engine.files import finished
+from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
-from minirlhf.feedback.scoring import LEVELS, make_scorer
-from minirlhf.gpt import GPT, RewardModel
+from minirlhf.feedback.scoring import LEVELS, expect_fit, find_function, make_scorer, refuse_idle
+from minirlhf.gpt import RewardModel
 from minirlhf.look.alarms import alarms
 from minirlhf.look.answers import answers, compare
 from minirlhf.look.episodes import mean_of, rollout_stats
 from minirlhf.sampling import generate, response_logprobs
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tokenizer import load_base
 
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob("reviews", "reviews, toy, FILE.jsonl[.gz], hub:OWNER/NAME/FILE", free=True)
+    data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "base model: run, directory, hub name (default: beside --out)", free=True)
     reward: str = knob("", "what scores: a run, a directory (default: rm beside --out), true, "
                            "FILE.py:FUNCTION, package.module:FUNCTION", free=True)  # fmt: skip
@@ -130,15 +131,17 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
+    function = find_function(knobs, feedback)
+    stages.look_ahead(knobs, {"sft": knobs.init, "rm": knobs.reward}, function and knobs.reward)
 
     # Models: what earlier stages should have made and have not is made now
-    source = sft.base_model(knobs)
-    reward, earlier = sft.stage_beside("reward model", "rm", train_rm, knobs.reward, knobs)
+    source = sft.base_model(knobs, feedback)
+    expect_fit(knobs, source)
+    reward, earlier = sft.stage_beside("reward model", "rm", train_rm, knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
-    tokenizer = load_tokenizer(source)
-    policy = GPT.from_pretrained(source).to(device)
-    reference = GPT.from_pretrained(source).to(device)
-    scorer, rm = make_scorer(knobs, reward, feedback, tokenizer, reference)
+    policy, tokenizer = load_base(source, device)
+    reference = copy.deepcopy(policy)
+    scorer, rm = make_scorer(knobs, reward, function, tokenizer, reference, feedback)
     critic = make_critic(knobs, policy, reference, rm)
     prepare(knobs, policy, reference, rm, critic)
     trained = parallel.Together(policy, critic)
@@ -147,7 +150,8 @@ def main(knobs):
 
     # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
-    prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
+    seen = data.prompts_of(feedback.train, tokenizer, rng)
+    prompts = data.fit(seen, room, knobs.overlong)
     unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
     held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
     group = 1 if knobs.advantage == "gae" else knobs.group_size
@@ -167,7 +171,8 @@ def main(knobs):
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
         skip = partial(run.nonfinite, step)
         take_step = partial(mean_step, trained, optimizer, knobs, autocast, skip)
-        batch = pad_rows([prompts[i] for i in chosen.repeat(group)], tokenizer.pad, device)
+        asked = [prompts[i] for i in chosen.repeat(group)]
+        batch = pad_rows(asked, tokenizer.pad, device)
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs,
                                       controller.coef)  # fmt: skip
@@ -178,11 +183,9 @@ def main(knobs):
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
 
-    before, after = ask(reference), ask(policy)  # the reference is the policy before
-    run.close()
-    policy.save_pretrained(run.out / "model", tokenizer)
-    earlier |= finished(Path(source).parent) or {}
-    return compare(run, before, after, earlier)
+    with run.kept(policy, **feedback.facts(knobs.data, tokenizer)):
+        before, after = ask(reference), ask(policy)  # the reference is the policy before
+        return compare(run, before, after, earlier | figures_beside(source))
 
 
 def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coef):
@@ -200,7 +203,8 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
     scores, ended = rowwise(scorer, 0, tokens, p, r)
     if not math.isnan(knobs.missing_eos_score):
         missing = torch.full_like(scores[:, 0], knobs.missing_eos_score)
-        scores = torch.where(ended[:, None], scores, ppo.on_last_token(missing, mask))
+        missing = ppo.on_last_token(missing, mask)
+        scores = torch.where(ended[:, None], scores, missing)
 
     # 3 log-probs, by the function of the update, so that its first ratio is 1; and each token's KL
     size = knobs.micro_batch
@@ -288,7 +292,8 @@ def losses(logprobs, values, mb, mask, knobs, kl_coef):
     loss."""
     loss, stats = ppo.policy_loss(logprobs, mb.logprobs, mb.advantages, mask, knobs.clip)
     if knobs.kl_in == "loss":
-        loss = loss + kl_coef * ppo.kl_loss(logprobs, mb.ref_logprobs, mask, knobs.kl_kind)
+        kl = ppo.kl_loss(logprobs, mb.ref_logprobs, mask, knobs.kl_kind)
+        loss = loss + kl_coef * kl
     stats["ppo/policy/loss"] = loss
     if values is None:
         return loss, stats
@@ -324,7 +329,6 @@ def make_critic(knobs, policy, reference, rm):
 def check(knobs):
     """Refuses switches that make no sense together."""
     size, groups = knobs.batch_size, knobs.advantage != "gae"
-    last = knobs.response_length if knobs.truncate else 1
     cli.refuse({
         "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3":
             knobs.kl_in == "loss" and knobs.kl_kind == "k1",
@@ -332,17 +336,12 @@ def check(knobs):
             groups and size % knobs.group_size,
         f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own":
             groups and knobs.whiten_rewards,
-        "--truncate needs --missing-eos-score (-1 is usual)":
-            knobs.truncate and math.isnan(knobs.missing_eos_score),
-        "--truncate-after: needs --truncate; 0 to R-1": knobs.truncate_after >= last,
         f"--minibatches {knobs.minibatches} of --batch-size {size}: some are empty":
             knobs.minibatches > size,
         "--kl-horizon must exceed a fifth of --batch-size":
             knobs.kl_target and 0.2 * size >= knobs.kl_horizon,
     })  # fmt: skip
-    if knobs.top_k:
-        print(f"note: --top-k {knobs.top_k} samples from another distribution than the one that is "
-              "scored: objective/kl can be negative")  # fmt: skip
+    refuse_idle(knobs)
 
 
 if __name__ == "__main__":

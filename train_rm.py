@@ -24,6 +24,8 @@ which no score can hold, included. PPO needs a score, so it cannot use that one.
 Left out: ensembles.
 """
 
+if __name__ == "__main__":  # first, as torch takes a while
+    import minirlhf.engine.interrupts  # noqa: F401
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,16 +34,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import data, reward, sft
-from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine import cli, machine, optim, parallel, stages
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
 from minirlhf.feedback.preference_model import PreferenceModel
-from minirlhf.gpt import GPT, RewardModel
+from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
 from minirlhf.sampling import generate
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tokenizer import load_base
 
 MODELS = ("pointwise", "pairwise")
 LEVELS = ("response", "token")
@@ -51,7 +53,7 @@ LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
     data: str = knob(
-        "reviews", "feedback: reviews, toy, FILE.jsonl[.gz] or hub:OWNER/NAME/FILE", free=True
+        "reviews", "feedback: reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True
     )
     init: str = knob("", "base model: run, directory, hub name (none: sft beside --out)", free=True)
     out: str = knob("runs/rm", "run directory", free=True)
@@ -75,8 +77,12 @@ class Knobs(cli.RunKnobs):
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
     margin: float = knob(0.0, "how far the preferred score should lead; plus a record's own")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
-    normalize: bool = knob(True, "scores of base samples get mean 0 and standard deviation 1")
-    response_length: int = knob(24, "most tokens of a base sample for the normalisation", least=1)
+    normalize: bool = knob(
+        True, "scores of base samples get mean 0 and standard deviation 1", free=True
+    )
+    response_length: int = knob(
+        24, "most tokens of a base sample for the normalisation", least=1, free=True
+    )
 
 
 @cli.contained
@@ -85,12 +91,13 @@ def main(knobs):
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     check(knobs, feedback.train)
+    feedback.test.comparisons(1, seed=1)  # an error now, where there are none
+    stages.look_ahead(knobs, {"sft": knobs.init})
 
     # Models: the base, made now if it is missing, and a fresh head on a copy of its trunk
-    source = sft.base_model(knobs)
+    source = sft.base_model(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
-    tokenizer = load_tokenizer(source)
-    base = GPT.from_pretrained(source).to(device)
+    base, tokenizer = load_base(source, device)
     model = fresh_model(knobs, base).to(device)
     prepare(knobs, base, model)
     trained = parallel.Together(model)
@@ -98,56 +105,56 @@ def main(knobs):
     optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
-    train_rows = encode(feedback.train, tokenizer, base, knobs)
-    test_rows = encode(feedback.test, tokenizer, base, knobs)
-    test_pairs, gaps = feedback.test.comparisons(20_000, seed=1)
+    train, train_rows = encode(feedback.train, tokenizer, base, knobs)
+    test, test_rows = encode(feedback.test, tokenizer, base, knobs)
+    test_pairs, gaps = test.comparisons(20_000, seed=1)
     plan = []
     for _ in range(knobs.epochs):
-        plan += feedback.train.epoch(knobs.batch_size, rng)
-    prompts = sample_prompts(feedback.train, tokenizer, base, knobs)
+        plan += train.epoch(knobs.batch_size, rng)
+    prompts = sample_prompts(train, tokenizer, base, knobs)
 
-    texts = train_rows.tokens, train_rows.prompt_lengths, feedback.train.margins
+    texts = train_rows.tokens, train_rows.prompt_lengths
     parts = {"model": trained, "optimizer": optimizer}
     run = Run("rm", knobs, plan, device, tokenizer, parts, {"data": texts, "base model": source})
     if run.first == 0:
         run.say(step_0_check(model, test_rows, test_pairs, autocast))
 
-    for step, (chosen, pairs, labels) in run.steps():
+    for step, batch in run.steps():
         optim.set_lr(optimizer, step, len(plan), knobs.lr)
-        thinned = thin(train_rows, chosen, knobs.delete)
+        thinned = thin(train_rows, batch.rows, knobs.delete)
         with autocast:
             outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
-        loss = batch_loss(knobs, model, outputs, feedback.train, chosen, pairs, labels)
+        loss = batch_loss(knobs, model, outputs, train, batch)
         trained.backward(loss)
-        nonfinite = partial(run.nonfinite, step, [train_rows.tokens[i] for i in chosen])
+        nonfinite = partial(run.nonfinite, step, [train_rows.tokens[i] for i in batch.rows])
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
-        accuracy = batch_accuracy(model, outputs, pairs, labels)
+        accuracy = batch_accuracy(model, outputs, batch)
         stats = {"loss": loss, "rewards/accuracies": accuracy, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
-    if prompts:
-        scores = sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast)
-        run.say(normalize(model, scores))
-    outputs = read_all(model, test_rows, autocast)
-    run.close()
-    figures = accuracy_figures(feedback, differences(model, outputs, test_pairs), test_pairs, gaps)
-    model.save_pretrained(run.out / "model", tokenizer)
-    run.samples(scored_texts(feedback.test, outputs))
-    summary = run.finish(figures | {"data": knobs.data})
-    print(f"reward model: {summary['seconds']:.0f} s; left in {run.out}")
-    return summary
+    with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
+        if prompts:
+            scores = sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast)
+            run.say(normalize(model, scores))
+            run.keep(model)
+        outputs = read_all(model, test_rows, autocast)
+        ahead = differences(model, outputs, test_pairs)
+        figures = accuracy_figures(train, test, ahead, test_pairs, gaps)
+        run.samples(scored_texts(test, outputs))
+        summary = run.finish(figures)
+        print(f"reward model: {summary['seconds']:.0f} s; left in {run.out}")
+        return summary
 
 
 def check(knobs, items):
     """Refuses knobs that say nothing together."""
-    of_pairs = knobs.margin or knobs.center or items.margins is not None or not knobs.soft_labels
+    of_pairs = knobs.margin or knobs.center or items.margins or not knobs.soft_labels
     of_scores = knobs.loss != "pairs" or knobs.center or knobs.level != "response"
+    if items.ratings is None and not items.groups:
+        raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
     if knobs.loss == "ratings" and items.ratings is None:
-        raise UserError(
-            f"--loss ratings: {knobs.data} has no ratings on one scale "
-            "(those of responses that share a prompt are compared)"
-        )
+        raise UserError(f"--loss ratings: {knobs.data} has comparisons, and no ratings")
     if knobs.loss != "pairs" and of_pairs:
         raise UserError(
             f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs"
@@ -155,6 +162,13 @@ def check(knobs, items):
     if knobs.model == "pairwise" and of_scores:
         expected = "expected --loss pairs, --level response and no --center"
         raise UserError(f"--model pairwise has no scores: {expected}")
+    ranked = knobs.loss in ("plackett_luce", "best_of_k")
+    cli.refuse_idle(knobs, {
+        f"in --loss {knobs.loss}": not ranked and "group_size",
+        "where the records say what was ranked": items.ratings is None and "group_size",
+        "without scores": knobs.model == "pairwise" and "normalize response_length",
+        "without --normalize": not knobs.normalize and "response_length",
+    })  # fmt: skip
 
 
 def fresh_model(knobs, base):
@@ -171,19 +185,20 @@ def fresh_model(knobs, base):
 
 
 def encode(items, tokenizer, base, knobs):
-    """The Rows of items."""
-    texts = zip(items.prompts, items.responses, items.where, strict=True)
+    """The items that differ within the context, and their Rows."""
     overlong = sft.overlong_rule(knobs.overlong, knobs.data)
-    encoded = data.encode(texts, tokenizer, base.config.n_ctx, overlong)
-    return Rows(*encoded, tokenizer.pad, base.lm_head_weight.device)
+    items, *encoded = data.encode_items(items, tokenizer, base.config.n_ctx, overlong)
+    return items, Rows(*encoded, tokenizer.pad, base.lm_head_weight.device)
 
 
 def sample_prompts(items, tokenizer, base, knobs):
-    """At most 512 prompts that leave room for a sample; none where nothing is normalised."""
+    """256 to 512 prompts that leave room for a sample; none where nothing is normalised."""
     if knobs.model == "pairwise" or not knobs.normalize:
         return []
     prompts = data.prompts_of(items, tokenizer, np.random.default_rng(knobs.seed))[:512]
-    return data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
+    prompts = data.fit(prompts, base.config.n_ctx - knobs.response_length, "truncate")
+    rounds = -(-256 // len(prompts))  # a few prompts are answered several times
+    return prompts * rounds
 
 
 def step_0_check(model, rows, pairs, autocast, n=300):
@@ -215,17 +230,14 @@ def forward(model, rows, micro_batch=0):
     return rows.by_parts(of_part, micro_batch)
 
 
-def batch_loss(knobs, model, outputs, items, chosen, pairs, labels):
-    """The loss of a batch of the chosen items, of which the model said `outputs`.
-
-    pairs (P, 2) are places in the batch, labels (P,) = P(first preferred).
-    """
+def batch_loss(knobs, model, outputs, items, batch):
+    """The loss of a batch, a data.Compared of items, of which the model said `outputs`."""
     if knobs.loss == "pairs":
-        return pairs_loss(knobs, model, outputs, items, chosen, pairs, labels)
+        return pairs_loss(knobs, model, outputs, batch)
     if knobs.loss == "ratings":
-        means = [items.ratings[i].mean() for i in chosen]
+        means = [items.ratings[i].mean() for i in batch.rows]
         return reward.rating_loss(outputs, as_floats(means, outputs))
-    groups = rankings(items, chosen, pairs, knobs.group_size)
+    groups = rankings(items, batch, knobs.group_size)
     best_first = [outputs[group] for group in groups]
     scores = pad_sequence(best_first, batch_first=True, padding_value=-torch.inf)  # (G, K)
     in_order = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
@@ -234,17 +246,16 @@ def batch_loss(knobs, model, outputs, items, chosen, pairs, labels):
     return reward.plackett_luce_loss(scores, in_order)
 
 
-def pairs_loss(knobs, model, outputs, items, chosen, pairs, labels):
+def pairs_loss(knobs, model, outputs, batch):
     """Bradley-Terry on the batch's pairs."""
+    pairs, labels, margin = batch.pairs, batch.labels, batch.margins
     if not knobs.soft_labels:
         labels = labels.astype(np.float32)  # in float64 a tie may miss one half by rounding
         decided = labels != 0.5
-        pairs, labels = pairs[decided], labels[decided] > 0.5
-        if not len(pairs):
-            return 0 * outputs.sum()
-    margin = knobs.margin
-    if items.margins is not None:
-        margin = margin + as_floats(items.margins[chosen[pairs[:, 0]]], outputs)
+        pairs, labels, margin = pairs[decided], labels[decided] > 0.5, margin[decided]
+    if not len(pairs):  # nothing but ties, or one response alone
+        return 0 * outputs.sum()
+    margin = as_floats(margin + knobs.margin, outputs)
     label = as_floats(labels, outputs)
     first, second = sides(model, outputs, pairs)
     return reward.bradley_terry_loss(first, second, label=label, margin=margin, center=knobs.center)
@@ -262,26 +273,24 @@ def sides(model, outputs, pairs):
     return first, second
 
 
-def rankings(items, chosen, pairs, group_size):
+def rankings(items, batch, group_size):
     """What was ranked against each other in a batch: lists of places in it, best first.
 
-    Given groups, or random groups of about group_size rated items by mean rating. Of a tie the
-    first in the random order stands for all and the others are left out of the group, so no order
-    is made up; a group of one has loss 0.
+    Given comparisons, the rated answers to one prompt, or, where they have none in common, random
+    groups of about group_size. Of a tie the first in the random order stands for all and the others
+    are left out of the group, so no order is made up; a group of one has loss 0.
     """
-    groups = []
-    places = np.arange(len(chosen))
     if items.ratings is None:
-        worse = set(pairs[:, 1])
-        for place in places:
-            if place not in worse:  # the best of the next group
-                groups.append([])
-            groups[-1].append(place)
-        return groups
-    for group in np.array_split(places, max(1, round(len(places) / group_size))):
-        means = np.array([items.ratings[i].mean() for i in chosen[group]])
-        _, first = np.unique(-means, return_index=True)
-        groups.append(group[first])
+        return batch.blocks
+    groups = []
+    means = data.level([items.ratings[i].mean() for i in batch.rows])
+    for block in batch.blocks:
+        prompts = {items.prompts[i] for i in batch.rows[block]}
+        one_list = len(prompts) == 1 and "" not in prompts
+        parts = 1 if one_list else max(1, round(len(block) / group_size))
+        for group in np.array_split(block, parts):
+            _, first = np.unique(-means[group], return_index=True)
+            groups.append(group[first])
     return groups
 
 
@@ -291,11 +300,12 @@ def differences(model, outputs, pairs):
     return first - second
 
 
-def batch_accuracy(model, outputs, pairs, labels):
-    """The share of pairs that the model orders as most people do."""
-    preferred = torch.as_tensor(labels).float() > 0.5
-    ahead = differences(model, outputs, pairs) > 0
-    return (ahead == preferred.to(ahead.device)).float().mean()
+def batch_accuracy(model, outputs, batch):
+    """The share of pairs that the model orders as most people do, where people are not divided."""
+    label = batch.labels.astype(np.float32)  # in float64 a tie may miss one half by rounding
+    swap = label < 0.5
+    pairs = np.where(swap[:, None], batch.pairs[:, ::-1], batch.pairs)
+    return reward.share_positive(differences(model, outputs, pairs[label != 0.5]))
 
 
 def sample_scores(base, model, prompts, response_length, tokenizer, autocast):
@@ -310,6 +320,8 @@ def sample_scores(base, model, prompts, response_length, tokenizer, autocast):
 def normalize(model, scores):
     """Gives scores of this mean and standard deviation the mean 0 and 1; says what they were."""
     mean, std = reward.normalization(scores)
+    if not std:
+        return f"raw scores of base samples: all {mean:.2f}, so they stay as they are"
     model.normalize(mean, std)
     moments = f"mean {mean:.2f}, standard deviation {std:.2f}"
     return f"raw scores of base samples: {moments}; now 0 and 1"

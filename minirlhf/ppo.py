@@ -92,11 +92,34 @@ def td_errors(rewards, values, mask, gamma):
     return rewards + gamma * following - values, values
 
 
+def is_rounding(difference, size):
+    """Whether differences of numbers of that size are a few units in the last place, as sums in
+    another order leave them: divided by a spread, they would look like a signal."""
+    last_place = torch.finfo(size.dtype).eps * size
+    return difference.abs() <= 6 * last_place
+
+
+def all_alike(x, mask, dim=()):
+    """Whether x, where the mask is True, differs along dim by rounding alone. The dims, all of them
+    without `dim`, are kept, of one place."""
+    mask = mask.bool()
+    low = torch.where(mask, x, torch.inf)
+    low = low.amin(dim, keepdim=True)
+    high = torch.where(mask, x, -torch.inf)
+    high = high.amax(dim, keepdim=True)
+    size = torch.maximum(low.abs(), high.abs())
+    return is_rounding(high - low, size)
+
+
 def whiten(x, mask, shift_mean=True):
-    """Masked x with population variance 1; mean 0, or without shift_mean its own mean kept."""
+    """Masked x with population variance 1; mean 0, or without shift_mean its own mean kept. What
+    is all alike has no variance, and is its mean."""
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    centred = x - mean
+    variance = masked_mean(centred**2, mask)
+    white = centred * torch.rsqrt(variance + 1e-8)
+    alike = all_alike(x, mask)
+    white = white.masked_fill(alike, 0)
     white = white if shift_mean else white + mean
     return masked(white, mask)
 
@@ -132,11 +155,16 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns): 1 of a perfect critic, 0 of a constant one."""
+    """1 - var(returns - values) / var(returns): 1 of a perfect critic, 0 of a constant one; 0 where
+    the returns are all alike."""
     errors = returns - values
-    unexplained = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - unexplained / variance
+    around_mean = errors - masked_mean(errors, mask)
+    unexplained = masked_mean(around_mean**2, mask)
+    around_mean = returns - masked_mean(returns, mask)
+    variance = masked_mean(around_mean**2, mask)
+    explained = 1 - unexplained / variance
+    alike = all_alike(returns, mask).squeeze()
+    return explained.masked_fill(alike, 0)
 
 
 def group_advantages(scores, group_size, kind):
@@ -146,7 +174,8 @@ def group_advantages(scores, group_size, kind):
     rloo: the score minus the mean of the others (Ahmadian et al. 2024). grpo: minus the group's
     mean, over its unbiased standard deviation + 1e-4 (Shao et al. 2024). reinforce: minus the
     group's mean alone ("Dr. GRPO", Liu et al. 2025); elsewhere the word can mean no baseline at
-    all. Raises ValueError for another kind, for a group of one, and when B is not a multiple.
+    all. Scores that are all alike have the advantage 0. Raises ValueError for another kind, for a
+    group of one, and when B is not a multiple.
     """
     if group_size < 2 or len(scores) % group_size:
         given = f"{len(scores)} scores in groups of {group_size}"
@@ -154,6 +183,9 @@ def group_advantages(scores, group_size, kind):
     groups = scores.view(-1, group_size)
     mean = groups.mean(1, keepdim=True)
     centred = groups - mean
+    whole = torch.ones_like(groups, dtype=torch.bool)
+    alike = all_alike(groups, whole, dim=1)
+    centred = centred.masked_fill(alike, 0)
     if kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     elif kind == "grpo":

@@ -62,5 +62,12 @@ def share_positive(differences):
 
 
 def normalization(scores):
-    """Mean and population std of scores (N,) on the base model's samples (Ziegler 2019, 2.1)."""
-    return scores.mean().item(), scores.std(correction=0).item()
+    """Mean and population std of scores (N,) on the base model's samples (Ziegler 2019, 2.1). The
+    std is 0 where they differ by rounding alone, a few units in the last place."""
+    mean = scores.mean().item()
+    std = scores.std(correction=0).item()
+    last_place = torch.finfo(scores.dtype).eps * scores.abs().max()
+    spread = scores.max() - scores.min()
+    if spread <= 6 * last_place:
+        std = 0.0
+    return mean, std

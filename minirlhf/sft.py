@@ -12,6 +12,8 @@ prompt response EOS`, the prompt included. The further text of a source takes pa
 Left out: packing rows into one, held-out early stopping.
 """
 
+if __name__ == "__main__":  # first, as torch takes a while
+    import minirlhf.engine.interrupts  # noqa: F401
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +23,8 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine import cli, machine, optim, parallel
-from minirlhf.engine.cli import UserError, knob
-from minirlhf.engine.files import finished
+from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import bucketed, pad_rows
@@ -31,18 +32,18 @@ from minirlhf.engine.weights import model_directory
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import token_logprobs
 from minirlhf.look.answers import answers
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import Tokenizer, load_base
 
 OVERLONG = ("", "error", "truncate")
 
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob("reviews", "reviews, toy, FILE.jsonl[.gz], hub:OWNER/NAME/FILE", free=True)
+    data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "model to start from: run, directory, hub name; none: fresh", free=True)
     out: str = knob("runs/sft", "run directory", free=True)
     vocab_size: int = knob(8192, "tokens to train when fresh, with EOS; toy: 257", least=1)
-    n_ctx: int = knob(64, "context in tokens, when fresh", least=1)
+    n_ctx: int = knob(64, "context in tokens, when fresh; two are EOS", least=3)
     n_layer: int = knob(4, "blocks, when fresh", least=1)
     n_head: int = knob(4, "attention heads, when fresh", least=1)
     n_embd: int = knob(128, "width, when fresh", least=1)
@@ -60,6 +61,8 @@ class Knobs(cli.RunKnobs):
 def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
+    check(knobs)
+    stages.look_ahead(knobs, {"": knobs.init})
     feedback = data.load_feedback(knobs.data)
     rng = machine.seed_everything(knobs.seed)
 
@@ -67,35 +70,35 @@ def main(knobs):
     texts = feedback.texts()  # the responses first, then the further text
     source = Path(model_directory(knobs.init)) if knobs.init else None
     if source:
-        tokenizer = load_tokenizer(source)
-        model = GPT.from_pretrained(source)
+        model, tokenizer = load_base(source)
     else:
         tokenizer, model = fresh_model(knobs, texts)
     model.to(device)
 
     # Data: rows of token ids, and every batch of every epoch
     overlong = overlong_rule(knobs.overlong, knobs.data)
-    test = feedback.test
-    unseen = zip(test.prompts, test.responses, test.where, strict=True)
-    rows, _ = data.encode(texts, tokenizer, model.config.n_ctx, overlong)
-    held_out, _ = data.encode(unseen, tokenizer, model.config.n_ctx, overlong)
+    unseen = data.worth_writing(feedback.test)
+    n_ctx = model.config.n_ctx
+    rows, _ = data.encode(texts, tokenizer, n_ctx, overlong)
+    held_out, _ = data.encode(unseen, tokenizer, n_ctx, overlong)
     lengths = np.array([len(row) for row in rows])
     plan = []
     for epoch in range(knobs.epochs):
-        whole = epoch < knobs.text_epochs
-        n = len(rows) if whole else len(rows) - len(feedback.more_text)
+        n = len(rows)
+        if epoch >= knobs.text_epochs:
+            n -= len(feedback.more_text)
         plan += bucketed(lengths[:n], knobs.batch_size, rng)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
 
     prepare(knobs, model)
     trained = parallel.Together(model)
-    optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay,
-                                     embedding_lr=knobs.embedding_lr)  # fmt: skip
+    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
+    optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
     parts = {"model": trained, "optimizer": optimizer}
     given = {"data": rows, "init": source}
     run = Run("sft", knobs, plan, device, tokenizer, parts, given)
-    run.say(f"base model: {n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
-            f"{lengths.sum():,} tokens of text")  # fmt: skip
+    size = f"{n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}"
+    run.say(f"base model: {size}, {lengths.sum():,} tokens of text")
 
     for step, index in run.steps():
         optim.set_lr(optimizer, step, len(plan), knobs.lr)
@@ -105,21 +108,37 @@ def main(knobs):
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
         run.log(step, {"loss": loss, "grad_norm": norm}, show=("loss",))
 
-    figures = evaluate(model, held_out, tokenizer, autocast, device)
-    run.close()
-    run.samples(samples(model, test, tokenizer, rng, autocast, knobs.seed))
-    model.save_pretrained(run.out / "model", tokenizer)
-    summary = run.finish(figures | {"data": knobs.data})
-    perplexity, bits = figures["eval/perplexity"], figures["eval/bits_per_byte"]
-    print(f"base model: perplexity {perplexity:.1f} on {len(held_out)} held-out texts, {bits:.3f} "
-          f"bits a byte; {summary['seconds']:.0f} s; left in {run.out}")  # fmt: skip
-    return summary
+    with run.kept(model, **feedback.facts(knobs.data, tokenizer)):
+        figures = evaluate(model, held_out, tokenizer, autocast, device)
+        run.samples(samples(model, feedback.test, tokenizer, rng, autocast, knobs.seed))
+        summary = run.finish(figures)
+        report(figures, len(held_out), summary["seconds"], run.out)
+        return summary
+
+
+def report(figures, n, seconds, out):
+    perplexity = figures["eval/perplexity"]
+    bits = figures["eval/bits_per_byte"]
+    print(
+        f"base model: perplexity {perplexity:.1f} on {n} held-out texts, {bits:.3f} bits a byte; "
+        f"{seconds:.0f} s; left in {out}"
+    )
+
+
+def check(knobs):
+    """Refuses knobs that have no say beside others."""
+    sizes = "vocab_size n_ctx n_layer n_head n_embd"
+    cli.refuse_idle(knobs, {
+        "beside --init, which has it": knobs.init and sizes,
+        "beyond --epochs": knobs.text_epochs > knobs.epochs and "text_epochs",
+    })  # fmt: skip
 
 
 def fresh_model(knobs, texts):
     """A tokenizer of the texts, and a model of fresh weights."""
     vocab_size = min(knobs.vocab_size, 257) if knobs.data == "toy" else knobs.vocab_size
-    tokenizer = Tokenizer.train((prompt + response for prompt, response, _ in texts), vocab_size)
+    whole = [prompt + response for prompt, response, _ in texts]
+    tokenizer = Tokenizer.train(whole, vocab_size)
     sizes = knobs.n_ctx, knobs.n_layer, knobs.n_head, knobs.n_embd
     return tokenizer, GPT(GPTConfig(tokenizer.vocab_size, *sizes))
 
@@ -128,7 +147,8 @@ def row_logprobs(model, tokens, lengths):
     """Log-probs of every token after the first of right-padded rows (B, T), flat, without
     padding."""
     T = tokens.shape[1]
-    real = torch.arange(T - 1, device=tokens.device) < lengths[:, None] - 1  # (B, T-1)
+    places = torch.arange(T - 1, device=tokens.device)
+    real = places < lengths[:, None] - 1  # (B, T-1)
     hidden = model.hidden(tokens[:, :-1], lengths=lengths - 1)
     targets = tokens[:, 1:][real]
     return token_logprobs(hidden[real], model.lm_head_weight, targets)
@@ -141,7 +161,8 @@ def parts_of(rows, size, pad, device):
     size = size or len(mine)
     for start in range(0, len(mine), size):
         part = slice(start, start + size)
-        tokens, lengths = pad_rows([rows[i] for i in mine[part]], pad, device)
+        some = [rows[i] for i in mine[part]]
+        tokens, lengths = pad_rows(some, pad, device)
         real = torch.as_tensor(counts[part], device=device)
         real = real.repeat_interleave(lengths - 1)
         yield tokens, lengths, real, part.stop >= len(mine)
@@ -172,9 +193,10 @@ def evaluate(model, rows, tokenizer, autocast, device):
     model.train()
     nats = parallel.total(total).item()
     n_tokens = sum(len(row) - 1 for row in rows)
-    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in rows)
+    n_bytes = sum(len(tokenizer.decode_bytes(row)) for row in rows)
+    perplexity = math.exp(min(nats / n_tokens, 700))  # more is no float
     bits = nats / math.log(2)
-    return {"eval/perplexity": math.exp(nats / n_tokens), "eval/bits_per_byte": bits / n_bytes}
+    return {"eval/perplexity": perplexity, "eval/bits_per_byte": bits / max(1, n_bytes)}
 
 
 def samples(model, test, tokenizer, rng, autocast, seed):
@@ -193,56 +215,26 @@ def overlong_rule(given, source):
     return given or ("truncate" if source == "reviews" else "error")
 
 
-def base_model(knobs):
+def base_model(knobs, feedback):
     """The model directory of a script's base model: --init, or else the run `sft` beside --out."""
-    beside = str(Path(knobs.out).parent / "sft")
-    keep_apart(knobs.init or beside, knobs.out)
     if knobs.init:
+        stages.note_other_data(knobs.init, knobs, feedback)
         return model_directory(knobs.init)
-    return stage_before("base model", main, Knobs(out=beside, **earlier(knobs)))[0]
+    beside = Path(knobs.out).parent / "sft"
+    own = Knobs(out=beside, **stages.earlier(knobs))
+    model, _ = stages.stage_before("base model", main, own, feedback)
+    return model
 
 
-def stage_beside(name, folder, stage, given, knobs):
-    """(a model or what stands for it, its training's summary when it is ours): what was `given`, or
-    the run of that stage in a folder beside --out."""
-    beside = str(Path(knobs.out).parent / folder)
-    keep_apart(given or beside, knobs.out)
-    if given:
-        return given, {}
-    own = stage.Knobs(init=knobs.init, out=beside, **earlier(knobs))
-    return stage_before(name, stage.main, own)
-
-
-def stage_before(name, main, knobs):
-    """(model directory, summary) of an earlier stage at knobs.out, made now with its defaults when
-    it is missing. Raises UserError when what lies there was made from other data."""
-    summary = finished(knobs.out)
-    if summary is None:
-        missing = f"no {name} in {knobs.out}"
-        print(f"{missing}: making it now with the defaults of that stage", flush=True)
-        summary = main(knobs)
-    if summary["data"] != knobs.data:
-        raise UserError(
-            f"{knobs.out} was made from --data {summary['data']}, not {knobs.data}: give an --out "
-            "in another folder (its earlier stages lie beside it), or name the model with a flag"
-        )
-    return Path(knobs.out) / "model", summary
-
-
-def earlier(knobs):
-    """The knobs that a stage made on the way has from the one that needs it."""
-    shared = "data", "overlong", "seed", "device", "dtype", "resume", "on_nonfinite", "shard"
-    return {name: getattr(knobs, name) for name in shared}
-
-
-def keep_apart(source, out):
-    """Raises UserError where a run would write over what it starts from, or `out` is no folder."""
-    wrong = "what this run starts from lies there"
-    if Path(out).is_file():
-        wrong = "a file"
-    elif not Path(source).resolve().is_relative_to(Path(out).resolve()):
-        return
-    raise UserError(f"--out {out}: {wrong}; give another folder")
+def stage_beside(name, folder, stage, knobs, feedback):
+    """(a model or what stands for it, its training's summary when it is ours): --reward, or the run
+    of that stage in a folder beside --out."""
+    if knobs.reward:
+        stages.note_other_data(knobs.reward, knobs, feedback)
+        return knobs.reward, {}
+    beside = Path(knobs.out).parent / folder
+    own = stage.Knobs(init=knobs.init, out=beside, **stages.earlier(knobs))
+    return stages.stage_before(name, stage.main, own, feedback)
 
 
 if __name__ == "__main__":

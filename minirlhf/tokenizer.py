@@ -1,15 +1,15 @@
-"""Byte-level BPE: GPT-2's own vocabulary by name, or one trained on a corpus; served by tiktoken.
+"""Byte-level BPE: that of a model, GPT-2's by name, or one trained on a corpus; run by tiktoken.
 
-A vocabulary is 256 bytes, merges in the order they were learned, and EOS as the last id, as in
-GPT-2. It is saved as a `tokenizer.json` of the Hugging Face layout. No text ever encodes to EOS:
-it is added by number. `pad` is the id of the byte 0xFF, which no UTF-8 text holds, so padding
-needs no place in the vocabulary.
+A vocabulary is 256 bytes, merges in the order they were learned, and EOS, behind them as in GPT-2
+where we train it. It is saved as a `tokenizer.json` of the Hugging Face layout. No text ever
+encodes to EOS: it is added by number. `pad` is the id of the byte 0xFF, which no UTF-8 text holds,
+so padding needs no place in the vocabulary.
 
 Left out: other split patterns, normalisation, special tokens beyond EOS.
 """
 
+import hashlib
 import heapq
-import json
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,32 +17,27 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
+from minirlhf.engine import vocabulary
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import FileError, MissingFile, atomic_write, read_json
-from minirlhf.engine.weights import local_directory
-
-EOS = "<|endoftext|>"
+from minirlhf.engine.files import FileError, atomic_write
+from minirlhf.engine.vocabulary import BYTES, EOS
+from minirlhf.engine.weights import cut_vocabulary, local_directory, model_directory, read_config
+from minirlhf.gpt import GPT
 
 # GPT-2's split of a text into words: a merge never crosses these.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-# GPT-2's order of the bytes: the printable ones first; the others are written as U+0100 and on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-BYTES = PRINTABLE + OTHERS
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
     """`encode(text) -> ids`, `decode(ids) -> text`; `eos`, `pad` and `vocab_size` are ints."""
 
-    def __init__(self, ranks, name="trained"):
-        """ranks: {bytes: id}, ids 0..len-1 in merge order; EOS is added after them."""
+    def __init__(self, ranks, name="trained", eos=None):
+        """ranks: {bytes: id}, ids in merge order; EOS comes after them, or has the id left free."""
         self.ranks = ranks
-        self.eos = len(ranks)
+        self.eos = len(ranks) if eos is None else eos
         self.vocab_size = len(ranks) + 1
         self.pad = ranks[b"\xff"]
+        self.added = []  # names of special tokens that a directory has beside these, of no use here
         self.encoding = tiktoken.Encoding(
             name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos}
         )
@@ -57,7 +52,16 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of the ids, without EOS; bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode([i for i in ids if i != self.eos], errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        """The bytes of the ids, without EOS: a token may hold half a character."""
+        return self.encoding.decode_bytes([i for i in ids if i != self.eos])
+
+    def fingerprint(self):
+        """Hex digits of what the ids mean: equal for tokenizers that are the same."""
+        by_id = sorted((i, token) for token, i in self.ranks.items())
+        return hashlib.sha256(repr((by_id, self.eos)).encode()).hexdigest()[:16]
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -68,94 +72,66 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name_or_directory):
-        """`gpt2` by name, or the `tokenizer.json` of a directory.
+        """`gpt2` by name, or what a directory holds: tokenizer.json, or vocab.json with merges.txt.
 
-        Raises FileNotFoundError without the file, OSError when GPT-2's vocabulary cannot be had,
+        Raises FileNotFoundError without them, OSError when GPT-2's vocabulary cannot be had,
         ValueError for another kind of tokenizer.
         """
-        path = Path(name_or_directory) / "tokenizer.json"
-        if str(name_or_directory) == "gpt2" and not path.exists():
+        directory = Path(name_or_directory)
+        if str(name_or_directory) == "gpt2" and not vocabulary.lies_in(directory):
             try:
                 return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, "gpt2")
             except Exception as e:
                 message = f"tokenizer gpt2: tiktoken could not fetch its vocabulary: {e}"
                 raise FileError(message) from None
-        if not path.is_file():
-            expected = "expected `gpt2` or a directory with tokenizer.json"
-            raise MissingFile(f"{path}: no tokenizer there ({expected})")
-        content = read_json(path)
-        try:
-            return cls(read_ranks(content))
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            message = f"{path}: not a byte-level BPE tokenizer ({type(e).__name__}: {e})"
-            raise UserError(message[:400]) from None
+        found = vocabulary.read_vocabulary(directory)
+        tokenizer = cls(found.ranks, eos=found.eos)
+        tokenizer.added = found.added
+        return tokenizer
 
     def save(self, directory):
         """Writes `tokenizer.json` for transformers and tokenizers."""
-        vocab = {written(token): i for token, i in self.ranks.items()}
-        longer = [token for token in self.ranks if len(token) > 1]
-        longer.sort(key=self.ranks.get)
-        merges = [" ".join(map(written, split(self.ranks, token))) for token in longer]
-        eos = {"id": self.eos, "content": EOS, "special": True}
-        eos |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False}
-        byte_level |= {"trim_offsets": True, "use_regex": True}
-        content = {"version": "1.0", "added_tokens": [eos]}
-        content |= {"pre_tokenizer": byte_level, "decoder": byte_level}
-        content["model"] = {"type": "BPE", "vocab": vocab | {EOS: self.eos}, "merges": merges}
         Path(directory).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(directory) / "tokenizer.json") as tmp:
-            tmp.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            text = vocabulary.as_tokenizer_json(self.ranks, self.eos)
+            tmp.write_text(text, encoding="utf-8")
+
+
+# A model and the tokenizer that belongs to it
+
+
+def load_base(source, device="cpu"):
+    """(base model, tokenizer) of a run, a directory or a model on the hub, which fit together."""
+    directory = local_directory(model_directory(source))
+    tokenizer = load_tokenizer(directory)
+    model = GPT.from_pretrained(directory)
+    fit_vocabulary(model, tokenizer, source)
+    return model.to(device), tokenizer
 
 
 def load_tokenizer(source):
     """The tokenizer of a model's directory or of a model on the hub; GPT-2's where it has none."""
     directory = local_directory(source)
-    return Tokenizer.load(directory if (directory / "tokenizer.json").exists() else "gpt2")
+    if vocabulary.lies_in(directory):
+        return Tokenizer.load(directory)
+    size = read_config(directory).get("vocab_size")
+    if size != 50257:
+        missing = "neither tokenizer.json nor vocab.json with merges.txt lies there"
+        raise UserError(f"{source}: {missing}, and a vocabulary of {size} is not gpt2's, of 50257")
+    return Tokenizer.load("gpt2")
 
 
-def written(token):
-    """Bytes as the characters that stand for them in tokenizer.json."""
-    return "".join(BYTE_TO_CHAR[b] for b in token)
-
-
-def read_ranks(content):
-    """{bytes: id} of a tokenizer.json; ValueError, KeyError or TypeError for another kind."""
-    model = content["model"]
-    vocab = model["vocab"]
-    if model["type"] != "BPE" or content.get("normalizer"):
-        raise ValueError(f"model type {model['type']}, normalizer {content.get('normalizer')}")
-    if not isinstance(vocab, dict):
-        raise ValueError("vocab is not an object")
-    words = content["pre_tokenizer"]
-    byte_level = words["type"] == "ByteLevel" and not words["add_prefix_space"]
-    if not byte_level or not words.get("use_regex", True):
-        raise ValueError(f"pre_tokenizer {words}")
-    vocab = {EOS: len(vocab) - (EOS in vocab)} | vocab
-    tokens = sorted(vocab, key=vocab.get)
-    ids = [vocab[token] for token in tokens]
-    whole_numbers = set(map(type, ids)) == {int}
-    if not whole_numbers or ids != list(range(len(vocab))) or tokens[-1] != EOS:
-        raise ValueError(f"expected ids 0 to {len(vocab) - 2} and then {EOS}")
-    if not CHAR_TO_BYTE.keys() <= vocab.keys():
-        raise KeyError("expected a token for each of the 256 bytes")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-    made = [first + second for first, second in merges]
-    longer = [token for token in tokens[:-1] if len(token) > 1]
-    if made != longer or not all(a in vocab and b in vocab for a, b in merges):
-        expected = "expected a merge of two tokens for each longer token"
-        raise ValueError(f"{expected}, in the order of their ids")
-    return {bytes(CHAR_TO_BYTE[c] for c in token): vocab[token] for token in tokens[:-1]}
-
-
-def split(ranks, token):
-    """The two parts whose merge made `token`: what BPE leaves of it with the merges before."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        found = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-        i = found.index(min(found))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def fit_vocabulary(model, tokenizer, source):
+    """Cuts off a model's rows of ids that have no text (padding to a multiple of 64, [PAD] and the
+    like behind all others): so they are never sampled. Raises UserError for a model that is too
+    small."""
+    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    if rows < ids:
+        raise UserError(f"{source}: the tokenizer has {ids} ids, but the model has {rows}")
+    if rows > ids:
+        cut_vocabulary(model, ids)
+        names = "".join(f", {name!r}" for name in tokenizer.added)
+        print(f"{source}: cut off the {rows - ids} of {rows} ids that have no text{names}")
 
 
 def train_ranks(texts, size):

@@ -32,7 +32,7 @@ CASES = {
     "ppo-truncated": f"{PPO} --steps 6 --truncate c --missing-eos-score -1 "
     "--no-stop-at-eos --top-k 20",
     "dpo": f"{DPO} --epochs 1",
-    "dpo-ipo": f"{DPO} --epochs 1 --loss ipo --no-soft-labels",
+    "dpo-ipo": f"{DPO} --epochs 1 --loss ipo",
     "dpo-kto": f"{DPO} --epochs 1 --loss kto",
     "dpo-tdpo": f"{DPO} --epochs 1 --loss tdpo2 --micro-batch 16",
     "dpo-lipo": f"{DPO} --epochs 1 --loss lipo",

@@ -3,11 +3,13 @@
 It touches nothing else. `python tests/fuzz.py` prints a table and exits with 1 where a reader
 crashed, hung, lost or changed something, ran or wrote something; `--records 1000` is quick. What a
 reader returns is held against a second, small reading of the same bytes (json, zlib, struct and
-NumPy).
+NumPy; CSV by hand): no record, rating, comparison or key may be lost in silence.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import faulthandler
 import gzip
 import io
@@ -33,10 +35,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from minirlhf import data
 from minirlhf.data import sources
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import parse_json
 from minirlhf.feedback import labelers
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.tokenizer import EOS, Tokenizer
+
+try:
+    import pyarrow
+    from pyarrow import parquet
+except ImportError:
+    parquet = None  # no parquet, then
 
 sys.dont_write_bytecode = True
 SECONDS = 2  # a record may take
@@ -154,7 +163,18 @@ def damage_json(rng, value):
     return text
 
 
-# JSONL: a second reading
+# JSONL and its records: a second reading
+
+ALIASES = {"question": "prompt", "instruction": "prompt", "query": "prompt",
+           "completion": "response", "completions": "responses", "conversations": "messages",
+           "conversation": "messages", "score": "rating", "system_prompt": "system"}  # fmt: skip
+REFUSED = ("input", "context", "history", "documents", "tools", "functions", "tool_calls", "images",
+           "image", "videos", "video", "audios", "audio")  # fmt: skip
+SPEAKERS = {"user": "Human", "human": "Human", "prompter": "Human", "gpt": "Assistant",
+            "developer": "System"}  # fmt: skip
+ANSWER, ASKS = "\n\nAssistant:", ("Human", "System")
+TAG = re.compile(r"\s*(Human|System|Assistant): ")
+Said = collections.namedtuple("Said", "kind prompt responses number columns unused")
 
 
 def plain(text):
@@ -167,49 +187,295 @@ def plain(text):
     return json.loads(text, object_pairs_hook=once)
 
 
-def as_text(value):
-    names = {"user": "Human", "assistant": "Assistant"}
+def turns_of(value):
+    """[(who speaks, what)] of a message or several; None of a text."""
     if isinstance(value, str):
-        return value
-    said = [(names.get(m["role"], m["role"].capitalize()), m["content"]) for m in value]
-    return "".join("\n\n" + name + ": " + content for name, content in said)
+        return None
+    turns = []
+    for m in [value] if isinstance(value, dict) else value:
+        for odd in ("tool_calls", "function_call", *REFUSED[7:], "thinking", "reasoning_content"):
+            assert not m.get(odd)
+        role = m["role"] if "role" in m else m["from"]
+        content = m["content"] if "content" in m else m["value"]
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        role = role.strip().lower()
+        assert role and isinstance(content, str)
+        turns.append((SPEAKERS.get(role, role.capitalize()), content))
+    return turns
 
 
-def check_record(text, prompt, responses, number):
-    record = plain(text)
-    assert all(isinstance(t, str) and t.encode() is not None for t in (prompt, *responses))
-    if "prompt" in record:
-        assert prompt == as_text(record["prompt"])
-    if "chosen" in record and "rejected" in record:
-        given = [as_text(record["chosen"]), as_text(record["rejected"])]
-        assert responses == given and "prompt" in record or [prompt + r for r in responses] == given
-        assert given[0] != given[1] and number == record.get("margin")
-    elif "responses" in record and "ranking" in record:
-        assert responses == [as_text(record["responses"][i]) for i in record["ranking"]]
-        assert number == record.get("margin")
-        assert sorted(record["ranking"]) == list(range(len(record["responses"])))
+def text_of(turns):
+    return "".join(f"\n\n{name}: {content}" for name, content in turns)
+
+
+def is_tagged(text):
+    return bool(TAG.match(text)) and ANSWER in text
+
+
+def ends_in_header(text):
+    return bool(re.search(r"\n\n\w+:\s*$", text))
+
+
+def longest_shared(texts):
+    n = 0
+    while n < min(map(len, texts)) and len({text[n] for text in texts}) == 1:
+        n += 1
+    return texts[0][:n]
+
+
+def of_texts(prompt, texts):
+    """(prompt, responses) of answers that are texts, after a text or None."""
+    whole = all(map(is_tagged, texts))
+    if prompt is not None and (ends_in_header(prompt) or not whole):
+        if ends_in_header(prompt) and all(text.startswith(prompt) for text in texts):
+            return prompt, [text[len(prompt) :] for text in texts]
+        return prompt, texts
+    shared = longest_shared(texts)
+    n = shared.rfind(ANSWER) + len(ANSWER) if ANSWER in shared else 0
+    if not n or len(texts) == 1 and not is_tagged(shared):
+        n = len(shared[: shared.rfind(" ") + 1].rstrip()) if len(texts) > 1 else 0
+    assert prompt is None or prompt.strip() in shared
+    return shared[:n], [text[n:] for text in texts]
+
+
+def of_turns(prompt, answers, system):
+    """(prompt, responses) of answers that are turns: what all share up to an answer of theirs."""
+    dialogues = []
+    for answer in answers:
+        asked = [content.strip() for _, content in answer[:-1]]
+        turns = answer
+        if isinstance(prompt, str):
+            if prompt.strip() not in asked and not (prompt == "" and answer[0][0] in ASKS):
+                assert not any(name in ASKS for name, _ in answer)
+                turns = [("Human", prompt), *answer] if prompt else answer
+        elif prompt is not None:
+            own = [t for i, t in enumerate(prompt) if i or t[0] != "System"]
+            given = [t for i, t in enumerate(answer) if i or t[0] != "System"]
+            if given[: len(own)] != own or len(given) == len(own):
+                turns = prompt + answer
+            elif prompt[0][0] == "System" != answer[0][0]:
+                turns = prompt[:1] + answer
+        if system and turns[0][0] != "System":
+            turns = [("System", system), *turns]
+        dialogues.append(turns)
+    whole = [text_of(turns) for turns in dialogues]
+    if len(dialogues) == 1:
+        n = len(dialogues[0]) - 1
+        if isinstance(prompt, list):
+            known = sum(1 for i, t in enumerate(prompt) if i or t[0] != "System")
+            n = known + (dialogues[0][0][0] == "System")
     else:
-        label = record["rating"] if "rating" in record else record["label"]
-        assert responses == [as_text(record["response"])]
-        assert number == float(label) and abs(number) < 1e301
-        assert type(number) is (float if "rating" in record else bool)
+        n = min(map(len, dialogues))
+        while len({tuple(turns[:n]) for turns in dialogues}) > 1:
+            n -= 1
+    cuts = []
+    for k in range(n + 1):
+        names = {turns[k][0] if k < len(turns) else "" for turns in dialogues}
+        if len(names) == 1 and not names & {"", *ASKS}:
+            cuts.append(text_of(dialogues[0][:k]) + f"\n\n{names.pop()}:")
+    assert all(text.startswith(cuts[-1] + " ") for text in whole)
+    return cuts[-1], [text[len(cuts[-1]) :] for text in whole]
 
 
-def check_feedback(raw, feedback):
-    """Every line that is not blank is there, as what it says."""
-    lines = {n: line for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()}
-    found = {n: [] for n in lines}
+def second_reading(record):
+    """What a record says. Fails where it says nothing that is known."""
+    entry = {k: v for k, v in record.items() if v is not None}
+    assert not any(entry.pop(k, None) for k in REFUSED)
+    named = {}
+    for k, v in entry.items():
+        first = named.setdefault(ALIASES.get(k, k), v)
+        assert first is v or first == v
+    has, used = named.keys(), {"prompt", "messages", "system"}
+    turns = turns_of(named["messages"]) if "messages" in has else None
+    number = 0.0
+    if {"chosen", "rejected"} <= has:
+        kind, given = "comparison", [named["chosen"], named["rejected"]]
+        used |= {"chosen", "rejected", "margin"}
+    elif {"responses", "ranking"} <= has:
+        kind, given = "comparison", [named["responses"][i] for i in named["ranking"]]
+        assert sorted(named["ranking"]) == list(range(len(named["responses"])))
+        used |= {"responses", "ranking", "margin"}
+    else:
+        key = "response" if "response" in has else None
+        key = key or ("messages" if turns and turns[-1][0] not in ASKS else None)
+        key = key or ("text" if "text" in has and "prompt" not in has else None)
+        kind = next((k for k in ("rating", "label") if k in has), "text") if key else "prompt"
+        given = [named[key]] if key else []
+        used |= {key, kind} if kind in ("rating", "label") else {key} if key else set()
+        turns = None if key == "messages" else turns
+        number = float(named[kind]) if kind in ("rating", "label") else 0.0
+        assert kind != "label" or named["label"] in (0, 1)
+    if kind == "comparison":
+        number = float(named.get("margin", 0))
+        assert type(named.get("margin", 0)) in (int, float)
+    assert abs(number) <= 1e15
+    assert kind != "rating" or type(named["rating"]) in (int, float)
+    prompt, answers = named.get("prompt"), [turns_of(value) for value in given]
+    texts = [value for value in given if isinstance(value, str)]
+    if prompt is not None and turns_of(prompt):
+        prompt = turns_of(prompt)
+    if turns:
+        last = turns[-1]
+        if turns not in answers:
+            if last[1] in texts or [last] in answers:
+                turns = turns[:-1]
+            assert not turns or prompt is None or prompt in (turns, turns[-1][1])
+            prompt = turns or prompt
+    system = named.get("system")
+    if isinstance(system, list):
+        ((_, system),) = turns_of(system)
+    system = system if system and system.strip() else None
+    unused = set() if kind == "prompt" else {k for k in entry if ALIASES.get(k, k) not in used}
+    columns = {k: v for k, v in record.items() if ALIASES.get(k, k) not in used}
+    columns = columns if kind == "prompt" else {}
+    found = put_together(prompt, answers, texts, system, bool(given))
+    return Said(kind, *found, number, columns, unused)
+
+
+def put_together(prompt, answers, texts, system, any_answer):
+    if not any_answer and isinstance(prompt, str) and not system:
+        return prompt, []
+    first = text_of([("System", system)]) if system else ""
+    if not texts and any_answer:
+        header = isinstance(prompt, str) and ends_in_header(prompt)
+        if not header or max(map(len, answers)) > 1:
+            return of_turns(prompt, answers, system)
+        spoken = [" " + content for ((_, content),) in answers]
+        return of_texts(first + prompt, spoken)
+    assert len(texts) == len(answers)
+    if isinstance(prompt, list) and prompt[0][0] == "System":
+        first = ""
+    if any_answer and all(map(is_tagged, texts)):
+        question = prompt if isinstance(prompt, str) else None
+        if question is None or not ends_in_header(question):
+            return of_texts(question, [first + text for text in texts])
+        if first:
+            return of_texts(first + question, [first + text for text in texts])
+    if isinstance(prompt, list) or (first and not ends_in_header(prompt)):
+        asked = prompt if isinstance(prompt, list) else [("Human", prompt)]
+        return first + text_of(asked) + ANSWER, [" " + text for text in texts]
+    return of_texts(first + prompt if first else prompt, texts)
+
+
+def check_record(record, found):
+    said = second_reading(record)
+    texts = (found.prompt, *found.responses)
+    assert all(isinstance(t, str) and t.encode() is not None for t in texts)
+    assert found.kind == said.kind and found.prompt == said.prompt
+    assert found.responses == said.responses and len(set(said.responses)) == len(said.responses)
+    assert found.number == said.number and type(found.number) is float
+    assert set(found.unused) == said.unused and same(found.columns, said.columns)
+
+
+def same(a, b):
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def check_feedback(records, feedback):
+    """Nothing is lost: what was read, merged and left unused is what was there, on two sides."""
+    said = [second_reading(record) for record in records]
+    assert len({s.kind for s in said}) == 1
+    ratings, compared = collections.defaultdict(list), collections.Counter()
+    answers, unused = 0, set()
+    for s in said:
+        items = [(s.prompt, response) for response in s.responses or [""]]
+        answers, unused = answers + len(items), unused | s.unused
+        for item in items:
+            ratings[item].append(s.number)
+        if s.kind == "comparison":
+            compared[tuple(items), s.number] += 1
+    rated, found = said[0].kind in ("rating", "label"), collections.Counter()
+    read = {}
     for items in (feedback.train, feedback.test):
-        rows = zip(items.prompts, items.responses, items.where, strict=True)
-        for prompt, response, where in rows:
-            found[int(where.rsplit(" ", 1)[1])].append((prompt, response))
-    for n, line in lines.items():
-        record, (prompts, responses) = plain(line.decode("utf-8-sig")), zip(*found[n], strict=True)
-        if "chosen" not in record and "ranking" not in record:
-            number = float(record["rating"]) if "rating" in record else record["label"]
+        keys = list(zip(items.prompts, items.responses, strict=True))
+        for i, key in enumerate(keys):
+            if rated:
+                assert key not in read
+            read[key] = sorted(items.ratings[i].tolist()) if rated else None
+        for g, group in enumerate(items.groups):
+            margin = items.margins[g] if items.margins else 0.0
+            found[tuple(keys[i] for i in group), margin] += 1
+        assert items.thumbs == (said[0].kind == "label")
+        assert (items.columns is None) == (said[0].kind != "prompt")
+    assert read == {key: sorted(r) if rated else None for key, r in ratings.items()}
+    assert found == compared
+    counts = {"records": len(records), "kind": said[0].kind, "answers": answers}
+    counts |= {"items": len(ratings), "merged": answers - len(ratings), "unused": sorted(unused)}
+    assert {k: feedback.counts[k] for k in counts} == counts
+
+
+def lines_of(raw):
+    """Entries of JSONL, or of one JSON array."""
+    lines = [line.decode("utf-8-sig") for line in raw.splitlines()]
+    lines = [line for line in lines if line.strip()]
+    if lines and lines[0].lstrip().startswith("["):
+        return plain("\n".join(lines))
+    return [plain(line) for line in lines]
+
+
+def cells_of(raw):
+    """Entries of CSV (RFC 4180), a character at a time."""
+    text, rows, row, cell, quoted = raw.decode("utf-8-sig"), [], [], "", None
+    i = 0
+    while i < len(text):
+        c = text[i]
+        if quoted == "open":
+            if c == '"' and text[i + 1 : i + 2] == '"':
+                cell, i = cell + '"', i + 1
+            elif c == '"':
+                quoted = "closed"
+            else:
+                cell += c
+        elif c in ",\r\n":
+            row, cell, quoted = [*row, cell], "", None
+            if c != ",":
+                i += text[i : i + 2] == "\r\n"
+                rows, row = [*rows, row], []
+        elif c == '"' and not cell and quoted is None:
+            quoted = "open"
         else:
-            number = record.get("margin")
-        check_record(line.decode("utf-8-sig"), prompts[0], list(responses), number)
+            assert quoted is None
+            cell += c
+        i += 1
+    assert quoted != "open"
+    rows += [[*row, cell]] if row or cell or quoted else []
+    names, *rows = [row for n, row in enumerate(rows) if row != [""] or n == 0]
+    assert all(len(row) == len(names) for row in rows)
+    return [{n: value_of(n, c) for n, c in zip(names, row, strict=True)} for row in rows]
+
+
+def value_of(name, text):
+    if not text:
+        return None
+    if name == "label":
+        return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if name in ("rating", "score", "margin"):
+        return float(text)
+    if text[0] in "[{":
+        try:
+            value = plain(text)
+        except Exception:
+            return text
+        messages = value if isinstance(value, list) else [value]
+        if messages and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in messages):
+            return value
+        return value if name in ("responses", "completions", "ranking") else text
+    return text
+
+
+def of_table(value):
+    """A value of parquet as JSON has it."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        read = {k: of_table(v) for k, v in pairs}
+        return read if isinstance(value, dict) else list(read.values())
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+
+
+def rows_of(raw):
+    """Entries of a parquet file."""
+    return of_table(parquet.read_table(io.BytesIO(raw)).to_pylist())
 
 
 def gunzip(raw):
@@ -233,20 +499,44 @@ def form(rng, kind, i):
     """A valid record of one of the kinds that do not mix."""
     texts = [*TEXTS, f"p{i} q", f"r{i}"]
     a, b = rng.choice(texts), f"{rng.choice(texts)}{i}"
-    say = [{"role": "user", "content": f"{a}{i}"}, {"role": "assistant", "content": b}]
-    if kind == "rating":
-        prompt = rng.choice((f"p{i}", ""))
-        return {"prompt": prompt, "response": a, "rating": rng.choice((1, -2.5, i, 1e99))}
-    if kind == "label":
-        return {"prompt": f"p{i}", "response": a, "label": rng.random() < 0.5}
+    ask = [{"role": "user", "content": f"{a}{i}"}]
+    ask = [{"role": "system", "content": "S"}] * (rng.random() < 0.2) + ask
+    answers = [{"role": "assistant", "content": b + x} for x in ("", "!", "?")]
+    whole = [[*ask, answer] for answer in answers]
+    grown = [{"role": "user", "content": f"q{i}"}, {"role": "gpt", "content": b}]
+    if kind in ("rating", "label", "text"):
+        record = rng.choice((
+            {"prompt": rng.choice((f"p{i}", "")), "response": a}, {"messages": whole[0]},
+            {"prompt": ask, "completion": b}, {"text": f"{a} {i}"},
+            {"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]},
+        ))  # fmt: skip
+        numbers = {"rating": rng.choice((1, -2.5, i, 1e14)), "label": rng.random() < 0.5}
+        return record if kind == "text" else record | {kind: numbers[kind]}
+    if kind == "prompt":
+        return {rng.choice(("prompt", "question")): rng.choice((ask, f"p{i}")), "answer": a}
     return rng.choice((
         {"prompt": f"p{i}", "chosen": b, "rejected": b + "x", "margin": 0.5},
-        {"chosen": f"x{i} y " + b, "rejected": f"x{i} y " + b + "z"},
-        {"chosen": say, "rejected": [say[0], {"role": "assistant", "content": b + "!"}]},
-        {"prompt": say, "chosen": b + "c", "rejected": "d"},
+        {"chosen": f"x{i} y " + b, "rejected": f"x{i} y " + b + "z", "source": "a"},
+        {"chosen": whole[0], "rejected": whole[1]},
+        {"prompt": f"{a}{i}", "chosen": whole[0], "rejected": whole[1], "score_chosen": 1},
+        {"prompt": ask, "chosen": b + "c", "rejected": "d"},
+        {"prompt": ask, "responses": answers, "ranking": rng.sample(range(3), 3)},
+        {"responses": whole, "ranking": rng.sample(range(3), 3), "margin": 2},
+        {"messages": ask, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": f"\n\nHuman: {i}{ANSWER}", "chosen": f" {b}", "rejected": f" {b}x"},
+        {"chosen": f"\n\nHuman: {i}{ANSWER} a{i}", "rejected": f"\n\nHuman: {i}{ANSWER} b{i}"},
+        {"system": f"s{a}", "prompt": f"q{i}", "chosen": "c" + b, "rejected": "r" + b},
+        {"system": f"s{a}", "chosen": whole[0][-2:], "rejected": whole[1][-2:]},
+        {"prompt": f"q{i}", "chosen": grown + whole[0][-2:], "rejected": grown + whole[1][-2:]},
         {"prompt": f"{a}p{i}", "responses": [b, b + "1", b + "2"],
          "ranking": rng.sample(range(3), 3)},
     ))  # fmt: skip
+
+
+ALL = ("pair", "pair", "rating", "label", "text", "prompt")
+
+
+PACKED = ("none", "snappy", "zstd")
 
 
 # The readers, each a class: `make(rng)` -> what to read and whether it is undamaged; `read`;
@@ -254,13 +544,13 @@ def form(rng, kind, i):
 
 
 class Line:
-    share, name = 40, "JSONL line"
+    share, name = 34, "JSONL line"
 
     def __init__(self, folder):
         pass
 
     def make(self, rng):
-        record = form(rng, rng.choice(("pair", "rating", "label")), rng.randrange(99))
+        record = form(rng, rng.choice(ALL), rng.randrange(99))
         if rng.random() < 0.1:
             return json.dumps(record, ensure_ascii=rng.random() < 0.5), True
         if rng.random() < 0.6:
@@ -270,29 +560,33 @@ class Line:
         return raw.decode(errors="replace"), False
 
     def read(self, text):
-        return data.parse_record(text, "line 7")
+        return data.parse_record(parse_json(text, "line 7"), "line 7")
 
     def check(self, text, found):
-        check_record(text, *found)
+        check_record(plain(text), found)
 
 
 class File:
-    share, name, suffix = 14, "JSONL file", ".jsonl"
+    share, name, suffix = 12, "JSONL file", ".jsonl"
+    kinds = ALL
 
     def __init__(self, folder):
         self.path = folder / f"data{self.suffix}"
 
+    def records(self, rng):
+        """(records of one kind, whether all must be read)."""
+        kind = rng.choice(self.kinds)
+        return [form(rng, kind, i) for i in range(rng.choice((11, 14)))], kind == "pair"
+
     def make(self, rng):
-        kind = rng.choice(("pair", "rating", "label"))
-        n = rng.choice((11, 14))
-        lines = []
-        for i in range(n):
-            lines.append(json.dumps(form(rng, kind, i), ensure_ascii=rng.random() < 0.5))
-        whole = rng.random() < 0.1 and kind == "pair"
+        records, whole = self.records(rng)
+        lines = [json.dumps(record, ensure_ascii=rng.random() < 0.5) for record in records]
+        whole = whole and rng.random() < 0.1
         if not whole and rng.random() < 0.5:
             i = rng.randrange(len(lines))
             one = damage_json(rng, json.loads(lines[i]))
-            lines[i] = rng.choice((one, "", " ", "\ufeff" + lines[i], lines[i] + "\r"))
+            twice = lines[i] + "\n" + lines[i]
+            lines[i] = rng.choice((one, "", " ", "\ufeff" + lines[i], lines[i] + "\r", twice))
         raw = "\n".join(lines).encode(errors="surrogatepass") + rng.choice((b"", b"\n", b"\r\n\n"))
         if not whole and rng.random() < 0.5:
             raw = damage_bytes(rng, raw, raw)
@@ -301,7 +595,7 @@ class File:
     def pack(self, rng, raw, whole):
         return raw
 
-    unpack = staticmethod(bytes)
+    entries = staticmethod(lines_of)
 
     def read(self, raw):
         self.path.write_bytes(raw)
@@ -309,12 +603,80 @@ class File:
         return data.load_feedback(str(self.path))
 
     def check(self, raw, found):
-        check_feedback(self.unpack(raw), found)
+        check_feedback(self.entries(raw), found)
+
+
+class Array(File):
+    share, name, suffix = 5, "JSON array", ".json"
+
+    def make(self, rng):
+        records, whole = self.records(rng)
+        whole = whole and rng.random() < 0.1
+        text = json.dumps(records, indent=rng.choice((None, 1)), ensure_ascii=rng.random() < 0.5)
+        if not whole and rng.random() < 0.5:
+            text = damage_json(rng, records)
+        raw = text.encode(errors="surrogatepass")
+        return (raw if whole or rng.random() < 0.5 else damage_bytes(rng, raw, raw)), whole
+
+
+class Table(File):
+    share, name, suffix = 6, "CSV file", ".csv"
+
+    def make(self, rng):
+        kind = rng.choice(("pair", "rating", "label", "prompt"))
+        out = io.StringIO(newline="")
+        rows = csv.writer(out, lineterminator=rng.choice(("\n", "\r\n")))
+        names = {
+            "pair": ["prompt", "chosen", "rejected", "margin"],
+            "prompt": ["prompt", "answer"],
+            "rating": ["response", "rating"],
+            "label": ["prompt", "response", "label"],
+        }[kind]
+        rows.writerow(names)
+        for i in range(rng.choice((11, 14))):
+            a, b = (rng.choice([*TEXTS, "a,b", '"', "[1]", '{"role": 1}', "a\nb"]) for _ in "ab")
+            turns = json.dumps([{"role": "user", "content": a}])
+            cells = {"pair": [rng.choice((f"p{i}", f"{a}{i}")), b + "x", b + "y", i / 2],
+                     "rating": [f"{a}{i}", i], "label": [f"p{i}", f"{a}{i}", i % 2],
+                     "prompt": [rng.choice((f"p{i}", f"{b}{i}", turns)), a]}[kind]  # fmt: skip
+            rows.writerow(cells)
+        raw, whole = out.getvalue().encode(), kind == "pair" and rng.random() < 0.1
+        return (raw if whole or rng.random() < 0.2 else damage_bytes(rng, raw, raw)), whole
+
+    entries = staticmethod(cells_of)
+
+
+class Parquet(File):
+    share, name, suffix = 4, "parquet file", ".parquet"
+
+    def make(self, rng):
+        """Flat columns, lists of structs, nulls, and bytes where text is meant."""
+        kind, n = rng.choice(("pair", "whole", "rating", "prompt")), rng.choice((11, 14))
+        rows = []
+        for i in range(n):
+            a, b = rng.choice(TEXTS), rng.choice(TEXTS)
+            ask = {"role": "user", "content": f"{a}{i}"}
+            answers = [{"role": "assistant", "content": f"{b}{x}"} for x in "xy"]
+            rows.append({
+                "pair": {"prompt": f"p{i}", "chosen": b + "x", "rejected": b + "y",
+                         "margin": rng.choice((None, i / 2))},
+                "whole": {"chosen": [ask, answers[0]], "rejected": [ask, answers[1]], "source": a},
+                "rating": {"response": f"{a}{i}".encode(), "rating": rng.choice((i, 0.5))},
+                "prompt": {"prompt": f"p{i % 12}", "answer": str(i % 12), "note": None},
+            }[kind])  # fmt: skip
+        out = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), out, compression=rng.choice(PACKED))
+        raw, whole = out.getvalue(), kind == "pair" and rng.random() < 0.2
+        return (raw if whole or rng.random() < 0.4 else damage_bytes(rng, raw, raw)), whole
+
+    entries = staticmethod(rows_of)
 
 
 class Gzip(File):
-    share, name, suffix = 10, "gzip file", ".jsonl.gz"
-    unpack = staticmethod(gunzip)
+    share, name, suffix = 9, "gzip file", ".jsonl.gz"
+
+    def entries(self, raw):
+        return lines_of(gunzip(raw))
 
     def pack(self, rng, raw, whole):
         half = rng.randrange(len(raw) + 1)
@@ -327,7 +689,7 @@ class Gzip(File):
 
 
 class TokenizerFile:
-    share, name = 8, "tokenizer.json"
+    share, name = 7, "tokenizer.json"
 
     def __init__(self, folder):
         self.path, self.seeds = folder / "tokenizer.json", []
@@ -364,12 +726,18 @@ class TokenizerFile:
 
     def check(self, raw, found):
         tokenizer, ids = found
-        vocab = dict(json.loads(raw)["model"]["vocab"])
-        assert vocab.pop(EOS, len(vocab)) == tokenizer.eos == len(vocab)
-        assert all(type(i) is int for i in vocab.values())
+        content = json.loads(raw)
+        vocab = dict(content["model"]["vocab"])
+        added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
+        behind = {name: i for name, i in added.items() if name != EOS}
+        vocab = {token: i for token, i in vocab.items() if token not in behind}
+        eos = vocab.pop(EOS, added.get(EOS))
+        assert eos == tokenizer.eos == added.get(EOS, eos) and eos not in vocab.values()
+        assert all(type(i) is int for i in [*vocab.values(), *behind.values()])
+        assert min(behind.values(), default=len(vocab) + 1) > len(vocab)
         ranks = {bytes(self.byte[c] for c in token): i for token, i in vocab.items()}
         assert tokenizer.ranks == ranks
-        assert sorted(vocab.values()) == list(range(len(vocab))) and max(ids) < tokenizer.eos
+        assert sorted([*vocab.values(), eos]) == list(range(len(vocab) + 1)) and eos not in ids
         assert tokenizer.decode(ids) == "the film 日本 \0" + EOS
 
 
@@ -443,7 +811,7 @@ class Model:
 
 
 class Config(Model):
-    share, name = 9, "config.json"
+    share, name = 8, "config.json"
 
     def make(self, rng):
         cls, config, weights = rng.choice(self.seeds)
@@ -465,7 +833,7 @@ class Config(Model):
 
 
 class Safetensors(Model):
-    share, name = 9, "model.safetensors"
+    share, name = 8, "model.safetensors"
 
     def make(self, rng):
         cls, config, weights = rng.choice(self.seeds)
@@ -520,7 +888,7 @@ class Safetensors(Model):
 
 
 class Archive:
-    share, name = 10, "reviews archive"
+    share, name = 7, "reviews archive"
     texts, rates = "movieReviewSnippets_GroundTruth", "movieReviewSnippets_anonDataRatings"
     others = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth",
               "tweets_GroundTruth")  # fmt: skip
@@ -621,7 +989,8 @@ class Archive:
         assert others == sentences
 
 
-READERS = Line, File, Gzip, TokenizerFile, Config, Safetensors, Archive
+READERS = [Line, File, Gzip, Array, Table, TokenizerFile, Config, Safetensors, Archive]
+READERS += [Parquet] if parquet else []
 
 
 def attempt(reader, case, whole):

@@ -33,7 +33,7 @@ COMMANDS = {
     # them down makes the policy leave the language, unless it fades soon (a high beta or alpha) or
     # the preferred are held up. discopop's loss falls to both sides of its start.
     "npo": f"{LONG} npo --beta 3 --lr 5e-4",
-    "d2o": f"{LONG} d2o --beta 1 --loss-options alpha=1 --lr 5e-4",
+    "d2o": f"{LONG} d2o --beta 3 --loss-options alpha=3",
     "apo_down": f"{LONG} apo_down --loss-options nll_weight=3",
     "discopop": f"{DPO} discopop --loss-options temperature=1",
     "sppo": f"{ONLINE} sppo --rounds 3",

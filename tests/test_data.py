@@ -65,41 +65,44 @@ def rated_items(ratings):
 
 
 @pytest.mark.parametrize("record, expected", [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, ("p", ["c", "r"], None)),
-    ({"prompt": "p ", "chosen": "p c", "rejected": "p r", "extra": 1}, ("p ", ["c", "r"], None)),
-    ({"prompt": "p", "chosen": "", "rejected": "r"}, ("p", ["", "r"], None)),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, ("p", ["c", "r"], 0)),
+    ({"prompt": "p ", "chosen": "p c", "rejected": "p r", "extra": 1},
+     ("p ", ["p c", "p r"], 0)),
+    ({"prompt": "p", "chosen": "", "rejected": "r"}, ("p", ["", "r"], 0)),
     ({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
-     ("\n\nSystem: S\n\nHuman: Hi", ["\n\nAssistant: Yo", "\n\nAssistant: No"], None)),
-    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, (FIRST, [" Yo", " No"], None)),
+     ("\n\nSystem: S" + FIRST, [" Yo", " No"], 0)),
+    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, (FIRST, [" Yo", " No"], 0)),
     ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
-     (FIRST + " Yo" + FIRST, [" Yo", " No"], None)),
+     (FIRST + " Yo" + FIRST, [" Yo", " No"], 0)),
     ({"chosen": HH + " I know one.", "rejected": HH + " I know none."},
-     (HH, [" I know one.", " I know none."], None)),
+     (HH, [" I know one.", " I know none."], 0)),
     ({"chosen": HH + " No.", "rejected": HH + " No.\n\nHuman: Oh\n\nAssistant: Well"},
-     (HH, [" No.", " No.\n\nHuman: Oh\n\nAssistant: Well"], None)),
+     (HH, [" No.", " No.\n\nHuman: Oh\n\nAssistant: Well"], 0)),
     ({"chosen": FIRST + " A\n\nHuman: B", "rejected": FIRST + " A C"},
-     (FIRST, [" A\n\nHuman: B", " A C"], None)),
+     (FIRST, [" A\n\nHuman: B", " A C"], 0)),
     ({"chosen": "the film was good", "rejected": "the film was gory"},
-     ("the film was", [" good", " gory"], None)),
-    ({"chosen": "yes", "rejected": "yet"}, ("", ["yes", "yet"], None)),
+     ("the film was", [" good", " gory"], 0)),
+    ({"chosen": "yes", "rejected": "yet"}, ("", ["yes", "yet"], 0)),
     ({"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 0, 1]},
-     ("p", ["c", "a", "b"], None)),
+     ("p", ["c", "a", "b"], 0)),
     ({"prompt": "p", "response": "a", "rating": -2}, ("p", ["a"], -2.0)),
     ({"prompt": "", "response": "日", "rating": 3.5}, ("", ["日"], 3.5)),
 ])  # fmt: skip
 def test_forms(record, expected):
-    assert parse_record(json.dumps(record), "here") == expected
+    found = parse_record(record, "here")
+    assert (found.prompt, found.responses, found.number) == expected
+    assert found.where == "here" and found.unused == (("extra",) if "extra" in record else ())
 
 
 @pytest.mark.parametrize("line, names", [
     ('{"prompt": "a", ', "not JSON.*column"),
-    ("[1, 2]", "expected prompt"),
-    ('"text"', "expected prompt"),
+    ("[1, 2]", "expected an object, found a list"),
+    ('"text"', 'expected an object, found "text"'),
     ('{"prompt": "a", "chosen": "b"}', "chosen.*prompt.*expected"),
     ('{"prompt": 3, "chosen": "b", "rejected": "c"}', "prompt: expected a string.*3"),
-    ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen: expected"),
+    ('{"prompt": "a", "chosen": null, "rejected": "c"}', "found keys.*expected"),
     ('{"prompt": "a", "chosen": ["b"], "rejected": "c"}', "chosen: expected"),
-    ('{"prompt": "a", "chosen": "b", "rejected": [{"role": "user"}]}', "rejected: expected"),
+    ('{"prompt": "a", "chosen": "b", "rejected": [{"role": "user"}]}', "rejected: .*null.*text"),
     ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "same"),
     ('{"prompt": "a", "responses": "ab", "ranking": [0, 1]}', "responses: expected a list"),
     ('{"prompt": "a", "responses": ["b"], "ranking": [0]}', "responses: expected"),
@@ -112,7 +115,7 @@ def test_forms(record, expected):
     ('{"prompt": "a", "response": "b", "rating": 1e999}', "rating.*finite"),
     ('{"prompt": "a", "response": "b", "rating": "4"}', "rating"),
     ('{"prompt": "a", "response": "b", "rating": true}', "rating.*true"),
-    ('{"prompt": "a", "response": "b", "rating": 1}', "ratings and comparisons"),
+    ('{"prompt": "a", "response": "b", "rating": 1}', "a rating where .* comparisons"),
     ('{"prompt": "a", "responses": ["b", "c"], "ranking": ["1", "0"]}', "ranking"),
     ('{"prompt": "a", "response": "b", "rating": 1' + "0" * 400 + "}", "rating"),
 ])  # fmt: skip
@@ -143,7 +146,7 @@ def test_bad_file_is_named(tmp_path, name, content, names):
         load_feedback(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source", ["nothing", "x.json", "hub:a/b", "hub:a/b/c.txt", ""])
+@pytest.mark.parametrize("source", ["nothing", "x.txt", "hub:a/b", "hub:a/b/c.txt", ""])
 def test_unknown_source(source):
     with pytest.raises(UserError, match=f"--data {source}.*expected"):
         load_feedback(source)
@@ -166,18 +169,31 @@ def test_hub(tmp_path, monkeypatch):
         load_feedback("hub:o/n/d/f.jsonl.gz")
 
 
-# Splits
+# Splits; test_held_out.py has more
+
+
+def side(*keys):
+    """Where the unit of these keys lies between 0 and 1; below a tenth it is held out."""
+
+    def digest(key):
+        return hashlib.sha256(repr(key).encode()).hexdigest()
+
+    return int(digest(min(map(digest, keys)))[:13], 16) / 16**13
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_pairs_are_split_by_prompt(tmp_path, suffix):
-    """50 records on 25 prompts, 5 without a prompt: 30 units; the shuffle's last 3 are the test."""
-    records = [pair(i, f"p{i % 25}") for i in range(50)]
-    records += [{"chosen": f"x{i}", "rejected": f"y{i}"} for i in range(5)]
+    """100 records on 50 prompts, 10 without a prompt: what is held out is known for each alone."""
+    records = [pair(i, f"p{i % 50}") for i in range(100)]
+    records += [{"chosen": f"x{i}", "rejected": f"y{i}"} for i in range(10)]
     feedback = load_feedback(write(tmp_path / f"a{suffix}", records))
     train, test = feedback.train, feedback.test
-    assert not ({p for p in train.prompts if p} & {p for p in test.prompts if p})
-    assert set(test.prompts) == {f"p{u}" if u < 25 else "" for u in rng(0).permutation(30)[-3:]}
+    prompts = {f"p{i}" for i in range(50) if side(f"p{i}") < 0.1}
+    texts = {f"x{i}" for i in range(10) if side(f"x{i}", f"y{i}") < 0.1}
+    assert 1 <= len(prompts) <= 12
+    assert {p for p in test.prompts if p} == prompts
+    found = zip(test.prompts, test.responses, strict=True)
+    assert {r for p, r in found if not p and r[0] == "x"} == texts
     found = set()
     for items in (train, test):
         assert items.ratings is None
@@ -193,28 +209,37 @@ def test_pairs_are_split_by_prompt(tmp_path, suffix):
 
 
 def test_ratings_without_prompts_are_one_scale(tmp_path):
-    feedback = load_feedback(write(tmp_path / "a.jsonl", [rated(i, i) for i in range(20)]))
+    feedback = load_feedback(write(tmp_path / "a.jsonl", [rated(i, i) for i in range(200)]))
     for items in (feedback.train, feedback.test):
         assert not items.groups and [f"r{r[0]:.0f}" for r in items.ratings] == items.responses
-    assert len(feedback.train) == 18 and len(feedback.texts()) == 18
-    assert feedback.test.responses == [f"r{u}" for u in rng(0).permutation(20)[-2:]]
+        assert items.contexts() == [list(range(len(items)))]
+    held_out = [f"r{i}" for i in range(200) if side(f"r{i}") < 0.1]
+    assert feedback.test.responses == held_out and 10 <= len(held_out) <= 30
+    assert len(feedback.texts()) == len(feedback.train) == 200 - len(held_out)
 
 
-def test_ratings_of_one_prompt_are_compared_within_it(tmp_path, capsys):
-    records = [rated(i, [3, 1, 1, 2][i % 4], f"p{i // 4}") for i in range(40)]
+def test_ratings_of_one_prompt_are_compared_within_it(tmp_path):
+    records = [rated(i, [3, 1, 1, 2][i % 4], f"p{i // 4}") for i in range(200)]
     feedback = load_feedback(write(tmp_path / "a.jsonl", records))
-    assert "50 pairs" in capsys.readouterr().out
-    for items, n in ((feedback.train, 9), (feedback.test, 1)):
-        found = {(items.responses[i], items.responses[j]) for i, j in items.groups}
+    assert len(feedback.train) + len(feedback.test) == 200 and not feedback.train.groups
+    for items in (feedback.train, feedback.test):
+        pairs, gaps = items.comparisons(1000, seed=1)
+        found = {(items.responses[i], items.responses[j]) for i, j in pairs}
         kinds = sorted((int(a[1:]) % 4, int(b[1:]) % 4) for a, b in found)
-        assert kinds == sorted([(0, 1), (0, 2), (0, 3), (3, 1), (3, 2)] * n)
-        assert all(items.prompts[i] == items.prompts[j] for i, j in items.groups)
+        n = len(items) // 4
+        assert kinds == sorted([(0, 1), (0, 2), (0, 3), (3, 1), (3, 2)] * n) and len(pairs) == 5 * n
+        assert all(items.prompts[i] == items.prompts[j] for i, j in pairs)
+        worth = [3, 1, 1, 2]
+        expected = [worth[int(items.responses[i][1:]) % 4] for i in pairs.flatten()]
+        assert gaps.tolist() == [a - b for a, b in zip(expected[::2], expected[1::2], strict=True)]
 
 
 def test_nothing_to_compare(tmp_path):
-    path = write(tmp_path / "a.jsonl", [rated(i, 1, f"p{i // 2}") for i in range(24)])
-    with pytest.raises(UserError, match="a.jsonl"):
-        load_feedback(path)
+    path = write(tmp_path / "a.jsonl", [rated(i, 1, f"p{i // 2}") for i in range(100)])
+    feedback = load_feedback(path)  # fine, to learn language from
+    assert not feedback.test.can_compare()
+    with pytest.raises(UserError, match="a.jsonl.*no two responses of which one is better"):
+        feedback.test.comparisons(1, seed=1)
 
 
 # Comparisons
@@ -235,7 +260,9 @@ def test_outvotes_is_the_loop():
 
 def test_epoch_of_ratings():
     items, seen = rated_items(RATINGS), []
-    for rows, pairs, labels in items.epoch(4, rng()):
+    for rows, blocks, pairs, labels, margins in items.epoch(4, rng()):
+        assert np.concatenate(blocks).tolist() == list(range(len(rows))) and len(blocks) == 1
+        assert not margins.any() and len(rows) >= 2
         seen += rows.tolist()
         assert sorted(map(tuple, pairs)) == list(itertools.combinations(range(len(rows)), 2))
         for (i, j), label in zip(pairs, labels, strict=True):
@@ -243,28 +270,37 @@ def test_epoch_of_ratings():
     assert sorted(seen) == list(range(23))
 
 
-@pytest.mark.parametrize("batch_size, per_batch", [(6, 2), (7, 2), (3, 1), (1, 1), (100, 10)])
+@pytest.mark.parametrize("batch_size, per_batch", [
+    (6, {2}), (7, {2, 3}), (3, {1}), (1, {1}), (100, {10})
+])  # fmt: skip
 def test_epoch_of_groups(batch_size, per_batch):
     groups, seen = [[3 * g + k for k in (2, 0, 1)] for g in range(10)], []
-    items = Items(["p"] * 30, ["r"] * 30, ["l"] * 30, groups=groups)
-    for rows, pairs, labels in items.epoch(batch_size, rng()):
-        assert len(rows) <= 3 * per_batch and (labels == 1).all()
+    items = Items(["p"] * 30, ["r"] * 30, ["l"] * 30, groups=groups, margins=list(range(10)))
+    for rows, blocks, pairs, labels, margins in items.epoch(batch_size, rng()):
+        assert len(rows) / 3 in per_batch and (labels == 1).all()
         groups_here = [rows[i : i + 3].tolist() for i in range(0, len(rows), 3)]
+        assert [rows[block].tolist() for block in blocks] == groups_here
         expected = [p for g in groups_here for p in itertools.combinations(g, 2)]  # best first
         assert [(rows[i], rows[j]) for i, j in pairs] == expected
+        assert margins.tolist() == [g[0] // 3 for g in groups_here for _ in range(3)]
         seen += groups_here
     assert sorted(seen) == sorted(groups)
 
 
 def test_comparisons_of_ratings():
     items = rated_items(RATINGS + [RATINGS[0]])
-    pairs, gaps = items.comparisons(500, seed=1)
-    assert pairs.shape == (500, 2) and (gaps > 0).all() and len(np.unique(pairs)) == 24
     means = [np.mean(ratings) for ratings in items.ratings]
-    assert np.allclose(gaps, [means[i] - means[j] for i, j in pairs])
-    assert np.array_equal(pairs, items.comparisons(500, seed=1)[0])
-    assert not np.array_equal(pairs, items.comparisons(500, seed=2)[0])
-    with pytest.raises(UserError, match="line 0.*alike"):
+    different = {(i, j) for i in range(24) for j in range(24) if means[i] - means[j] > 1e-9}
+    for n in (500, 100):
+        pairs, gaps = items.comparisons(n, seed=1)
+        found = [(int(i), int(j)) for i, j in pairs]
+        assert len(found) == min(n, len(different)) and set(found) <= different
+        if n == 500:
+            assert set(found) == different  # each once
+        assert np.allclose(gaps, [means[i] - means[j] for i, j in pairs])
+        assert np.array_equal(pairs, items.comparisons(n, seed=1)[0])
+    assert not np.array_equal(pairs, items.comparisons(100, seed=2)[0])
+    with pytest.raises(UserError, match="line 0.*no two responses"):
         rated_items([[1.0, 3.0], [2.0], [2.0]]).comparisons(5, seed=1)
 
 
@@ -390,9 +426,14 @@ def test_toy_reward_by_hand(text, worth):
 
 def test_toy():
     toy, again = load_feedback("toy"), load_feedback("toy")
-    assert (len(toy.train), len(toy.test)) == (1800, 200)
+    assert (len(toy.train), len(toy.test)) == (1776, 214)  # 10 words of 2,000 came twice
     assert toy.train.responses == again.train.responses
-    assert all(np.abs(r).max() <= 4 and len(r) == 9 for r in toy.train.ratings)
+    words = toy.train.responses + toy.test.responses
+    assert len(set(words)) == 1990
+    assert set(toy.test.responses) == {word for word in words if side(word) < 0.1}
+    ratings = toy.train.ratings + toy.test.ratings
+    assert all(np.abs(r).max() <= 4 and len(r) in (9, 18) for r in ratings)
+    assert sum(map(len, ratings)) == 18_000
     truth = toy.true_reward(toy.test.prompts, toy.test.responses)
     assert np.corrcoef(truth, [r.mean() for r in toy.test.ratings])[0, 1] > 0.9
 

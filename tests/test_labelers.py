@@ -1,13 +1,18 @@
 """Functions as rewards: where they are found, what they may give, whose an error is."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minirlhf import data
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import pad_rows
+from minirlhf.feedback import labelers
 from minirlhf.feedback.labelers import ask, find_function, load_function
+from minirlhf.tokenizer import Tokenizer
 
 TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 TOKENS = torch.tensor([[97, 98, 99, 0], [97, 98, 99, 100]])
@@ -137,3 +142,46 @@ def test_a_path_of_its_own_stays(here):
     (here / "rules.py").write_text(f"import sys\nsys.path.append('own')\n{RATE}")
     load_function("rules.py", "rate")
     assert sys.path.pop() == "own"
+
+
+# Columns of bare prompts
+
+
+def bare_prompts(tmp_path, n=20):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": f"what is {i} + {i}?", "answer": str(2 * i), "hard": i > 9} for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return data.load_feedback(str(path))
+
+
+@pytest.mark.parametrize("room", [64, 6])
+def test_a_function_takes_columns_by_name(tmp_path, room):
+    """Also of prompts that lost their left end to leave room for the response."""
+    feedback, tokenizer = bare_prompts(tmp_path), Tokenizer.train([], 257)
+    seen = []
+
+    def score(prompts, responses, answer, *, other=None):
+        seen.append((prompts, responses, answer, other))
+        return [float(a in r) for a, r in zip(answer, responses, strict=True)]
+
+    columns = labelers.asked_columns(score, "f", feedback, tokenizer, room)
+    assert columns.keys() == {"answer"}
+    rows = []
+    for i, reply in ((3, "it is 6"), (17, "it is 6")):
+        ids = tokenizer.encode(f"what is {i} + {i}?")[-(room - 1) :]
+        rows.append(([tokenizer.eos, *ids], tokenizer.encode(reply)))
+    tokens, lengths = pad_rows([[*p, *r] for p, r in rows], tokenizer.pad)
+    p = torch.tensor([len(p) for p, _ in rows])
+    scores = labelers.ask(score, "f", "response", tokenizer, tokens, p, lengths - p, columns)
+    assert scores.tolist() == [[1.0], [0.0]] and seen[0][2] == ["6", "34"]
+
+
+def test_all_columns_and_none(tmp_path):
+    feedback, tokenizer = bare_prompts(tmp_path), Tokenizer.train([], 257)
+    all_of_them = labelers.asked_columns(lambda p, r, **more: [], "f", feedback, tokenizer, 64)
+    assert all_of_them.keys() == {"answer", "hard"} and len(all_of_them["hard"]) == 20
+    assert labelers.asked_columns(lambda p, r: [], "f", feedback, tokenizer, 64) == {}
+    with pytest.raises(UserError, match="f: it takes truth, which no record has"):
+        labelers.asked_columns(lambda p, r, truth: [], "f", feedback, tokenizer, 64)

@@ -1,8 +1,10 @@
 """What a run leaves behind, who may write there, and the figures over sampled answers."""
 
+import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import train_dpo
+import train_ppo
+import train_rm
 from minirlhf import sft
 from minirlhf.engine import cli, log
 from minirlhf.engine.cli import UserError
@@ -54,6 +59,8 @@ def test_a_new_run_empties_an_old_one(tmp_path):
     (tmp_path / "model" / "model.safetensors").touch()
     for old in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png"):
         (tmp_path / old).write_text('{"data": "toy"}')
+    knobs = {"out": "x", "seed": 0, "save_every": 200, "on_nonfinite": "stop", "lr": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(knobs))  # of a version without a mark
     (tmp_path / "state").mkdir()
     states = ["state/00000004.safetensors", "state/00000008.safetensors.tmp1"]
     for old in (*states, "samples.jsonl.tmp1", "model/model.safetensors.tmp1"):
@@ -89,6 +96,174 @@ def test_curves_of_few_and_of_many_points(n, tmp_path):
     rows = [{"step": i, "seconds": 1, "a/b": values[i % 3], "c": i / 7} for i in range(n)]
     log.curves.plot(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# A directory is a run's, or nothing in it is touched
+
+KNOBS = '{"out": "runs/x", "seed": 0, "save_every": 200, "on_nonfinite": "stop", "lr": 0.001}'
+FOREIGN = {
+    "a model": {"config.json": '{"model_type": "gpt2"}', "model.safetensors": "weights"},
+    "a model of a run": {"model/config.json": "{}", "model/model.safetensors": "weights"},
+    "data named as ours": {"metrics.jsonl": '{"prompt": "a"}', "samples.jsonl": "{}"},
+    "states of another program": {"state/00000001.safetensors": "x", "state/lock": "x"},
+    "a project": {"pyproject.toml": "x", "config.json": "not JSON"},
+    "settings": {"config.json": '["out", "seed", "save_every", "on_nonfinite"]'},
+    "a summary": {"summary.json": '{"data": "toy"}'},
+    "a mark elsewhere": {"model/config.json": KNOBS},
+    "a hidden file": {".git/config": "x"},
+    "started by another": {"notes.json.tmp12": "x"},
+}
+
+
+def contents(folder):
+    """All that lies there, links not followed."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        plain = path.is_file() and not path.is_symlink()
+        found[str(path)] = path.read_bytes() if plain else os.path.islink(path)
+    return found
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_that_is_not_ours_is_left_alone(kind, resume, tmp_path):
+    for name, text in FOREIGN[kind].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="not empty, and no run of ours"):
+        run(out=tmp_path, resume=resume)
+    with pytest.raises(UserError, match="not empty, and no run of ours"):
+        sft.main(sft.Knobs(data="toy", out=tmp_path, resume=resume))
+    assert contents(tmp_path) == before
+
+
+OURS = {
+    "new": {},
+    "a run of before": {"config.json": KNOBS, "metrics.jsonl": "{}", "notes.txt": "mine"},
+    "killed at its first file": {"state/lock": "process 1"},
+    "killed a bit later": {"state/lock": "process 1", "config.json.tmp17": "{"},
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_folder_that_is_ours_is_taken(kind, tmp_path):
+    for name, text in OURS[kind].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    run(out=tmp_path).finish({})
+    assert json.loads((tmp_path / "config.json").read_text())["minirlhf"] == "x"
+    assert not list(tmp_path.glob("*.tmp*"))
+    assert not OURS[kind].get("notes.txt") or (tmp_path / "notes.txt").read_text() == "mine"
+    run(out=tmp_path)  # by its mark
+
+
+LINKS = ["config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "state",
+         "model", "state/lock", "state/00000001.safetensors", "model/model.safetensors",
+         "model/config.json", "model/tokenizer.json", "config.json.tmp5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_is_followed(name, resume, tmp_path):
+    out, theirs = tmp_path / "run", tmp_path / "theirs"
+    theirs.mkdir()
+    for file in ("00000001.safetensors", "model.safetensors", "file.tmp1", "config.json"):
+        (theirs / file).write_text(KNOBS)
+    run(out=out).finish({})
+    (out / "model").mkdir()
+    link, is_folder = out / name, name in ("state", "model")
+    if link.is_dir():
+        link.rename(tmp_path / "away")
+    link.unlink(missing_ok=True)
+    link.symlink_to(theirs if is_folder else theirs / "config.json", target_is_directory=is_folder)
+    before = contents(theirs)
+    expected = pytest.raises(UserError, match="is a link|no run of ours")
+    with contextlib.nullcontext() if "tmp" in name else expected:
+        run(out=out, resume=resume)
+    assert contents(theirs) == before and (link.is_symlink() or "tmp" in name)
+
+
+def test_only_leftovers_of_our_own_names_go(tmp_path):
+    run(out=tmp_path).finish({})
+    (tmp_path / "model").mkdir()
+    ours = ["summary.json.tmp1", "samples.jsonl.tmp23", "curves.png.tmp4", "config.json.tmp5",
+            "nonfinite-step-3-0.jsonl.tmp6", "state/00000001.safetensors.tmp7",
+            "model/model.safetensors.tmp8", "model/tokenizer.json.tmp9"]  # fmt: skip
+    theirs = ["results.tmp1", "summary.json.tmp", "summary.json.tmpx1", "summary.json.tmp1.bak",
+              "x-summary.json.tmp1", "model/notes.tmp1", "state/mine.safetensors",
+              "state/1.safetensors", "nonfinite-step-mine.jsonl", "a/config.json.tmp1"]  # fmt: skip
+    (tmp_path / "a").mkdir()
+    (tmp_path / "curves.png.tmp99").mkdir()
+    for name in ours + theirs:
+        (tmp_path / name).write_text("x")
+    run(out=tmp_path)
+    assert not any((tmp_path / name).exists() for name in ours)
+    assert all((tmp_path / name).read_text() == "x" for name in theirs)
+    assert (tmp_path / "curves.png.tmp99").is_dir()
+
+
+def inputs(tmp_path):
+    """Scripts with knobs of which something lies in --out, itself or behind a link."""
+    out = tmp_path / "out"
+    inside = {"data": out / "words.jsonl", "init": out, "reward": out}
+    files = {"reward": f"{out}/rules.py:score"}
+    for script in (sft, train_rm, train_ppo, train_dpo):
+        for name, path in inside.items():
+            if not hasattr(script.Knobs(), name):
+                continue
+            own = {} if script is sft or name == "init" else {"init": tmp_path / "base"}
+            yield script, own | {name: path}
+            if path == out:
+                yield script, own | {name: path / "model"}
+            link = tmp_path / f"link{path.suffix}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path)
+            yield script, own | {name: link}
+    yield train_ppo, {"init": tmp_path / "base"} | files
+
+
+def test_what_a_run_starts_from_is_not_written_over(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy / "sft", tmp_path / "base")
+    shutil.copytree(toy / "rm", tmp_path / "out")
+    words = [{"prompt": "", "response": "ab" * i, "rating": i} for i in range(1, 40)]
+    (tmp_path / "out" / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    (tmp_path / "out" / "rules.py").write_text("def score(prompts, responses):\n    pass\n")
+    before = contents(tmp_path / "out")
+    tried = 0
+    for script, given in inputs(tmp_path):
+        for out in ("out", tmp_path / "base" / ".." / "out"):
+            knobs = script.Knobs(**{"data": "toy"} | given | {"out": out})
+            with pytest.raises(UserError, match="--out .*: what this run starts from lies there"):
+                script.main(knobs)
+            tried += 1
+    assert tried > 40 and contents(tmp_path / "out") == before
+
+
+def test_a_model_directory_is_no_run(toy, tmp_path):
+    shutil.copytree(toy / "sft", tmp_path / "a")
+    before = contents(tmp_path)
+    for out in (tmp_path / "a" / "model", tmp_path / "a" / "state"):
+        with pytest.raises(UserError, match="no run of ours"):
+            sft.main(sft.Knobs(data="toy", init=tmp_path / "a", out=out))
+    assert contents(tmp_path) == before
+
+
+def test_wrong_places_are_found_before_anything_is_made(toy, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "rm").mkdir(parents=True)
+    (tmp_path / "taken" / "rm" / "config.json").write_text("{}")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = contents(tmp_path)
+    for out, expected in (
+        ("file", "a file, not a directory"), ("dangling", "a file, not a directory"),
+        ("file/below/ppo", "file is a file"), ("taken/ppo", "taken/rm: not empty, and no run"),
+        ("/proc/none/ppo", "--out|no right to write"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=expected):
+            train_ppo.main(train_ppo.Knobs(data="toy", out=tmp_path / out))
+    assert contents(tmp_path) == before
 
 
 # One directory, one run

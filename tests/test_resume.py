@@ -192,7 +192,7 @@ def test_killed_ten_times(stage, needs, whole, tmp_path):
     assert kills == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_end_the_run(number, needs, whole, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     assert ended("rm", needs, out, [], log, number=number) == 128 + number
@@ -426,6 +426,32 @@ def test_a_state_of_another_run_is_refused(changes, expected, needs, stopped, tm
     assert before == contents(tmp_path / "run")
 
 
+@pytest.mark.parametrize("stage, changes", [
+    ("rm", {"normalize": False}), ("rm", {"response_length": 5}),
+    ("ppo", {"eval_samples": 3}), ("dpo", {"eval_samples": 3}), ("dpo", {"reward": "rm"}),
+    ("dpo", {"data": "moved"}),
+])  # fmt: skip
+def test_what_scores_at_the_end_may_change(stage, changes, needs, stopped, tmp_path, capsys):
+    stopped(stage, tmp_path / "run")
+    given = dict(changes)
+    if "reward" in changes:
+        given["reward"] = needs["rm"]
+    if "data" in changes:
+        given["data"] = shutil.copy(needs["words"], tmp_path / "moved.jsonl")
+    train(stage, needs, tmp_path / "run", resume=True, **given)
+    assert "going on after" in capsys.readouterr().out
+
+
+def test_another_number_of_threads_is_said(needs, stopped, tmp_path, capsys, monkeypatch):
+    stopped("rm", tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    train("rm", needs, tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert said.count("that state is of 1 threads and 1 processes, here are 3 threads and 1") == 1
+    train("rm", needs, tmp_path, resume=True)
+    assert "note: that state" not in capsys.readouterr().out
+
+
 def small_state(folder, stage="rm", width=3, vocabulary=5):
     torch.manual_seed(0)
     model = torch.nn.Linear(width, 2)
@@ -471,12 +497,12 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path):
 
 def test_other_labels_are_other_data(needs, tmp_path):
     few = dict(data=tmp_path / "words.jsonl", epochs=8, batch_size=20, normalize=False)
-    write_words(few["data"], 40)
+    write_words(few["data"], 90)
     stop("rm", needs, tmp_path / "run", 8, **few)
-    write_words(few["data"], 40, sign=-1)
+    write_words(few["data"], 90, sign=-1)
     with pytest.raises(UserError, match="another data"):
         train("rm", needs, tmp_path / "run", resume=True, **few)
-    write_words(few["data"], 40)
+    write_words(few["data"], 90)
     train("rm", needs, tmp_path / "run", resume=True, **few)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_rm
 from minirlhf import data, sft
-from minirlhf.data import Items, parse_record
+from minirlhf.data import Compared, Items, parse_record
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows
@@ -53,41 +53,63 @@ MEANS = [1.5, 3, 1.5, 0.5, 3, 2.5]  # 0 and 2 are tied, and 1 and 4
 SCORES = np.random.default_rng(0).normal(size=9)
 
 
+def compared(pairs, labels, n=None):
+    """A batch of the first n items."""
+    n = n or 1 + max(map(max, pairs))
+    rows = np.arange(n)
+    return Compared(rows, [rows], np.array(pairs), np.array(labels), np.zeros(len(pairs)))
+
+
 def epoch(items, batch_size=100, seed=0):
     return next(items.epoch(batch_size, np.random.default_rng(seed)))
 
 
-def loss_of(items, scores=SCORES, **changes):
+def loss_of(items, scores=SCORES, batch_size=100, **changes):
     """The loss of one batch of all items, each with its score; and the batch's order."""
-    chosen, pairs, labels = epoch(items)
-    outputs = torch.tensor(scores[chosen], dtype=torch.float32)
-    loss = train_rm.batch_loss(knobs(**changes), None, outputs, items, chosen, pairs, labels)
-    return loss.item(), chosen
+    batch = epoch(items, batch_size)
+    outputs = torch.tensor(scores[batch.rows], dtype=torch.float32)
+    loss = train_rm.batch_loss(knobs(**changes), None, outputs, items, batch)
+    return loss.item(), batch.rows
 
 
 def test_rankings_of_records_are_whole():
     for batch_size in (100, 4, 9):
-        for chosen, pairs, _ in GROUPS.epoch(batch_size, np.random.default_rng(1)):
-            found = [chosen[g].tolist() for g in train_rm.rankings(GROUPS, chosen, pairs, 4)]
-            assert found and all(g in GROUPS.groups for g in found)
-            assert sum(map(len, found)) == len(chosen)
+        seen = []
+        for batch in GROUPS.epoch(batch_size, np.random.default_rng(1)):
+            found = [batch.rows[g].tolist() for g in train_rm.rankings(GROUPS, batch, 4)]
+            assert found and sum(map(len, found)) == len(batch.rows)
+            seen += found
+        assert sorted(seen) == sorted(GROUPS.groups)
 
 
 def test_rankings_of_ratings_leave_ties_out():
-    chosen, pairs, _ = epoch(RATED)
-    found = train_rm.rankings(RATED, chosen, pairs, 6)
+    batch = epoch(RATED)
+    chosen = batch.rows
+    found = train_rm.rankings(RATED, batch, 6)
     assert len(found) == 1
     ranked, order = chosen[found[0]].tolist(), chosen.tolist()
     assert [MEANS[i] for i in ranked] == [3, 2.5, 1.5, 0.5]
     for a, b in ((1, 4), (0, 2)):
         assert (a in ranked) == (order.index(a) < order.index(b))
     for size, groups in ((3, 2), (2, 3), (4, 2)):
-        found = train_rm.rankings(RATED, chosen, pairs, size)
+        found = train_rm.rankings(RATED, batch, size)
         assert len(found) == groups
         assert len(set(np.concatenate(found))) == sum(map(len, found))
         for group in found:
             means = [MEANS[i] for i in chosen[group]]
             assert all(a > b for a, b in zip(means, means[1:], strict=False))
+
+
+def test_rated_answers_to_one_prompt_are_one_list():
+    """Whatever the group size: four graded answers are a ranking of four, ties left out of it."""
+    grades = [2, 4, 1, 3, 1, 1, 0, 5]
+    ratings = [np.array([g]) for g in grades]
+    items = Items(["p"] * 4 + ["q"] * 4, list("abcdefgh"), ["l"] * 8, ratings)
+    for size in (2, 3, 4, 100):
+        batch = epoch(items)
+        found = [batch.rows[g].tolist() for g in train_rm.rankings(items, batch, size)]
+        by_prompt = {items.prompts[g[0]]: [grades[i] for i in g] for g in found}
+        assert len(found) == 2 and by_prompt == {"p": [4, 3, 2, 1], "q": [5, 1, 0]}
 
 
 @pytest.mark.parametrize("items", [GROUPS, RATED], ids=["records", "ratings"])
@@ -135,10 +157,11 @@ def test_soft_labels_or_the_majority_without_ties(soft):
 
 def test_equal_shares_are_a_tie_in_spite_of_rounding():
     """Where float64 misses one half by a rounding error."""
-    batch = torch.tensor([3.0, -1.0]), RATED, np.array([0, 1]), np.array([[0, 1]])
+    scores = torch.tensor([3.0, -1.0])
     for label in (0.5 + 1e-12, 0.5 - 1e-12):
-        labels = np.array([label])
-        assert train_rm.batch_loss(knobs(soft_labels=False), None, *batch, labels) == 0
+        batch = compared([(0, 1)], [label])
+        assert train_rm.batch_loss(knobs(soft_labels=False), None, scores, RATED, batch) == 0
+        assert train_rm.batch_accuracy(None, scores, batch).isnan()  # nobody says which is better
 
 
 # Margins of records
@@ -147,13 +170,17 @@ def test_equal_shares_are_a_tie_in_spite_of_rounding():
 def test_margin_of_a_record():
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ranking = {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [1, 0, 2]}
-    found = parse_record(json.dumps(pair | {"margin": 2}), "here")
-    assert found == ("p", ["a", "b"], 2.0)
-    found = parse_record(json.dumps(ranking | {"margin": -0.5}), "here")
-    assert found == ("p", ["b", "a", "c"], -0.5)
-    for bad in ("1", None, True, math.inf):
+    cases = [(pair, 2, ["a", "b"]), (ranking, -0.5, ["b", "a", "c"]), (pair, 0, ["a", "b"])]
+    for record, margin, responses in cases:
+        found = parse_record(record | {"margin": margin}, "here")
+        assert (found.prompt, found.responses, found.number) == ("p", responses, margin)
+    assert parse_record(pair | {"margin": None}, "here").number == 0  # null is nothing said
+    for bad in ("1", True, math.inf, math.nan):
         with pytest.raises(UserError, match="here: margin: expected a finite number"):
-            parse_record(json.dumps(pair | {"margin": bad}), "here")
+            parse_record(pair | {"margin": bad}, "here")
+    for bad in (1e39, -1e16):
+        with pytest.raises(UserError, match=r"here: margin: .* is beyond 1e\+15"):
+            parse_record(pair | {"margin": bad}, "here")
 
 
 def write(path, records):
@@ -166,14 +193,14 @@ def test_margins_go_with_their_records(tmp_path):
     records = [r | ({"margin": i / 10} if i % 3 else {}) for i, r in enumerate(plain)]
     feedback = data.load_feedback(str(write(tmp_path / "m.jsonl", records)))
     for items in (feedback.train, feedback.test):
-        numbers = [int(prompt[1:]) for prompt in items.prompts]
-        assert items.margins.tolist() == [i / 10 if i % 3 else 0 for i in numbers]
-    items, scores = feedback.train, np.random.default_rng(3).normal(size=72)
-    chosen, pairs, labels = epoch(items, 1000)
-    outputs = torch.tensor(scores[chosen], dtype=torch.float32)
-    loss = train_rm.batch_loss(knobs(margin=0.2), None, outputs, items, chosen, pairs, labels)
-    losses = [-log_sigmoid(scores[i] - scores[j] - 0.2 - items.margins[i]) for i, j in items.groups]
-    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+        numbers = [int(items.prompts[good][1:]) for good, _ in items.groups]
+        assert items.margins == [i / 10 if i % 3 else 0 for i in numbers]
+    items, scores = feedback.train, np.random.default_rng(3).normal(size=len(feedback.train))
+    loss, _ = loss_of(items, scores, 1000, margin=0.2)
+    losses = []
+    for (i, j), margin in zip(items.groups, items.margins, strict=True):
+        losses.append(-log_sigmoid(scores[i] - scores[j] - 0.2 - margin))
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert data.load_feedback(str(write(tmp_path / "m.jsonl", plain))).train.margins is None
 
 
@@ -186,7 +213,7 @@ def test_margins_go_with_their_records(tmp_path):
     ({"model": "pairwise", "level": "token"}, "pairwise.*--level response"),
 ])  # fmt: skip
 def test_knobs_that_say_nothing_together(changes, names):
-    items = dataclasses.replace(GROUPS, margins=np.ones(9))
+    items = dataclasses.replace(GROUPS, margins=[1.0] * 3)
     with pytest.raises(UserError, match=names):
         train_rm.check(knobs(**changes), items)
     if changes.get("loss") in ("plackett_luce", "best_of_k"):
@@ -229,8 +256,8 @@ def gradients(model, rows, micro_batch):
     outputs = train_rm.forward(model, rows, micro_batch)
     n = len(rows.tokens)
     pairs = np.array([(i, j) for i in range(n) for j in range(i)])
-    labels = np.ones(len(pairs))
-    train_rm.batch_loss(knobs(), model, outputs, GROUPS, np.arange(n), pairs, labels).backward()
+    batch = compared(pairs, np.ones(len(pairs)))
+    train_rm.batch_loss(knobs(), model, outputs, GROUPS, batch).backward()
     return outputs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -334,10 +361,11 @@ def samples_of(out):
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory):
     """A file of 400 toy words with their mean ratings."""
-    items, path = data.load_feedback("toy").train, tmp_path_factory.mktemp("rated") / "toy.jsonl"
+    toy, path = data.load_feedback("toy"), tmp_path_factory.mktemp("rated") / "toy.jsonl"
     records = []
-    for response, ratings in zip(items.responses[:400], items.ratings, strict=False):
-        records.append({"prompt": "", "response": response, "rating": ratings.mean()})
+    for items, n in ((toy.train, 360), (toy.test, 40)):
+        for response, ratings in zip(items.responses[:n], items.ratings, strict=False):
+            records.append({"prompt": "", "response": response, "rating": ratings.mean()})
     return write(path, records)
 
 
@@ -361,7 +389,8 @@ def weights_of(toy, rated, tmp_path_factory):
         key = tuple(sorted(changes.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("rm")
-            made[key] = train(rated, toy / "sft", out, normalize=False, **changes)[1]
+            raw = {} if changes.get("model") == "pairwise" else {"normalize": False}
+            made[key] = train(rated, toy / "sft", out, **raw, **changes)[1]
         return made[key]
 
     return weights
@@ -425,7 +454,10 @@ def test_only_the_pairwise_model_holds_a_circle(toy, tmp_path):
     moved apart here.
     """
     beats = [("aaa", "ddd"), ("ddd", "hhh"), ("hhh", "aaa")]
-    records = [{"chosen": a, "rejected": b} for a, b in 20 * beats]
+    records = []
+    for i, (a, b) in enumerate(20 * beats):  # each asked anew, so that some can be held out
+        prompt = "abcdefgh"[i // 8] + "abcdefgh"[i % 8]
+        records.append({"prompt": prompt, "chosen": a, "rejected": b})
     path = write(tmp_path / "circle.jsonl", records)
     base = GPT.from_pretrained(toy / "sft" / "model")
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 """The machinery around a step: seeds, the norm of the gradients, a step that is made or not; the
 knobs, and what a program says and leaves when it ends."""
 
+import ast
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import random
@@ -21,7 +23,7 @@ import train_ppo
 import train_rm
 from minirlhf import sft
 from minirlhf.bench import plan
-from minirlhf.engine import cli, optim
+from minirlhf.engine import cli, optim, terminal
 from minirlhf.engine.cli import RunKnobs, UserError, knob
 from minirlhf.engine.contain import at_end, caught_signals
 from minirlhf.engine.files import FileError, MissingFile, atomic_write, file_errors, read_json
@@ -220,6 +222,34 @@ def test_another_type_or_value_is_refused(name, given, message):
         Small(**{name: given})
 
 
+@pytest.mark.parametrize("given, said", [
+    ({"steps": 4}, "--steps 4 has no say here: leave it out"),
+    ({"soft": False}, "--no-soft has no say here"),
+    ({"score": -1.0}, "--score -1.0 has no say"), ({"kind": "b"}, "--kind b has no say"),
+    ({"nothing": ""}, "--nothing  has no say"),
+])  # fmt: skip
+def test_a_knob_without_a_say_is_refused(given, said):
+    names = "steps soft score kind nothing"
+    with pytest.raises(UserError, match=re.escape(said)):
+        cli.refuse_idle(Small(**given), {"there": "", "here": names})
+    for idle in ({"here": names}, {"here": False}, {"here": 0.0}, {}):
+        cli.refuse_idle(Small(), idle)  # to give the default is to say nothing
+    cli.refuse_idle(Small(**given), {"here": "out"})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30, 1.5])
+def test_seeds_that_are_refused(seed):
+    with pytest.raises(UserError, match=f"--seed {seed}: expected"):
+        RunKnobs(seed=seed)
+
+
+def test_the_largest_seed():
+    seed = RunKnobs(seed=2**64 - 1).seed
+    assert draws(seed) == draws(seed) != draws(seed - 1)
+    assert draws(seed, 3) == draws(seed, 3) != draws(seed, 4)
+    torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, **by_name)
 def test_every_knob_is_checked(script):
     """That is: each takes its default, and nothing of another type or beside its choices."""
@@ -327,6 +357,98 @@ def test_a_closed_pipe_is_one_line():
     assert program.wait(60) == 2 and said.strip() == "error: standard output: Broken pipe"
 
 
+# What is printed
+
+STRANGE = "a\x1b[31mred\r\x07\x9b2J\u202egnp.exe\u200b\x7f é 日本\u3000😀 \ud83d\tb\nc"
+PLAIN = r"a\x1b[31mred\x0d\x07\x9b2J\u202egnp.exe\u200b\x7f é 日本" "\u3000😀 \\ud83d\tb\nc"
+
+
+def test_what_is_not_printable_is_escaped():
+    assert terminal.printable(STRANGE) == PLAIN
+    assert terminal.printable(PLAIN) == PLAIN
+    plain = "".join(map(chr, range(32, 127))) + "\n\t"
+    assert terminal.printable(plain, "ascii") == plain
+
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("utf-8", PLAIN), ("utf-16", PLAIN),
+    ("latin-1", PLAIN.replace("日本\u3000😀", r"\u65e5\u672c\u3000\U0001f600")),
+    ("ascii", PLAIN.replace("é 日本\u3000😀", r"\xe9 \u65e5\u672c\u3000\U0001f600")),
+])  # fmt: skip
+def test_any_encoding_takes_any_text(encoding, shown):
+    raw = io.BytesIO()
+    out = terminal.Terminal(io.TextIOWrapper(raw, encoding=encoding, newline=""))
+    print(STRANGE, file=out, flush=True)
+    assert raw.getvalue().decode(encoding) == shown + "\n"
+
+
+SAYS = """
+import sys
+from minirlhf.engine import cli, terminal
+@cli.contained
+def main(knobs):
+    bar = terminal.progress_bar("sft", 5000, 0)
+    for i in range(5000):
+        bar.update()
+        terminal.say_above(bar, "x\\x1b[31m\\r\\u202e\\u00e9" * 5)
+    bar.close()
+    print("kept", file=sys.__stderr__)
+    raise cli.UserError("\\x1b[31mred\\u202e\\udc80")
+cli.run_script(main, cli.RunKnobs, "")
+"""
+
+
+@pytest.mark.parametrize("out", ["read", "closed", "full", "none"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_output_costs_nothing_but_words(out, encoding):
+    """A run goes on to its end, whatever happens to its output; nothing steers the terminal."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes["env"] = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", SAYS]
+    if out == "full":
+        pipes["stdout"] = open("/dev/full", "w")  # noqa: SIM115
+    elif out == "none":
+        command = ["sh", "-c", '"$@" >&-', "sh", *command]
+    program = subprocess.Popen(command, **pipes)
+    if out == "closed":
+        program.stdout.readline()
+        program.stdout.close()
+        said = program.stderr.read()
+    else:
+        shown, said = program.communicate()
+    said = said.decode(encoding).splitlines()
+    assert program.wait(60) == 2 and "kept" in said
+    assert said[-1] == r"error: \x1b[31mred\u202e\udc80"
+    notes = [line for line in said if line.startswith("note: going on without output: ")]
+    assert len(notes) == (out in ("closed", "full")) and len(said) <= 4
+    if out == "read":
+        shown = shown.decode(encoding)
+        assert r"x\x1b[31m\x0d\u202e" in shown and "\x1b" not in shown and "\u202e" not in shown
+        assert (r"\xe9" in shown) == (encoding == "ascii")
+
+
+def test_an_interrupt_while_torch_is_imported_says_nothing():
+    code = (
+        "import minirlhf.engine.interrupts, os, signal, sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "import torch\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", ["train_rm", "train_ppo", "train_dpo", "minirlhf/sft"])
+def test_programs_are_ready_for_interrupts_first(name):
+    """And those that import them are left alone."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    first = tree.body[1]
+    assert ast.unparse(first.test) == "__name__ == '__main__'"
+    assert ast.unparse(first.body[0]) == "import minirlhf.engine.interrupts"
+    assert "minirlhf.engine.interrupts" not in sys.modules
+
+
 def test_our_own_files_are_the_users_to_mend(tmp_path):
     """A UserError, so one line; and still the OSError that the docstrings promise."""
     with pytest.raises(MissingFile, match=f"^{tmp_path}/no.json: No such file or directory$") as e:
@@ -356,7 +478,7 @@ def surroundings():
         "torch": torch.get_rng_state().tolist(),
         "seed": torch.initial_seed(),
         "precision": precision(),
-        "handlers": {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},
+        "handlers": {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, 1)},
         "stdout": sys.stdout,
         "path": list(sys.path),
         "environment": dict(os.environ),
@@ -467,10 +589,19 @@ def test_signals_are_caught_for_a_while(guest):
     with caught_signals() as caught:
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGHUP)  # a closed terminal sends two
+        os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(SystemExit) as end:
             os.kill(os.getpid(), signal.SIGINT)
         assert end.value.code == 130
     assert surroundings() == before
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with caught_signals() as caught:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not caught and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 TINY = dict(data="toy", n_layer=1, n_head=1, n_embd=8, epochs=1, batch_size=600, save_every=1)

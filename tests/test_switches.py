@@ -41,8 +41,9 @@ class Stage:
         self.tokenizer = Tokenizer.load(toy / "sft" / "model")
         self.policy, self.reference = (GPT.from_pretrained(toy / "sft" / "model") for _ in range(2))
         self.feedback = data.load_feedback("toy")
+        function = labelers.find_function(knobs.reward, self.feedback)
         self.scorer, self.rm = make_scorer(
-            knobs, knobs.reward, self.feedback, self.tokenizer, self.reference
+            knobs, knobs.reward, function, self.tokenizer, self.reference
         )
         self.critic = train_ppo.make_critic(knobs, self.policy, self.reference, self.rm)
         prompts = data.prompts_of(self.feedback.train, self.tokenizer, np.random.default_rng(0))[

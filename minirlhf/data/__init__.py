@@ -1,14 +1,16 @@
-"""What people said: forms of files, items and comparisons, splits, rows of token ids."""
+"""What people said: forms of files, conversations, items and comparisons, splits, rows."""
 
 from minirlhf.data.archive import read_reviews
-from minirlhf.data.items import Feedback, Items, human_ceiling, outvotes, split
+from minirlhf.data.forms import entries
+from minirlhf.data.items import Compared, Items, fill, human_ceiling, level, outvotes
 from minirlhf.data.logps import all_logps, prefix_kl, stored_logps, total
-from minirlhf.data.records import parse_record, read_lines
-from minirlhf.data.rows import encode, fit, prompts_of
+from minirlhf.data.records import parse_record
+from minirlhf.data.rows import encode, encode_items, fit, prompts_of
 from minirlhf.data.sources import load_feedback, toy_reward
+from minirlhf.data.split import Feedback, split, worth_writing
 
 __all__ = [
-    "Feedback", "Items", "all_logps", "encode", "fit", "human_ceiling", "load_feedback",
-    "outvotes", "parse_record", "prefix_kl", "prompts_of", "read_lines", "read_reviews", "split",
-    "stored_logps", "total", "toy_reward",
+    "Compared", "Feedback", "Items", "all_logps", "encode", "encode_items", "entries", "fill",
+    "fit", "human_ceiling", "level", "load_feedback", "outvotes", "parse_record", "prefix_kl",
+    "prompts_of", "read_reviews", "split", "stored_logps", "total", "toy_reward", "worth_writing",
 ]  # fmt: skip

@@ -1,151 +1,222 @@
-"""Responses and what people said of them."""
+"""Responses and what people said of them: each item once, whatever the number of records."""
 
 import itertools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from minirlhf.engine.cli import UserError
 
 
+class Compared(NamedTuple):
+    """A batch of responses, and the comparisons among them."""
+
+    rows: np.ndarray  # (b,) items
+    blocks: list[np.ndarray]  # places in the batch of what was compared with each other; of a given
+    # comparison best first
+    pairs: np.ndarray  # (P, 2) places
+    labels: np.ndarray  # (P,) P(the first is preferred)
+    margins: np.ndarray  # (P,) how far the first should lead, where it is preferred
+
+
 @dataclass
 class Items:
-    """N responses to prompts, with what people said about them: single ratings, or groups."""
+    """N responses to prompts, no two alike, with what people said about them.
+
+    Either every one has its ratings (a thumb up or down is a rating of 1 or 0), or they stand in
+    groups, the given comparisons; or nothing was said, or there are prompts alone.
+    """
 
     prompts: list[str]
     responses: list[str]
     where: list[str]  # the origin of each, for error messages
     ratings: list[np.ndarray] | None = None  # the single ratings of each item
     groups: list[list[int]] = field(default_factory=list)  # responses to one prompt, best first
-    margins: np.ndarray | None = None  # (N,) of a record: how far each should lead worse ones
-    means: list[float] | None = None  # the mean rating of each, where groups replaced ratings
+    margins: list[float] | None = None  # of each group: how far each should lead worse ones
+    thumbs: bool = False  # whether the ratings are thumbs
+    columns: list[dict] | None = None  # of prompts alone, what else a record says
+    units: list[str] | None = None  # what each belongs to, which was split as a whole
 
     def __len__(self):
         return len(self.responses)
 
+    def statements(self):
+        """What was said, as lists of items: comparisons, or each item by itself."""
+        return self.groups or [[i] for i in range(len(self))]
+
     def take(self, chosen):
-        """The items of these indices in that order, and the groups whose first is among them."""
+        """What the statements of these indices say, and their items, in the order of both."""
+        if not self.groups:
+            return self.take_items(chosen, [])
+        groups = [self.groups[g] for g in chosen]
+        items = list(dict.fromkeys(itertools.chain(*groups)))
+        taken = self.take_items(items, groups)
+        taken.margins = pick(self.margins, chosen)
+        return taken
+
+    def take_items(self, chosen, groups):
         new = {old: i for i, old in enumerate(chosen)}
-        groups = []
-        for group in self.groups:
-            if group[0] in new:
-                groups.append([new[i] for i in group])
         return Items(
             prompts=pick(self.prompts, chosen),
             responses=pick(self.responses, chosen),
             where=pick(self.where, chosen),
             ratings=pick(self.ratings, chosen),
-            groups=groups,
-            margins=None if self.margins is None else self.margins[chosen],
-            means=pick(self.means, chosen),
+            groups=[[new[i] for i in group] for group in groups],
+            thumbs=self.thumbs,
+            columns=pick(self.columns, chosen),
+            units=pick(self.units, chosen),
         )
 
-    def epoch(self, batch_size, rng):
-        """Yields (rows, pairs, labels): about batch_size random items, and their comparisons.
+    # Who is compared with whom
 
-        rows are indices of items; pairs (P, 2) index into rows; labels (P,) are P(first
-        preferred). Given groups stand in rows one after the other, best first.
+    def contexts(self, across=True):
+        """Lists of rated items that are compared with each other.
+
+        They are those that share a prompt, or have none; and, `across` prompts, all those that
+        are alone with theirs: on one scale of ratings there is no other way to compare these.
         """
-        if self.ratings is not None:
-            return self.epoch_of_ratings(batch_size, rng)
-        return self.epoch_of_groups(batch_size, rng)
+        by_prompt = places(self.prompts).values()
+        shared = [same for same in by_prompt if len(same) > 1]
+        alone = [same[0] for same in by_prompt if len(same) == 1]
+        return shared + [alone] if across and len(alone) > 1 else shared
 
-    def epoch_of_ratings(self, batch_size, rng):
-        """Every pair of a batch is compared; a label is how often raters of the first give more."""
+    def epoch(self, batch_size, rng, across=True):
+        """Yields Compared: about batch_size random items in each, none of a comparison divided.
+
+        Of ratings every pair of a context is compared, a large one in random parts, and a label is
+        how often raters of the first give more. Of a given comparison every pair is, label 1.
+        """
+        blocks, margins = self.blocks(batch_size, rng, across)
+        if not blocks:
+            raise UserError(f"{self.where[0]} and on: there is nothing to compare")
+        for chosen in fill([len(block) for block in blocks], batch_size):
+            yield self.compared([blocks[i] for i in chosen], [margins[i] for i in chosen])
+
+    def blocks(self, batch_size, rng, across):
+        """(lists of items that are compared in one batch, in random order; the margin of each)."""
+        if self.ratings is None:
+            order = rng.permutation(len(self.groups))
+            margins = self.margins or np.zeros(len(order))
+            return [np.array(self.groups[i]) for i in order], [margins[i] for i in order]
         smallest = min(batch_size, len(self))
         if smallest < 2:
             expected = "expected at least 2 responses"
             raise UserError(f"a batch of {smallest} has nothing to compare: {expected}")
-        order = rng.permutation(len(self))
-        n_batches = max(1, round(len(order) / batch_size))
-        for rows in np.array_split(order, n_batches):
-            first, second = np.triu_indices(len(rows), 1)
-            labels = outvotes([self.ratings[i] for i in rows])[first, second]
-            yield rows, np.stack([first, second], 1), labels
+        contexts = self.contexts(across)
+        blocks = []
+        for context in contexts:
+            shuffled = np.array(context)[rng.permutation(len(context))]
+            parts = min(round(len(context) / batch_size), len(context) // 2)
+            blocks += np.array_split(shuffled, max(1, parts))
+        if len(contexts) > 1:
+            blocks = [blocks[i] for i in rng.permutation(len(blocks))]
+        return blocks, [0.0] * len(blocks)
 
-    def epoch_of_groups(self, batch_size, rng):
-        """Every pair of a group is a comparison, and its label is 1."""
-        per_batch = max(1, batch_size // max(map(len, self.groups)))
-        order = rng.permutation(len(self.groups))
-        for batch in np.split(order, range(per_batch, len(order), per_batch)):
-            rows, pairs = [], []
-            for index in batch:
-                group = self.groups[index]
-                places = range(len(rows), len(rows) + len(group))
-                pairs += itertools.combinations(places, 2)
-                rows += group
-            yield np.array(rows), np.array(pairs), np.ones(len(pairs))
+    def compared(self, blocks, margins):
+        ends = np.cumsum([len(block) for block in blocks])
+        places_of = np.split(np.arange(ends[-1]), ends[:-1])
+        pairs, labels, leads = [], [], []
+        for block, at, margin in zip(blocks, places_of, margins, strict=True):
+            first, second = np.triu_indices(len(block), 1)
+            pairs.append(np.stack([at[first], at[second]], 1))
+            label = np.ones(len(first))
+            if self.ratings is not None:
+                label = outvotes([self.ratings[i] for i in block])[first, second]
+            labels.append(label)
+            leads.append(np.full(len(first), margin))
+        pairs, labels, leads = map(np.concatenate, (pairs, labels, leads))
+        return Compared(np.concatenate(blocks), places_of, pairs, labels, leads)
 
-    def comparisons(self, n, seed):
-        """Fixed pairs (P, 2) of item indices, first preferred, and each one's gap in mean rating.
+    def comparisons(self, n, seed, across=True):
+        """Fixed pairs (P, 2) of items, first preferred, and each one's gap in mean rating.
 
-        With ratings, n random pairs of different mean ratings; with groups, all pairs, of gap 1.
+        Of given comparisons all, with gap 1. Of ratings all pairs of a context with different
+        means, or n random ones where there are more. Raises UserError where there are none.
         """
+        if not self.can_compare(across):
+            problem = "the held-out part has no two responses of which one is better"
+            raise UserError(f"{self.where[0]} and on: {problem}; more records are needed")
         if self.ratings is not None:
-            return self.random_pairs(n, seed)
+            return self.rated_pairs(n, seed, across)
         pairs = []
         for group in self.groups:
             pairs += itertools.combinations(group, 2)
-        if not pairs:
-            problem = "the held-out tenth has no two responses to compare"
-            raise UserError(f"{self.where[0]} and on: {problem}; more records are needed")
         return np.array(pairs), np.ones(len(pairs))
 
-    def random_pairs(self, n, seed):
-        """n random pairs of items with different mean ratings, the better one first; their gaps."""
-        means = np.array([r.mean() for r in self.ratings])
-        if len(np.unique(means)) < 2:
-            problem = f"all {len(self)} ratings are alike, there is nothing to compare"
-            raise UserError(f"{self.where[0]} and on: {problem}")
+    def can_compare(self, across=True):
+        """Whether `comparisons` finds any."""
+        if self.ratings is None:
+            return bool(self.groups)
+        means = self.means()
+        return any(len(np.unique(means[same])) > 1 for same in self.contexts(across))
+
+    def rated_pairs(self, n, seed, across):
+        means = self.means()
+        contexts = self.contexts(across)
+        below = []  # of each item of each context: its context by mean, and how many are worse
+        for context in contexts:
+            by_mean = np.array(context)[np.argsort(means[context], kind="stable")]
+            worse = np.searchsorted(means[by_mean], means[by_mean])
+            below += [(i, by_mean, k) for i, k in zip(by_mean, worse, strict=True)]
+        counts = np.array([k for _, _, k in below], dtype=int)
+        total = counts.sum()
         rng = np.random.default_rng(seed)
-        pairs = []
-        while len(pairs) < n:
-            i, j = rng.integers(0, len(self), 2)
-            if means[i] != means[j]:
-                pairs.append((i, j) if means[i] > means[j] else (j, i))
+        if len(contexts) == 1 and total > max(n, len(self) ** 2 // 20):
+            pairs = drawn_pairs(means, contexts[0], n, rng)
+        else:
+            which = np.arange(total) if total <= n else rng.choice(total, n, replace=False)
+            ends = np.cumsum(counts)
+            item = np.searchsorted(ends, which, side="right")
+            rank = which - (ends - counts)[item]
+            pairs = [(below[i][0], below[i][1][k]) for i, k in zip(item, rank, strict=True)]
         pairs = np.array(pairs)
         return pairs, means[pairs[:, 0]] - means[pairs[:, 1]]
 
-
-@dataclass
-class Feedback:
-    """A source of feedback, split; the test part enters no training."""
-
-    name: str
-    train: Items
-    test: Items
-    more_text: list[str] = field(default_factory=list)  # further text for the base model
-    true_reward: object = None  # the toy's: (prompts, responses) -> floats
-
-    def texts(self):
-        """(prompt, response, where) to train a base model on.
-
-        They are the rated items, or the best of each group, and further text.
-        """
-        items = self.train
-        chosen = range(len(items))
-        if items.ratings is None:
-            chosen = dict.fromkeys(group[0] for group in items.groups)
-        texts = [(items.prompts[i], items.responses[i], items.where[i]) for i in chosen]
-        for i, text in enumerate(self.more_text):
-            texts.append(("", text, f"{self.name} text {i}"))
-        return texts
+    def means(self):
+        """(N,) mean ratings; what differs by rounding alone is made equal."""
+        return level([ratings.mean() for ratings in self.ratings])
 
 
-def split(items, units, name, **more):
-    """Feedback whose test part is the last tenth of the units after a fixed shuffle.
+def drawn_pairs(means, context, n, rng):
+    """n random pairs of different means, where at least a tenth of all pairs is that."""
+    pairs = []
+    while len(pairs) < n:
+        i, j = (context[k] for k in rng.integers(0, len(context), 2))
+        if means[i] != means[j]:
+            pairs.append((i, j) if means[i] > means[j] else (j, i))
+    return pairs
 
-    units: lists of item indices; a unit stays whole.
+
+def level(values):
+    """The values (N,), those that differ by rounding alone made equal."""
+    values = np.asarray(values, dtype=float)
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    close = np.diff(ascending) <= 1e-12 * np.maximum(1, np.abs(ascending[1:]))
+    first = np.maximum.accumulate(np.where(np.r_[False, close], 0, np.arange(len(values))))
+    values[order] = ascending[first]
+    return values
+
+
+def fill(sizes, batch_size):
+    """Batches of things of these sizes, in their order, none divided: arrays of indices.
+
+    The sizes of a batch add up to about batch_size, however large the largest is.
     """
-    order = np.random.default_rng(0).permutation(len(units))
-    n_test = len(order) // 10
-    if not n_test:
-        problem = f"{len(order)} records with prompts of their own"
-        raise UserError(f"{name}: {problem}; a tenth is held out, so at least 10 are needed")
-    shuffled = [units[i] for i in order]
-    train = list(itertools.chain(*shuffled[:-n_test]))
-    test = list(itertools.chain(*shuffled[-n_test:]))
-    return Feedback(name, items.take(train), items.take(test), **more)
+    sizes = np.array(sizes)
+    middles = np.cumsum(sizes) - sizes / 2
+    n_batches = max(1, round(sizes.sum() / batch_size))
+    batch = (middles / sizes.sum() * n_batches).astype(int)
+    return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(batch)) + 1)
+
+
+def places(values):
+    """{value: the indices where it stands}, in the order of their first."""
+    found = {}
+    for i, value in enumerate(values):
+        found.setdefault(value, []).append(i)
+    return found
 
 
 def pick(values, chosen):
@@ -170,16 +241,16 @@ def human_ceiling(items, pairs, seed=0):
     """How often one person's rating orders a pair as the mean of the others' does.
 
     A pair that the person leaves tied counts one half; one that the others leave tied is no
-    question. It is nan where an item has a single rating.
+    question, nor is one of a response with a single rating. It is nan where no pair is one.
     """
-    if items.ratings is None or min(map(len, items.ratings)) < 2:
-        return float("nan")
     rng = np.random.default_rng(seed)
     agreed = []
-    for i, j in pairs:
+    for i, j in pairs if items.ratings is not None else ():
+        if min(len(items.ratings[i]), len(items.ratings[j])) < 2:
+            continue
         one = rng.permutation(items.ratings[i])
         other = rng.permutation(items.ratings[j])
         truth = np.sign(one[1:].mean() - other[1:].mean())
         if truth:
             agreed.append(0.5 + 0.5 * truth * np.sign(one[0] - other[0]))
-    return float(np.mean(agreed))
+    return float(np.mean(agreed)) if agreed else float("nan")

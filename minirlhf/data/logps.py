@@ -5,13 +5,13 @@ import hashlib
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf.engine import parallel
 from minirlhf.engine.files import cache_directory, save_tensors
 from minirlhf.engine.rows import response_mask, window
+from minirlhf.engine.states import checksum
 from minirlhf.sampling import response_logprobs
 
 
@@ -33,22 +33,37 @@ def all_logps(model, rows):
 def stored_logps(model, rows, autocast, dtype):
     """all_logps, computed once and kept in the cache; `dtype` is the autocast's name.
 
-    A digest of all that they depend on is the name of their file.
+    A digest of all that they depend on is the name of their file. What is in it is believed if its
+    checksum is right and there is one number for each row, else it is made again.
     """
     if model is None:
         return None
     name = digest(model, rows, dtype)
     path = cache_directory() / "ref-logps" / f"{name}.safetensors"
     stored = None
-    with contextlib.suppress(OSError, SafetensorError, KeyError):  # not there, or broken: made
-        stored = load_file(path)["logps"].to(rows.device)
+    with contextlib.suppress(Exception):  # not there, or broken, which raises many kinds: made
+        stored = read_logps(path, len(rows.tokens)).to(rows.device)
     if not parallel.any_process(stored is None, rows.device):
         return stored
     with autocast:
         logps = all_logps(model, rows)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"logps": logps.cpu()}, path, {})
+        logps_there = logps.cpu()
+        save_tensors({"logps": logps_there}, path, {"checksum": str(checksum(logps_there))})
+    return logps
+
+
+def read_logps(path, n):
+    """The n log-probs in a file of stored_logps. Raises ValueError for anything else."""
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get("checksum")
+        names = file.keys()
+        tensors = [file.get_tensor(name) for name in names]
+    (logps,) = tensors
+    kind = logps.dtype, tuple(logps.shape), str(checksum(logps))
+    if kind != (torch.float32, (n,), expected):
+        raise ValueError(f"{path} is damaged")
     return logps
 
 

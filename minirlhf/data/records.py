@@ -1,157 +1,191 @@
-"""Files of human feedback: JSONL, one object a line, in any of six forms.
+"""Records: what one entry of a file says, whichever form it is written in.
 
-A bad line is an error that names it. Files may come from strangers: sizes are bounded, and nothing
-is executed or written.
+    {"prompt", "chosen", "rejected"}, {"chosen", "rejected"}     a comparison of two
+    {"prompt", "responses", "ranking"}                           of several, indices best first
+    {"prompt", "response", "rating"}, {"prompt", "response", "label"}     one answer, rated
+    {"prompt", "response"}, {"messages"}, {"text"}               one answer, to learn language from
+    {"prompt", ...}                                              a prompt alone
 
-Left out: other file formats; dialogues keep the plain-text form of Bai et al. 2022.
+Texts are strings or lists of {role, content}. A key has the names that public files give it:
+NAMES_OF. A key that changes what was asked is rendered or refused; others are not used, and named.
 """
 
-import gzip
-import os
-import re
-import zlib
+from typing import NamedTuple
 
+from minirlhf.data.conversations import ASKING, prompt_and_answers, role_of, said
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import LIMIT, number_of, parse_json, shown
+from minirlhf.engine.files import number_of, shown
+
+NAMES_OF = {
+    "prompt": ("prompt", "question", "instruction", "query"),
+    "response": ("response", "completion"),
+    "responses": ("responses", "completions"),
+    "messages": ("messages", "conversations", "conversation"),
+    "rating": ("rating", "score"),
+    "system": ("system", "system_prompt"),
+}
+CHANGES = (
+    "input", "context", "history", "documents", "tools", "functions", "tool_calls", "images",
+    "image", "videos", "video", "audios", "audio",
+)  # fmt: skip
+FORMS = (
+    "prompt+chosen+rejected, chosen+rejected, prompt+responses+ranking, prompt+response+rating, "
+    "prompt+response+label, prompt+response, messages, text, or prompt"
+)
+LARGEST = 1e15  # of a rating or a margin: its square still is a number of 32 bits
 
 
-def read_lines(path):
-    """Yields (number, text) of each line that is not blank.
-
-    Raises UserError, also for a line over LIMIT and for a decompression bomb.
-    """
-    packed = path.suffix == ".gz"
-    number = 0
-    try:
-        with (gzip.open if packed else open)(path, "rb") as file:
-            for number, line in numbered_lines(file, path):
-                if line.strip():
-                    yield number, line.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, zlib.error, EOFError) as e:
-        raise UserError(f"{path}: not readable{' as gzip' if packed else ''}: {e}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}, line {number}: not UTF-8: {e}") from None
+class Record(NamedTuple):
+    where: str
+    kind: str  # comparison, rating, label, text (an answer without a word on it), prompt
+    prompt: str
+    responses: list  # best first in a comparison; none of a prompt alone
+    number: float  # the rating; of a label 1 or 0; of a comparison how far worse ones should trail
+    columns: dict  # of a prompt alone, what else stands there
+    unused: tuple  # keys
 
 
-def numbered_lines(file, path):
-    """Yields (number, bytes) of each line of an open file, of which it reads LIMIT at most."""
-    room = max(LIMIT, 200 * path.stat().st_size)  # text is packed 3 to 10 times, a bomb 1,000 times
-    lines = iter(lambda: file.readline(LIMIT + 1), b"")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        room -= len(line)
-        if len(line) > LIMIT:
-            size = f"{LIMIT >> 20} MiB"
-            raise UserError(f"{where}: a line of over {size}; expected one record a line")
-        if room < 0:
-            expected = "expected records"
-            raise UserError(f"{where}: unpacks to over 200 times the file's size; {expected}")
-        yield number, line
+def parse_record(given, where):
+    """The Record of a dict. Raises UserError that says what is wrong with it."""
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: expected an object, found {shown(given)}")
+    entry = {key: value for key, value in given.items() if value is not None}
+    for key in CHANGES:
+        if entry.pop(key, None):
+            raise UserError(f"{where}: {key} changes what was asked, and is left out here")
+    named = by_name(entry, where)
+    kind, keys = form_of(named, where)
+    prompt, answers = texts_of(named, entry, keys, where)
+    responses, number = answers, 0.0
+    if kind == "comparison":
+        responses = ranked(answers, named, where)
+        number = number_at(named, "margin", where, 0.0)
+    elif kind == "rating":
+        number = number_at(named, "rating", where)
+    elif kind == "label":
+        number = float(label(named["label"], where))
+    used = {"margin"} if kind == "comparison" else set()
+    used |= {"prompt", "messages", "system", *keys}
+    unused = [key for key in entry if kind != "prompt" and common_name(key) not in used]
+    columns = {}
+    if kind == "prompt":
+        columns = {key: given[key] for key in given if common_name(key) not in used}
+    return Record(where, kind, prompt, responses, number, columns, tuple(unused))
 
 
-def parse_record(line, where):
-    """(prompt, responses best first, the record's number or None) of one line. Raises UserError.
-
-    {"prompt", "chosen", "rejected"}, as text or as lists of {"role", "content"}
-    {"chosen", "rejected"}, two dialogues that share a prefix (Bai et al. 2022)
-    {"prompt", "responses", "ranking"}, indices best first
-    {"prompt", "response", "rating"}
-    {"prompt", "response", "label"}, true or false: thumbs up or down
-
-    The number is the rating or label of a single response; a comparison may have a "margin", how
-    far each score should lead those of worse responses (Llama 2).
-    """
-    record = parse_json(line, where)
-    keys = set(record) if isinstance(record, dict) else set()
-    prompt = text_of(record["prompt"], where, "prompt") if "prompt" in keys else None
-    margin = number_of(record["margin"], where, "margin") if "margin" in keys else None
-    if {"chosen", "rejected"} <= keys:
-        prompt, pair = parse_pair(record, where, prompt)
-        return prompt, pair, margin
-    if {"prompt", "responses", "ranking"} <= keys:
-        return prompt, parse_ranking(record, where), margin
-    if {"prompt", "response", "rating"} <= keys:
-        response = text_of(record["response"], where, "response")
-        return prompt, [response], number_of(record["rating"], where, "rating")
-    if {"prompt", "response", "label"} <= keys:
-        label = record["label"]
-        if type(label) is not bool:
-            raise UserError(f"{where}: label: expected true or false, found {shown(label)}")
-        return prompt, [text_of(record["response"], where, "response")], label
-    raise UserError(
-        f"{where}: found keys {str(sorted(keys))[:200]}, expected prompt+chosen+rejected, "
-        "chosen+rejected, prompt+responses+ranking, prompt+response+rating, or "
-        "prompt+response+label"
-    )
+def common_name(key):
+    return next((name for name, names in NAMES_OF.items() if key in names), key)
 
 
-def parse_pair(record, where, prompt):
-    """(prompt, [chosen, rejected]), each without the prompt where both begin with it."""
-    chosen = text_of(record["chosen"], where, "chosen")
-    rejected = text_of(record["rejected"], where, "rejected")
-    if prompt is None:
-        prompt = shared_prefix(chosen, rejected)
-    if chosen.startswith(prompt) and rejected.startswith(prompt):
-        chosen = chosen.removeprefix(prompt)
-        rejected = rejected.removeprefix(prompt)
-    if chosen == rejected:
-        raise UserError(f"{where}: chosen and rejected are the same text")
-    return prompt, [chosen, rejected]
+def by_name(entry, where):
+    """The entry with our names of its keys. Raises UserError where two say the same thing."""
+    named, first = {}, {}
+    for key, value in entry.items():
+        name = common_name(key)
+        if name in named and named[name] != value:
+            raise UserError(f"{where}: {first[name]} and {key}: which of them counts?")
+        named[name] = value
+        first.setdefault(name, key)
+    return named
 
 
-def parse_ranking(record, where):
-    """The responses of a record, best first."""
-    responses = record["responses"]
-    ranking = record["ranking"]
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise UserError(f"{where}: responses: expected a list of at least 2")
-    indices = list(range(len(responses)))
-    numbers = isinstance(ranking, list) and all(type(i) is int for i in ranking)
-    if not numbers or sorted(ranking) != indices:
-        expected = f"expected the indices 0..{indices[-1]} of the responses, best first"
-        raise UserError(f"{where}: ranking: {expected}")
-    texts = [text_of(response, where, "responses") for response in responses]
-    if len(set(texts)) < len(texts):
-        raise UserError(f"{where}: responses: the same text twice")
-    return [texts[i] for i in ranking]
+def form_of(named, where):
+    """(kind, the keys that hold its answers) of an entry. Raises UserError for none."""
+    if {"chosen", "rejected"} <= named.keys():
+        return "comparison", ("chosen", "rejected")
+    if {"responses", "ranking"} <= named.keys():
+        return "comparison", ("responses", "ranking")
+    answer = next((key for key in ("response", "messages", "text") if key in named), None)
+    if answer == "text" and "prompt" in named:
+        answer = None
+    if answer == "messages" and asks_last(named["messages"]):
+        answer = None
+    if answer:
+        for kind in ("rating", "label"):
+            if kind in named:
+                return kind, (answer, kind)
+        return "text", (answer,)
+    others = {"chosen", "rejected", "responses", "label", "rating"} & named.keys()
+    if {"prompt", "messages"} & named.keys() and not others:
+        return "prompt", ()
+    raise UserError(f"{where}: found keys {str(sorted(named))[:200]}, expected {FORMS}")
 
 
-def text_of(value, where, key):
-    """A string as it is; a list of messages as a dialogue."""
-    if isinstance(value, list) and all(map(is_message, value)):
-        value = dialogue(value)
-    if not isinstance(value, str):
-        expected = "expected a string or a list of {role, content}"
-        raise UserError(f"{where}: {key}: {expected}, found {shown(value)}")
-    if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{where}: {key}: half a surrogate pair, which no text holds")
-    return value
+def texts_of(named, entry, keys, where):
+    """(prompt, [responses]) of an entry; no response of a prompt alone."""
+    values = {key: named[key] for key in keys if key not in ("rating", "label", "ranking")}
+    if "responses" in values:
+        if not isinstance(named["responses"], list) or len(named["responses"]) < 2:
+            raise UserError(f"{where}: responses: expected a list of at least 2")
+        answers = [said(value, where, "responses") for value in named["responses"]]
+    else:
+        answers = [said(value, where, key) for key, value in values.items()]
+    prompt = None if "prompt" not in named else said(named["prompt"], where, "prompt")
+    if isinstance(named.get("messages"), str):
+        raise UserError(f"{where}: messages: expected a list of turns, found a text")
+    if "messages" in named and "messages" not in keys:
+        prompt = with_messages(prompt, said(named["messages"], where, "messages"), answers, where)
+    system = named.get("system")
+    if system is not None:
+        system = said(system, where, "system")
+    if isinstance(system, list) and len(system) == 1:
+        system = system[0][1]
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"{where}: system: expected a text, found {shown(system)}")
+    system = system if system and system.strip() else None
+    key = " and ".join(values)
+    if answers:
+        return prompt_and_answers(prompt, answers, system, where, key)
+    if system is None and isinstance(prompt, str):
+        return prompt, []
+    return prompt_and_answers(prompt, [""], system, where, "prompt")[0], []
 
 
-def is_message(value):
-    if not isinstance(value, dict):
-        return False
-    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def asks_last(messages):
+    """Whether messages end in a question."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    role = last.get("role", last.get("from")) if isinstance(last, dict) else None
+    return isinstance(role, str) and role_of(role) in ASKING
 
 
-def dialogue(messages):
-    """Messages in the form of Bai et al. 2022: each a blank line, who speaks, and what."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = []
-    for message in messages:
-        role = message["role"]
-        name = names.get(role, role.capitalize())
-        turns.append(f"\n\n{name}: {message['content']}")
-    return "".join(turns)
+def with_messages(prompt, messages, answers, where):
+    """The prompt of an entry that has messages beside its answers: theirs, or its own."""
+    if messages in answers:  # the answer once more
+        return prompt
+    if messages[-1][1] in answers or messages[-1:] in answers:
+        messages = messages[:-1]
+    if not messages:
+        return prompt
+    if prompt is None or prompt in (messages, messages[-1][1]):
+        return messages
+    raise UserError(f"{where}: messages: another conversation than that of prompt and answers")
 
 
-def shared_prefix(chosen, rejected):
-    """What two dialogues share up to the last turn that begins in both, or words of plain text."""
-    header = "\n\nAssistant:"
-    prefix = os.path.commonprefix([chosen, rejected])
-    turn = prefix.rfind(header)
-    if turn >= 0:
-        return prefix[: turn + len(header)]
-    return prefix[: prefix.rfind(" ") + 1].rstrip()
+def ranked(responses, named, where):
+    """The responses of a comparison, best first. Raises UserError where two are the same."""
+    order = list(range(len(responses)))
+    if "ranking" in named and "chosen" not in named:
+        order = named["ranking"]
+        numbers = isinstance(order, list) and all(type(i) is int for i in order)
+        if not numbers or sorted(order) != list(range(len(responses))):
+            expected = f"expected the indices 0..{len(responses) - 1} of the responses, best first"
+            raise UserError(f"{where}: ranking: {expected}")
+    if len(set(responses)) < len(responses):
+        which = "chosen and rejected are" if "chosen" in named else "responses: two are"
+        raise UserError(f"{where}: {which} the same text")
+    return [responses[i] for i in order]
+
+
+def number_at(named, key, where, default=None):
+    if key not in named and default is not None:
+        return default
+    number = number_of(named[key], where, key)
+    if abs(number) > LARGEST:
+        raise UserError(f"{where}: {key}: {number:g} is beyond {LARGEST:g}")
+    return number
+
+
+def label(value, where):
+    if type(value) not in (bool, int, float) or value not in (0, 1):
+        raise UserError(f"{where}: label: expected true or false, found {shown(value)}")
+    return value == 1

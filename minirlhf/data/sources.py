@@ -1,14 +1,11 @@
-"""Where human feedback comes from: the reviews, a JSONL file, a file on the hub, a toy language.
+"""Where human feedback comes from: the reviews, own files, a file on the hub, a toy language.
 
 All feedback is one shape: `Items` are responses to prompts, and comparisons among them come from
 single ratings (every pair of a batch is a comparison, its label the chance that a rater of one
 outvotes a rater of the other) or from given groups, best first.
-
-Left out: images, audio, tool calls, streaming from storage.
 """
 
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
@@ -18,15 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.data.archive import read_reviews
-from minirlhf.data.items import Items, split
-from minirlhf.data.records import parse_record, read_lines
+from minirlhf.data.forms import SUFFIXES, can_read, entries, form_of
+from minirlhf.data.items import Items
+from minirlhf.data.records import Record, parse_record
+from minirlhf.data.split import Feedback, split
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import cache_directory, file_errors
 
 
 def load_feedback(source):
-    """A Feedback of `reviews`, `toy`, a path of .jsonl or .jsonl.gz, or `hub:OWNER/NAME/FILE`.
+    """A Feedback of `reviews`, `toy`, a file, a folder of files, or `hub:OWNER/NAME/FILE`.
 
     Raises UserError that names file, line and what was expected.
     """
@@ -35,12 +34,12 @@ def load_feedback(source):
     if source == "toy":
         return toy()
     if source.startswith("hub:"):
-        return jsonl(hub_file(source))
-    if source.endswith((".jsonl", ".jsonl.gz")):
-        return jsonl(Path(source))
+        return file(hub_file(source))
+    if source and can_read(source):
+        return file(Path(source))
     raise UserError(
-        f"--data {source}: expected reviews, toy, a path ending in .jsonl or .jsonl.gz, or "
-        "hub:OWNER/NAME/FILE"
+        f"--data {source}: expected reviews, toy, hub:OWNER/NAME/FILE, a folder, or a path ending "
+        f"in {', '.join(SUFFIXES)}"
     )
 
 
@@ -68,7 +67,14 @@ def reviews():
         where=[f"reviews snippet {i}" for i in ids],
         ratings=[ratings[i] for i in ids],
     )
-    return split(items, each_alone(items), "reviews", more_text=others)
+    return shuffled_split(items, "reviews", more_text=others)
+
+
+def shuffled_split(items, name, **more):
+    """Feedback whose test part is the last tenth of the items after a fixed shuffle."""
+    order = np.random.default_rng(0).permutation(len(items))
+    n_test = len(items) // 10
+    return Feedback(name, items.take(order[:-n_test]), items.take(order[-n_test:]), **more)
 
 
 def fetch_reviews():
@@ -116,8 +122,9 @@ def hub_file(source):
         extra = "pip install 'minirlhf[hub]'"
         raise UserError(f"--data {source}: needs an extra: {extra}") from None
     parts = source.removeprefix("hub:").split("/", 2)
-    if len(parts) < 3 or not parts[2].endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"--data {source}: expected hub:OWNER/NAME/FILE.jsonl or .jsonl.gz")
+    if len(parts) < 3 or not parts[2].endswith(SUFFIXES):
+        endings = ", ".join(SUFFIXES)
+        raise UserError(f"--data {source}: expected hub:OWNER/NAME/FILE ending in {endings}")
     owner, name, file = parts
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
@@ -125,85 +132,79 @@ def hub_file(source):
         raise UserError(f"--data {source}: the hub gave no such file: {e}") from None
 
 
-# A JSONL file
+# A file, or a folder of files
 
 
-def jsonl(path):
-    """Feedback of a JSONL file: one record a line, in any of the forms of `parse_record`.
+def file(path):
+    """Feedback of the records of a file or a folder: each is of one of the forms of records.py.
 
-    Comparisons, ratings and labels do not mix; a label is a rating of 1 or 0. A prompt lies in the
-    training part or in the test part, never in both.
+    Comparisons, ratings, labels, bare answers and bare prompts do not mix.
     """
-    items = read_items(path)
-    if not len(items):
+    records, keys = read_records(path)
+    items = merged(records)
+    bound_pairs(items.groups, path)
+    answers = sum(len(record.responses) or 1 for record in records)
+    unused = set().union(*(record.unused for record in records))
+    counts = {"form": form_of(path), "kind": records[0].kind, "records": len(records)}
+    counts |= {"keys": sorted(keys - unused), "unused": sorted(unused)}
+    counts |= {"answers": answers, "items": len(items), "merged": answers - len(items)}
+    if unused:
+        print(f"{path}: not used: {shown_keys(counts['unused'])}")
+    return split(items, str(path), counts=counts)
+
+
+def read_records(path):
+    """(the Records of a path, all of one kind; the keys of all entries)."""
+    records, kind, keys = [], None, set()
+    for where, entry in entries(path):
+        record = parse_record(entry, where)
+        keys.update(entry)
+        kind = kind or record.kind
+        if record.kind != kind:
+            found = f"a {record.kind} where the others are {kind}s"
+            raise UserError(f"{where}: {found}; a file has one kind of record")
+        records.append(record)
+    if not records:
         raise UserError(f"{path}: no records; expected one JSON object a line")
-    if items.ratings is None:
-        bound_pairs(items.groups, path)
-    else:
-        compare_within_prompts(items, path)
-    keys = []
-    for prompt, where in zip(items.prompts, items.where, strict=True):
-        keys.append(prompt or f"\0{where}")  # without a prompt, what lies in one record
-    return split(items, list(places(keys).values()), str(path))
+    return records, keys
 
 
-def read_items(path):
-    """The responses of all records: with `groups` of comparisons, or with a rating each."""
-    items = Items(prompts=[], responses=[], where=[], ratings=[])
-    margins = []  # of responses in groups
-    kinds = set()
-    for line_number, line in read_lines(path):
-        where = f"{path}, line {line_number}"
-        prompt, responses, number = parse_record(line, where)
-        n = len(responses)
-        kinds.add("comparison" if n > 1 else type(number))
-        if len(kinds) > 1:
-            mixed = "labels, ratings and comparisons in one file"
-            raise UserError(f"{where}: {mixed}; expected one kind")
-        if n > 1:
-            items.groups.append(list(range(len(items), len(items) + n)))
-            margins += [number or 0.0] * n
-        else:
-            items.ratings.append(np.array([float(number)]))
-        items.prompts += [prompt] * n
-        items.responses += responses
-        items.where += [where] * n
-    if items.groups:
-        items.ratings = None
-        items.margins = np.array(margins) if any(margins) else None
+def merged(records):
+    """Items of records: one of each prompt and response, with all that was said of it."""
+    kind = records[0].kind
+    items = Items(prompts=[], responses=[], where=[])
+    ratings, columns, index = [], [], {}
+    margins = []
+    for record in records:
+        group = []
+        for response in record.responses or [""]:
+            i = index.setdefault((record.prompt, response), len(index))
+            if i == len(items):
+                items.prompts.append(record.prompt)
+                items.responses.append(response)
+                items.where.append(record.where)
+                ratings.append([])
+                columns.append(record.columns)
+            ratings[i].append(record.number)
+            group.append(i)
+            if columns[i] != record.columns:
+                problem = f"the prompt of {items.where[i]} again, with other columns"
+                raise UserError(f"{record.where}: {problem}")
+        if kind == "comparison":
+            items.groups.append(group)
+            margins.append(record.number)
+    if kind in ("rating", "label"):
+        items.ratings = [np.array(numbers) for numbers in ratings]
+        items.thumbs = kind == "label"
+    if kind == "prompt":
+        items.columns = columns
+    items.margins = margins if any(margins) else None
     return items
 
 
-def compare_within_prompts(items, path):
-    """Makes groups of rated responses that share a prompt, in place of the ratings.
-
-    What counts is then which of them is rated higher, not how prompts differ. Where no two share
-    a prompt, the ratings stay.
-    """
-    by_prompt = places(items.prompts)
-    by_prompt.pop("", None)
-    bound_pairs(by_prompt.values(), path)
-    shared = [same for same in by_prompt.values() if len(same) > 1]
-    pairs = []
-    for same in shared:
-        pairs += itertools.combinations(same, 2)
-    if not pairs:
-        return
-    rating = [r[0] for r in items.ratings]
-    for i, j in pairs:
-        if rating[i] != rating[j]:
-            items.groups.append([i, j] if rating[i] > rating[j] else [j, i])
-    items.ratings = None
-    items.means = rating
-    if not items.groups:
-        problem = "all responses to a prompt have the same rating, there is nothing to compare"
-        raise UserError(f"{items.where[0]} and on: {problem}")
-    ties = len(pairs) - len(items.groups)
-    alone = len(items) - sum(map(len, shared))
-    print(
-        f"{len(items.groups)} pairs of responses to one prompt; left out: {ties} ties and "
-        f"{alone} responses alone with their prompt"
-    )
+def shown_keys(keys):
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return ", ".join(key[:40] for key in keys[:8]) + more
 
 
 def bound_pairs(groups, path):
@@ -213,19 +214,6 @@ def bound_pairs(groups, path):
     if pairs > max(5_000_000, len(sizes)):
         found = f"{pairs:,} pairs of responses to one prompt"
         raise UserError(f"{path}: {found}, {max(sizes):,} responses to one of them; give fewer")
-
-
-def places(values):
-    """{value: the indices where it stands}, in the order of their first."""
-    found = {}
-    for i, value in enumerate(values):
-        found.setdefault(value, []).append(i)
-    return found
-
-
-def each_alone(items):
-    """Units of one item each, for `split`."""
-    return [[i] for i in range(len(items))]
 
 
 # The toy language: letters a..h, each worth -1..1; people rate a word by the mean, with noise.
@@ -247,14 +235,14 @@ def toy_reward(prompts, responses):
 
 
 def toy(n=2000, raters=9):
+    """n words, each rated by so many people: its true reward and noise, rounded, from -4 to 4."""
     rng = np.random.default_rng(0)
     texts = []
     for _ in range(n):
         length = rng.integers(4, 11)
         texts.append("".join(rng.choice(list(TOY_LETTERS), length)))
-    ratings = []
-    for reward in toy_reward(texts, texts):
-        ratings.append(np.clip(np.round(reward + rng.normal(0, 1, raters)), -4, 4))
-    where = [f"toy word {i}" for i in range(n)]
-    items = Items([""] * n, texts, where, ratings)
-    return split(items, each_alone(items), "toy", true_reward=toy_reward)
+    records = []
+    for i, reward in enumerate(toy_reward(texts, texts)):
+        for rating in np.clip(np.round(reward + rng.normal(0, 1, raters)), -4, 4):
+            records.append(Record(f"toy word {i}", "rating", "", [texts[i]], rating, {}, ()))
+    return split(merged(records), "toy", true_reward=toy_reward)

@@ -2,7 +2,8 @@
 
 Knobs are the fields of one dataclass a script, each made by `knob`; `parse` makes a flag of each.
 A UserError is what the person at the keyboard can mend: `run_script` prints it as one line and
-exits with 2. Whatever else a program raises is a mistake in it, and keeps its traceback.
+exits with 2. Whatever else a program raises is a mistake in it, and keeps its traceback. A
+ModelKept says that the mistake came after the training; the exit code is 3.
 """
 
 import argparse
@@ -13,16 +14,23 @@ import numbers
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from minirlhf.engine.contain import HANG_UP
 from minirlhf.engine.contain import contained as contained
+from minirlhf.engine.terminal import as_terminal
 
 
 class UserError(ValueError):
     """Something the person at the keyboard can mend."""
+
+
+class ModelKept(Exception):
+    """What was to come after the training failed; the model is in place. The cause is its own."""
 
 
 DTYPES = ("float32", "tf32", "bfloat16")
@@ -101,11 +109,31 @@ def refuse(wrongs):
             raise UserError(message)
 
 
+def refuse_idle(knobs, idle):
+    """Raises UserError for a knob that was given and has no say beside the others.
+
+    idle: {why: names of such knobs, or nothing where it is not so}. To give a knob its default is
+    to say nothing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(knobs)}
+    for why, names in idle.items():
+        for name in names.split() if names else ():
+            value, default = getattr(knobs, name), fields[name].default
+            if value == default or value != value:  # NaN, which stands for none
+                continue
+            given = f"{flag_of(fields[name])} {value}"
+            if value is False:
+                given = "--no-" + flag_of(fields[name])[2:]
+            raise UserError(f"{given} has no say {why}: leave it out")
+
+
 @dataclass(kw_only=True)
 class RunKnobs(Checked):
     """What every run has, whatever it trains."""
 
-    seed: int = knob(0, "all that is random follows from this number: same seed, same run")
+    seed: int = knob(
+        0, "all that is random follows from this number: same seed, same run", most=2**64 - 1
+    )
     device: str = knob(
         "auto", "what computes: cpu, cuda, cuda:1, ...; auto: the GPU where there is one", free=True
     )
@@ -176,27 +204,49 @@ def add_flag(group, field):
     group.add_argument(flag_of(field), **about)
 
 
-def run_script(main, knobs, doc):
+def run_script(main, knobs, doc, parse=parse):
     """`main(parse(knobs))`; what the user can mend is printed as one line, and the exit code 2."""
 
     def stop(number, _):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    begun = signal.getsignal(signal.SIGINT)
+    if getattr(begun, "__module__", "") == "minirlhf.engine.interrupts":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, HANG_UP) if number}
+    any_encoding()
     try:
         main(parse(knobs, doc))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        let_go_of_output()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except ModelKept as e:
+        if not explained(e.__cause__):
+            traceback.print_exception(e.__cause__)
+        end(e, 3)
     except (UserError, OSError, RuntimeError) as e:
         if not (message := explained(e)):
             raise
-        print("\nerror: " + " ".join(message.split()), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        end(message, 2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_encoding():
+    """Standard output takes any text, whatever its encoding; what goes to standard error of texts,
+    names and messages is printable."""
+    with contextlib.suppress(AttributeError, ValueError):  # no stream of Python's own
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = as_terminal(sys.stderr)
+
+
+def end(message, code):
+    print("\nerror: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def explained(error):
@@ -225,7 +275,15 @@ def unwritable_output():
     try:
         print(flush=True)
     except OSError as e:
-        with contextlib.suppress(OSError, ValueError):  # nothing is said about it again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_go_of_output()
         return f"standard output: {e.strerror}"
     return None
+
+
+def let_go_of_output():
+    """Nothing more is said at the end of the process about an output that cannot be written to."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,9 @@ import threading
 import numpy as np
 import torch
 
+from minirlhf.engine.terminal import as_terminal
+
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 ENDS = contextvars.ContextVar("what ends with the innermost contained function", default=None)
 
 
@@ -31,8 +34,8 @@ def contained(main):
     """The function, as a good guest: as it finds the process, so it leaves it, by return or error.
 
     That means the random numbers of Python, NumPy and torch, torch's precision of fp32 products and
-    sys.stdout; what was handed to `at_end` meanwhile is called, the last first. One contained
-    function may call another.
+    sys.stdout, which is a Terminal meanwhile; what was handed to `at_end` is called, the last
+    first. One contained function may call another.
     """
 
     @functools.wraps(main)
@@ -44,6 +47,7 @@ def contained(main):
             ends.callback(cuda_seeds())
             ends.callback(precision_switches())
             ends.callback(setattr, sys, "stdout", sys.stdout)
+            sys.stdout = as_terminal(sys.stdout)
             ends.callback(ENDS.reset, ENDS.set(ends))
             return main(*args, **kwargs)
 
@@ -88,20 +92,23 @@ def precision_switches():
 
 @contextlib.contextmanager
 def caught_signals():
-    """The numbers of the SIGINTs and SIGTERMs so far, a list; the second ends the process.
+    """The numbers of the signals so far that end a run, a list; the second ends the process.
 
-    Their handlers come back at the end of the block, or `at_end` if that is sooner. Outside of the
-    main thread nothing is caught.
+    They are SIGINT, SIGTERM and SIGHUP, which a closed terminal sends, once or twice; a process
+    that `nohup` told to ignore it goes on doing so. Their handlers come back at the end of the
+    block, or `at_end` if that is sooner. Outside of the main thread nothing is caught.
     """
     caught = []
 
     def catch(number, _):
-        if caught:  # asked twice: at once
+        if caught and number != HANG_UP:  # asked twice: at once
             raise SystemExit(128 + number)
         caught.append(number)
 
     here = threading.current_thread() is threading.main_thread()
-    own = (signal.SIGINT, signal.SIGTERM) if here else ()
+    own = [signal.SIGINT, signal.SIGTERM] if here else []
+    if here and HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:
+        own.append(HANG_UP)
     before = {number: signal.signal(number, catch) for number in own}
 
     def put_back():

@@ -133,6 +133,17 @@ def json_line(row, **options):
     return json.dumps(row | lost, ensure_ascii=False, **options) + "\n"
 
 
+def expect_new(path, mark):
+    """Raises UserError where a file lies there already whose start does not have our mark."""
+    with file_errors(path):
+        if not Path(path).exists():
+            return
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    if mark.encode() not in start:
+        raise UserError(f"{path}: another file lies there, which is left alone: give another name")
+
+
 def write_json(path, data):
     with atomic_write(path) as tmp:
         tmp.write_text(json_line(data, indent=2), encoding="utf-8")
@@ -145,7 +156,11 @@ def write_lines(path, rows):
 
 
 def finished(directory):
-    """The summary of the run in a directory; None where none ended with its model in place."""
+    """The summary of the run in a directory; None where none ended with its model in place.
+
+    It says whether the figures were still to come: `evaluated`. Raises UserError for another file
+    of its name.
+    """
     directory = Path(directory)
     model, summary = directory / "model" / "model.safetensors", directory / "summary.json"
     with file_errors(directory):
@@ -153,8 +168,38 @@ def finished(directory):
             return None
     found = read_json(summary)
     if not isinstance(found, dict) or "data" not in found:
-        raise UserError(f"{summary}: not the summary of a run; delete {directory} to make it again")
-    return found
+        raise UserError(
+            f"{summary}: not the summary of a run: name the model with a flag, or give an --out in "
+            "another folder"
+        )
+    return found if found.get("model_is_final", True) else None
+
+
+def expect_final(model):
+    """Raises UserError where the run of a model directory ended before its model was final."""
+    run = Path(model).parent
+    try:
+        found = read_json(run / "summary.json")
+    except UserError:  # none, or a stranger's
+        return
+    if isinstance(found, dict) and found.get("model_is_final") is False:
+        fix = "the command that made it, with --resume, makes up for what is missing"
+        raise UserError(f"{run}: its model is not final yet: {fix}")
+
+
+def figures_of(directory, say=print):
+    """The summary of the run in a directory, for figures to stand beside others; {} without one,
+    and where it is not ours or broken, which is said."""
+    try:
+        return finished(directory) or {}
+    except UserError as e:
+        say(f"note: figures are left out: {e}")
+        return {}
+
+
+def figures_beside(model):
+    """As `figures_of`, of the run whose model lies in that directory."""
+    return figures_of(Path(model).parent)
 
 
 class Lock:

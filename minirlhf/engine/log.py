@@ -1,7 +1,8 @@
 """What a run leaves behind, and what it prints.
 
-config.json, metrics.jsonl, samples.jsonl, curves.png, state/ to resume from, and summary.json as
-the last. Left out, so far: TensorBoard and W&B.
+config.json, metrics.jsonl, state/ to resume from; as soon as the last step is done model/ and a
+summary.json; then samples.jsonl, curves.png and the figures in the summary. Left out, so far:
+TensorBoard and W&B.
 """
 
 import contextlib
@@ -14,14 +15,15 @@ import time
 from pathlib import Path
 from signal import SIGTERM
 
-from tqdm import tqdm
+import torch
 
-from minirlhf.engine import curves, machine, parallel
-from minirlhf.engine.cli import UserError
+from minirlhf.engine import curves, machine, parallel, place
+from minirlhf.engine.cli import ModelKept, UserError
 from minirlhf.engine.contain import at_end, caught_signals
 from minirlhf.engine.files import (
     FileError,
     Lock,
+    figures_of,
     file_errors,
     finished,
     json_line,
@@ -29,9 +31,8 @@ from minirlhf.engine.files import (
     write_lines,
 )
 from minirlhf.engine.machine import versions
-from minirlhf.engine.states import State
-
-OLD = ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "nonfinite-step-*.jsonl")
+from minirlhf.engine.states import State, states_in
+from minirlhf.engine.terminal import progress_bar, say_above
 
 
 class Run:
@@ -48,28 +49,25 @@ class Run:
         self.name, self.knobs, self.plan = name, knobs, plan
         self.device, self.tokenizer = device, tokenizer
         self.out, self.start = Path(knobs.out), time.time()
-        self.first, self.rows, self.skipped = 0, [], 0
+        self.first, self.rows, self.skipped, self.bar = 0, [], 0, None
+        self.facts, self.whole = {}, False  # for the summary; whether an older life wrote it
         self.watch, self.told = watch or (lambda rows: []), set()
         self.writes = not parallel.rank()  # the first process has the files
         given = given | {"data": (given["data"], plan), "tokenizer": tokenizer.ranks}
         self.state = State(self.out / "state", name, knobs, parts, given)
         with file_errors(f"--out {self.out}"):
             self.enter()
-        show = {"desc": name, "unit": "step", "mininterval": 1, "dynamic_ncols": True}
-        self.bar = tqdm(total=len(plan), initial=self.first, file=sys.stdout, **show)
+        self.bar = progress_bar(name, len(plan), self.first)
         at_end(self.close_quietly)
 
     def enter(self):
         """Locks the directory, and goes on with what lies there or clears it."""
         if self.writes:
-            try:
-                self.state.folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                raise UserError(f"--out {self.out}: a file, not a directory") from None
+            place.expect_place(self.out)
+            self.state.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.state.folder)
             at_end(self.lock.close)
-            for folder in (self.out, self.out / "state", self.out / "model"):
-                remove(folder, "*.tmp[0-9]*")  # what a killed run was writing
+            place.remove_started(self.out)
         facts = self.state.load(self.say) if self.knobs.resume else None
         if facts:
             self.go_on(facts)
@@ -90,9 +88,9 @@ class Run:
                 f"note: {self.out} held an interrupted run, saved after {int(states[0].stem)} "
                 "steps: with --resume it would have gone on from there"
             )
-        for pattern in (*OLD, "state/*.safetensors"):
-            remove(self.out, pattern)
-        write_json(self.out / "config.json", dataclasses.asdict(self.knobs))
+        place.remove_run(self.out)
+        mark = {place.MARK: self.name}
+        write_json(self.out / "config.json", mark | dataclasses.asdict(self.knobs))
 
     def go_on(self, facts):
         """From a state: the metrics up to its step, its clock, its count."""
@@ -110,16 +108,23 @@ class Run:
         for n in range(self.first):
             self.told |= set(self.watch(self.rows[: n + 1]))
         self.start -= facts["seconds"]
+        if self.first == len(self.plan):
+            self.whole = bool(figures_of(self.out, self.say))
         parallel.barrier()  # all have read
         if self.writes:
             os.truncate(path, len(kept))
         self.say(f"{self.out}: going on after {self.first} of {len(self.plan)} steps")
+        now = workers()
+        then = {name: facts.get(name, n) for name, n in now.items()}
+        if then != now:
+            was, here = (" and ".join(f"{n} {name}" for name, n in x.items()) for x in (then, now))
+            self.say(f"note: that state is of {was}, here are {here}: sums may end in other digits")
 
     def steps(self):
         """Yields (step, batch) of the plan, with all random numbers seeded for the step.
 
-        Saves the state after each --save-every steps, after the last, and on SIGINT and SIGTERM,
-        which end the run with the exit code 128 + signal.
+        Saves the state after each --save-every steps, after the last, and on SIGINT, SIGTERM and
+        SIGHUP, which end the run with the exit code 128 + signal.
         """
         every, total = self.knobs.save_every, len(self.plan)
         with caught_signals() as caught:
@@ -151,9 +156,10 @@ class Run:
             self.metrics.flush()
             if self.writes:
                 os.fsync(self.metrics.fileno())
-            place = self.metrics.tell()
+            end = self.metrics.tell()
         seconds = time.time() - self.start
-        self.state.save(step, metrics_bytes=place, seconds=seconds, skipped=self.skipped)
+        facts = {"metrics_bytes": end, "seconds": seconds, "skipped": self.skipped}
+        self.state.save(step, **facts, **workers())
 
     def log(self, step, metrics, show=()):
         """Writes one line of metrics.jsonl and shows the named figures at the progress bar."""
@@ -190,14 +196,55 @@ class Run:
         self.say(f"skipped, {self.skipped} so far: {what}")
 
     def say(self, text=""):
-        tqdm.write(text, file=sys.stdout)
+        say_above(self.bar, text)
+
+    # After the last step
+
+    @contextlib.contextmanager
+    def kept(self, model, final=True, **facts):
+        """Keeps the model at once; the block makes the figures, and all that it can spoil is them.
+
+        `facts` are for the summary. Raises ModelKept in place of an error in the block.
+        """
+        self.facts = facts
+        self.keep(model, final)
+        try:
+            self.close()
+            yield
+        except Exception as e:
+            reason = (str(e).splitlines() or [""])[0] or type(e).__name__
+            raise ModelKept(f"{self.what_is_kept()} But {reason}") from e
+        except BaseException:  # a signal
+            self.say(self.what_is_kept())
+            raise
+
+    def keep(self, model, final=True):
+        """Writes model/ and, beside it, the summary of a run whose figures are to come.
+
+        A model that is not `final` is kept for --resume alone: to `finished` it is none.
+        """
+        self.final = final or self.whole
+        if self.whole and not final:  # an older life has left the final one
+            return
+        model.save_pretrained(self.out / "model", self.tokenizer)
+        if self.writes and not self.whole:
+            marks = {"evaluated": False} | ({} if final else {"model_is_final": False})
+            write_json(self.out / "summary.json", self.summary() | marks)
+        parallel.barrier()
+
+    def what_is_kept(self):
+        state = "in place" if self.final else "trained and kept, but not yet final"
+        return (
+            f"{self.out}: the model is {state}; the same command with --resume makes up for what "
+            "is missing."
+        )
 
     def samples(self, rows):
         if self.writes:
             write_lines(self.out / "samples.jsonl", rows)
 
     def close(self):
-        """Ends the progress bar and the metrics: what follows is evaluation."""
+        """Ends the progress bar and the metrics."""
         self.bar.close()
         with file_errors(self.metrics.name):
             self.metrics.close()
@@ -207,27 +254,45 @@ class Run:
             self.close()
 
     def finish(self, figures):
-        """Writes curves.png where matplotlib is installed, and summary.json last: the summary."""
+        """Adds the figures to summary.json, and writes curves.png where matplotlib is installed:
+        the summary."""
         self.close()
-        summary = figures | {
+        summary = figures | self.summary()
+        if self.writes:
+            path = self.out / "summary.json"
+            write_json(path, summary | {"evaluated": False})
+            try:
+                curves.plot(self.rows, self.out / "curves.png")
+            except ImportError:
+                self.say("curves.png is left out: pip install 'minirlhf[plot]'")
+            write_json(path, summary | {"evaluated": True})
+            self.lock.close()
+        parallel.barrier()
+        return summary | {"evaluated": True}
+
+    def summary(self):
+        """What it says besides figures."""
+        found = self.facts | {
             "seconds": round(time.time() - self.start, 1),
             "steps_skipped": self.skipped,
             "seed": self.knobs.seed,
             "command": " ".join(sys.argv),
             "processes": parallel.world(),
         }
-        summary |= versions(self.device)
-        if self.writes:
-            try:
-                curves.plot(self.rows, self.out / "curves.png")
-            except ImportError:
-                self.say("curves.png is left out: pip install 'minirlhf[plot]'")
-            write_json(self.out / "summary.json", summary)
-            self.lock.close()
-        parallel.barrier()
-        return summary
+        return found | versions(self.device)
 
 
-def remove(folder, pattern):
-    for path in sorted(folder.glob(pattern)):
-        path.unlink()
+def complete(summary, main, knobs):
+    """The summary of an older run of main(knobs); with --resume, with the figures it lacked."""
+    missing = not summary.get("evaluated", True)
+    if missing and knobs.resume and states_in(Path(knobs.out) / "state"):
+        try:
+            return main(knobs)
+        except UserError as e:  # it had other knobs
+            print(f"note: {knobs.out} stays without its figures: {e}")
+    return summary
+
+
+def workers():
+    """Whose sums a run's are; on other numbers of them they are added in another order."""
+    return {"threads": torch.get_num_threads(), "processes": parallel.world()}

@@ -36,6 +36,8 @@ def precision(device, dtype):
     float32 is exact on every device; tf32 lets a GPU round to 10 bits and is float32 elsewhere.
     Weights are fp32 in all cases.
     """
+    if dtype == "tf32" and device.type != "cuda":
+        print(f"note: --dtype tf32 is float32 on {device.type}")
     cuda = "high" if dtype == "tf32" else "highest"
     torch.set_float32_matmul_precision(cpu_precision() if device.type == "cpu" else cuda)
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -7,6 +7,7 @@ is damaged, the one before it serves.
 import dataclasses
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import FileError, file_errors, json_line, parse_json, save_tensors
+
+NAME = re.compile(r"\d{8,}\.safetensors")
 
 
 class State:
@@ -38,7 +41,7 @@ class State:
         }
 
     def files(self):
-        return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+        return states_in(self.folder)
 
     def tensors(self):
         """All tensors by name, those of sharded models as they are spread."""
@@ -146,6 +149,12 @@ class State:
             optimizer.state[p][key] = empty
 
 
+def states_in(folder):
+    """The files of states, the newest first."""
+    found = Path(folder).glob("*.safetensors")
+    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
+
+
 def parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -204,5 +213,6 @@ def file_of(x):
         return None
     own = Path(path, "model", "model.safetensors")
     weights = Path(path, "model.safetensors")
+    shards = sorted(Path(path).glob("model-*.safetensors"))[:1]
     script = Path(path.rpartition(":")[0])
-    return next((file for file in (own, weights, script) if file.is_file()), None)
+    return next((file for file in (own, weights, *shards, script) if file.is_file()), None)

@@ -1,16 +1,17 @@
-"""A model's weights on disk, in the Hugging Face layout: config.json, model.safetensors and
-tokenizer.json.
+"""A model's weights on disk, in the Hugging Face layout: config.json, tokenizer.json, and
+model.safetensors, or its shards and the model.safetensors.index.json that names them.
 
-Left out: sharded checkpoints, pickled weights.
+Left out: writing shards, pickled weights.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from minirlhf.engine import parallel
+from minirlhf.engine import parallel, vocabulary
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import (
     MissingFile,
@@ -68,6 +69,7 @@ def save_directory(directory, config, weights, extra, tokenizer):
     save_tensors(weights, directory / "model.safetensors", {"format": "pt"})
 
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -89,10 +91,7 @@ def read_directory(source):
     directory = local_directory(source)
     expect_files(directory)
     raw = read_config(directory)
-    try:
-        weights = load_file(directory / "model.safetensors")
-    except Exception as e:  # broken bytes raise more than SafetensorError
-        raise UserError(f"{directory}: broken model.safetensors: {str(e)[:200]}") from None
+    weights = read_weights(directory)
     sizes = read_sizes(raw, directory)
     expect_room(sizes, weights, directory)
     weights = {name: w for name, w in weights.items() if not name.endswith(CAUSAL_MASKS)}
@@ -109,16 +108,73 @@ def read_directory(source):
 
 def expect_files(directory):
     """Raises UserError where a pickle lies there, MissingFile where no model does."""
-    pickled, safe = directory / "pytorch_model.bin", directory / "model.safetensors"
-    if pickled.exists() and not safe.exists():
+    safe = (directory / WEIGHTS).exists() or (directory / INDEX).exists()
+    pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
+    if pickled and not safe:
         raise UserError(
-            f"{directory}: only pytorch_model.bin lies here, a pickle, which can run code when "
+            f"{directory}: only {pickled[0]} lies here, a pickle, which can run code when "
             "read, so it never is: where you trust it, load it with transformers and save it again "
             "with save_pretrained, which writes model.safetensors"
         )
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", INDEX if (directory / INDEX).exists() else WEIGHTS):
         if not (directory / name).is_file():
             raise MissingFile(f"{directory}: not a model directory, {name} is missing")
+
+
+def read_weights(directory):
+    """{name: tensor} of model.safetensors, or where that is not there of the shards in its index.
+
+    Raises UserError where a file is broken, or index and shards do not fit together.
+    """
+    if (directory / WEIGHTS).exists():
+        return read_tensors(directory / WEIGHTS)
+    shard_of, total = read_index(directory)
+    weights = {}
+    for shard in sorted(set(shard_of.values())):
+        if not (directory / shard).is_file():
+            raise MissingFile(f"{directory}: {shard} is missing, which {INDEX} names")
+        for name, w in read_tensors(directory / shard).items():
+            if shard_of.get(name) != shard:
+                place = shard_of.get(name, "no file")
+                problem = f"{shown(name)} lies in {shard}, but {INDEX} has it in {place}"
+                raise UserError(f"{directory}: {problem}")
+            weights[name] = w
+    lost = sorted(shard_of.keys() - weights.keys())
+    if lost:
+        where = f"is not in {shard_of[lost[0]]}, where {INDEX} has it"
+        raise UserError(f"{directory}: {shown(lost[0])} {where} ({len(lost)} such tensors)")
+    found = sum(w.nbytes for w in weights.values())
+    if total not in (None, found):
+        raise UserError(
+            f"{directory}: the shards hold {found} bytes, but {INDEX} has total_size {shown(total)}"
+        )
+    return weights
+
+
+def read_index(directory):
+    """({name of a tensor: its shard}, bytes in all or None) of model.safetensors.index.json.
+
+    Raises UserError for another form, and for a shard that is not a file of this directory.
+    """
+    path = directory / INDEX
+    raw = read_json(path)
+    raw = raw if isinstance(raw, dict) else {}
+    shard_of, facts = raw.get("weight_map"), raw.get("metadata") or {}
+    if not isinstance(shard_of, dict) or not shard_of or not isinstance(facts, dict):
+        raise UserError(f"{path}: expected an object with weight_map, the file of each tensor")
+    for name, shard in shard_of.items():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors")
+        if not plain or set("/\\:\0") & set(shard):
+            expected = "expected the name of a .safetensors file in this directory"
+            raise UserError(f"{path}: {shown(name)} lies in {shown(shard)}: {expected}")
+    return shard_of, facts.get("total_size")
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except Exception as e:  # broken bytes raise more than SafetensorError
+        raise UserError(f"{path.parent}: broken {path.name}: {str(e)[:200]}") from None
 
 
 def read_sizes(raw, directory):
@@ -146,7 +202,7 @@ def expect_room(sizes, weights, directory):
     rows = vocab + context + layers * (12 * width + 13) + outputs_of(weights)
     if layers > len(weights) or width * rows > 2 * sum(w.numel() for w in weights.values()):
         raise UserError(
-            f"{directory}: config.json asks for a larger model than model.safetensors holds: "
+            f"{directory}: config.json asks for a larger model than lies there: "
             f"{layers} layers of width {width}"
         )
 
@@ -182,9 +238,15 @@ def local_directory(name):
         raise MissingFile(
             f"{name}: no such directory (for a model on the hub: pip install 'minirlhf[hub]')"
         ) from None
-    files = ["config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", WEIGHTS, INDEX, *vocabulary.FILES, *vocabulary.MORE_FILES]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=files))
+        directory = Path(snapshot_download(str(name), allow_patterns=files))
+        if (directory / INDEX).exists() and not (directory / WEIGHTS).exists():
+            shards = sorted(set(read_index(directory)[0].values()))
+            directory = Path(snapshot_download(str(name), allow_patterns=[*files, *shards]))
+        return directory
+    except UserError:
+        raise
     except Exception as e:
         raise MissingFile(
             f"{name}: no such directory, and the hub gave no such model: {e}"
@@ -223,6 +285,14 @@ def load_strictly(model, weights, source):
         raise UserError(f"{source}: weights do not fit: {found}: {hint}")
     model.load_state_dict(weights)
     return model
+
+
+def cut_vocabulary(model, n):
+    """Leaves a GPT, or the one under a head, the first n ids."""
+    gpt = getattr(model, "transformer", model)
+    rows = gpt.wte.weight.detach()[:n].clone()
+    gpt.wte = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+    model.config = gpt.config = replace(model.config, vocab_size=n)
 
 
 def model_directory(path):

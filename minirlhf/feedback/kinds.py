@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from minirlhf import data
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows
 from minirlhf.lists import LISTS, THUMBS
@@ -83,20 +84,19 @@ def plan(items, kind, knobs, rng):
 
 
 def pairs_epoch(items, batch_size, rng):
-    """Yields Compared: about batch_size items, and all that people compared of them."""
-    for index, pairs, labels in items.epoch(batch_size, rng):
-        yield Compared(index, pairs, labels)
+    """Yields Compared: about batch_size items, and what people compared of the same prompt."""
+    for batch in items.epoch(batch_size, rng, across=False):
+        yield Compared(batch.rows, batch.pairs, batch.labels)
 
 
 def thumbs(items):
     """Single responses and what they are worth: indices (M,), scores (M,), above 0 for good ones.
 
-    Scores are mean ratings, standardised, so what is rated above the average is desirable; where
-    there are but two values, or where a pair or a ranking has an upper and a lower half, they are
-    bool. What lies exactly between is left out, and counted.
+    Scores are mean ratings, standardised, so what is rated above the average is desirable; of
+    thumbs, or of the upper and the lower half of pairs and rankings, they are bool. What lies
+    exactly between is left out, and counted.
     """
     scores = worth(items)
-    scores[np.isclose(scores, 0)] = 0
     if not scores.any():
         alike = f"all {len(items)} ratings are alike, no response is better than the others"
         raise UserError(f"{items.where[0]} and on: {alike}")
@@ -106,23 +106,23 @@ def thumbs(items):
         neither = "responses are neither desirable nor undesirable: left out"
         print(f"{left_out} of {len(items)} {neither}")
     scores = scores[index]
-    if len(np.unique(scores)) == 2:
+    if items.thumbs or items.ratings is None:
         return index, scores > 0
     return index, (scores / scores.std()).astype(np.float32)
 
 
 def worth(items):
-    """(N,): how far each item is above the mean rating; by groups 1, -1 or, in the middle, 0."""
-    means = items.means
+    """(N,): how far each item is above the mean rating, or of thumbs above as many down as up; by
+    groups in how many more upper halves it is than in lower ones."""
     if items.ratings is not None:
-        means = [r.mean() for r in items.ratings]
-    if means is not None:
-        return np.array(means, dtype=float) - np.mean(means)
+        means = items.means()
+        levels = data.level([*means, 0.5 if items.thumbs else means.mean()])
+        return levels[:-1] - levels[-1]
     scores = np.zeros(len(items))
     for group in items.groups:
         half = len(group) // 2
-        scores[group[:half]] = 1
-        scores[group[-half:]] = -1
+        scores[group[:half]] += 1
+        scores[group[-half:]] -= 1
     return scores
 
 
@@ -132,17 +132,17 @@ def thumbs_epoch(index, scores, batch_size, rng):
     if smallest < 2:
         alone = "has no response of another row: expected at least 2"
         raise UserError(f"a batch of {smallest} {alone}")
-    n_batches = max(1, round(len(index) / batch_size))
+    n_batches = max(1, min(round(len(index) / batch_size), len(index) // 2))
     for part in np.array_split(rng.permutation(len(index)), n_batches):
         yield Thumbs(index[part], scores[part])
 
 
 def lists_epoch(items, batch_size, group_size, rng):
     """Yields Ranked: lists of about batch_size items in all."""
-    groups, rewards = ranked_groups(items, group_size, rng)
-    per_batch = max(1, batch_size // max(map(len, groups)))
+    groups, rewards = ranked_groups(items, batch_size, group_size, rng)
     order = rng.permutation(len(groups))
-    for batch in np.split(order, range(per_batch, len(order), per_batch)):
+    for part in data.fill([len(groups[i]) for i in order], batch_size):
+        batch = order[part]
         index = np.concatenate([groups[i] for i in batch])
         lengths = np.array([len(groups[i]) for i in batch])
         mask = np.arange(lengths.max()) < lengths[:, None]  # (L, K)
@@ -153,19 +153,21 @@ def lists_epoch(items, batch_size, group_size, rng):
         yield Ranked(index, places, worth, mask)
 
 
-def ranked_groups(items, group_size, rng):
+def ranked_groups(items, batch_size, group_size, rng):
     """(groups of indices, best first; the rewards of each).
 
-    Rated items come in random groups of about group_size, their rewards the ranks of their mean
-    ratings, equal for equal ones; a given ranking has rewards K-1 .. 0.
+    The rated answers to one prompt are a group, at most batch_size of them; those without a prompt
+    come in random groups of about group_size. Rewards are the ranks of the mean ratings, equal for
+    equal ones; a given ranking has rewards K-1 .. 0.
     """
     if items.ratings is None:
         return items.groups, [np.arange(len(group))[::-1] for group in items.groups]
-    means = np.array([r.mean() for r in items.ratings])
-    n_groups = max(1, len(items) // group_size)
-    groups, rewards = [], []
-    for group in np.array_split(rng.permutation(len(items)), n_groups):
-        group = group[np.argsort(-means[group], kind="stable")]
-        groups.append(group)
-        rewards.append(np.unique(means[group], return_inverse=True)[1])
+    means, groups, rewards = items.means(), [], []
+    for context in items.contexts(across=False):
+        size = max(2, batch_size) if items.prompts[context[0]] else group_size
+        shuffled = np.array(context)[rng.permutation(len(context))]
+        for group in np.array_split(shuffled, max(1, len(context) // size)):
+            group = group[np.argsort(-means[group], kind="stable")]
+            groups.append(group)
+            rewards.append(np.unique(means[group], return_inverse=True)[1])
     return groups, rewards

@@ -5,6 +5,7 @@ Left out, so far: people, judge models, rules.
 
 import contextlib
 import importlib
+import inspect
 import runpy
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from minirlhf import ppo
+from minirlhf.engine import vocabulary
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.weights import local_directory, model_directory, read_config
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
+from minirlhf.tokenizer import fit_vocabulary, load_tokenizer
 
 # Labelers of train_dpo: (scorer, prefer)
 
@@ -38,10 +42,15 @@ def load_labeler(source, feedback, tokenizer, base):
         return scorer, partial(by_scores, scorer)
     directory = local_directory(model_directory(source))
     if is_pairwise(directory):
-        model = PreferenceModel.from_pretrained(directory).to(base.lm_head_weight.device).eval()
+        model = load_model(PreferenceModel, source, tokenizer, base)
         return None, partial(by_embeddings, model)
     scorer = partial(by_model, load_reward_model(source, tokenizer, base))
     return scorer, partial(by_scores, scorer)
+
+
+def given_true(source, feedback):
+    """The function behind `--reward true`; None for any other. Raises UserError as true_reward."""
+    return true_reward(feedback) if source == "true" else None
 
 
 def is_pairwise(directory):
@@ -61,29 +70,54 @@ def by_model(rm, tokens, prompt_lengths, response_lengths):
 
 def by_scores(scorer, tokens, prompt_lengths, response_lengths, K):
     scores = scorer(tokens, prompt_lengths, response_lengths).view(-1, K)
-    return torch.sigmoid(scores[:, :, None] - scores[:, None, :])
+    one, other = scores[:, :, None], scores[:, None, :]
+    size = torch.maximum(one.abs(), other.abs())
+    return chances(one - other, size)
 
 
 def by_embeddings(model, tokens, prompt_lengths, response_lengths, K):
     embeddings = model.embed(tokens, prompt_lengths + response_lengths).float()
     e = embeddings.view(-1, K, embeddings.shape[-1])
-    return torch.sigmoid(model.logit(e[:, :, None], e[:, None]))
+    one, other = e[:, :, None], e[:, None]
+    size = one.norm(dim=-1) * other.norm(dim=-1)
+    return chances(model.logit(one, other), size)
+
+
+def chances(log_odds, size):
+    """The sigmoid, one half where the log-odds are the rounding of numbers of that size: else an
+    answer would be preferred to one just like it."""
+    rounding = ppo.is_rounding(log_odds, size)
+    return torch.sigmoid(log_odds.masked_fill(rounding, 0))
 
 
 def load_reward_model(path, tokenizer, base):
-    """The reward model of a run or a directory, on the base model's device.
+    """The reward model of a run, a directory or the hub, as in load_model."""
+    return load_model(RewardModel, path, tokenizer, base)
 
-    Raises UserError when the two do not fit together.
+
+def load_model(kind, source, tokenizer, base):
+    """A model of a run, a directory or the hub that judges what `base` writes, on its device.
+
+    Raises UserError where it has another tokenizer, or less context. Where no tokenizer lies beside
+    it, that is said, and the number of ids has to be the same.
     """
-    rm = RewardModel.from_pretrained(model_directory(path))
-    rm = rm.to(base.lm_head_weight.device).eval()
-    vocab_size, n_ctx = rm.config.vocab_size, rm.config.n_ctx
-    if vocab_size != tokenizer.vocab_size or n_ctx < base.config.n_ctx:
-        raise UserError(
-            f"reward model {path}: vocabulary {vocab_size} and context {n_ctx}, but the base model "
-            f"has {tokenizer.vocab_size} and {base.config.n_ctx}: train it from this base model"
-        )
-    return rm
+    directory = local_directory(model_directory(source))
+    model = kind.from_pretrained(directory)
+    n_ctx, rows = model.config.n_ctx, model.config.vocab_size
+    fix = "train it from this base model"
+    if vocabulary.lies_in(directory):
+        if load_tokenizer(directory).fingerprint() != tokenizer.fingerprint():
+            raise UserError(f"reward model {source}: its tokenizer is not the base model's: {fix}")
+        fit_vocabulary(model, tokenizer, source)
+    elif rows == tokenizer.vocab_size:
+        print(f"reward model {source}: no tokenizer lies there: taken to be the base model's")
+    else:
+        found = f"vocabulary {rows} and no tokenizer, the base model has {tokenizer.vocab_size}"
+        raise UserError(f"reward model {source}: {found}: {fix}")
+    if n_ctx < base.config.n_ctx:
+        found = f"a context of {n_ctx} tokens, the base model has one of {base.config.n_ctx}"
+        raise UserError(f"reward model {source}: {found}: {fix}")
+    return model.to(base.lm_head_weight.device).eval()
 
 
 # Python functions
@@ -150,14 +184,42 @@ def current_directory():
             sys.path.remove("")
 
 
-def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_lengths):
-    """What a Python function says of the text of token rows.
+def asked_columns(function, source, feedback, tokenizer, room):
+    """Columns of bare prompts that a function takes by name: {name: {ids of a prompt: value}}.
+
+    room: most tokens of a prompt, its EOS counted; a longer one has lost its left end. Raises
+    UserError where it takes one that no record has.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except ValueError:  # one that is not written in Python
+        return {}
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    found = {}
+    for items in (feedback.train, feedback.test):
+        for prompt, columns in zip(items.prompts, items.columns or [], strict=False):
+            ids = tokenizer.encode(prompt)
+            ids = tokenizer.eos, *ids[max(0, len(ids) + 1 - room) :]
+            for name, value in columns.items():
+                if takes_all or name in names:
+                    found.setdefault(name, {})[ids] = value
+    required = {p.name for p in parameters if p.name in names and p.default is p.empty}
+    if required - found.keys():
+        missing = ", ".join(sorted(required - found.keys()))
+        raise UserError(f"--reward {source}: it takes {missing}, which no record has as a key")
+    return found
+
+
+def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_lengths, columns=None):
+    """What a Python function says of the text of token rows, and of asked_columns.
 
     (B, 1), or at the token level (B, longest response). Raises UserError where that is not a finite
     number for each; what the function raises is its own.
     """
     by_token = level == "token"
     prompts, responses, shapes = [], [], []
+    more = {name: [] for name in columns or ()}
     rows = zip(tokens.tolist(), prompt_lengths.tolist(), response_lengths.tolist(), strict=True)
     for ids, p, r in rows:
         response = ids[p : p + r]
@@ -167,8 +229,10 @@ def ask(function, source, level, tokenizer, tokens, prompt_lengths, response_len
         else:
             responses.append(tokenizer.decode(response))
         shapes.append((r if by_token else 1,))
+        for name, values in more.items():
+            values.append(columns[name].get(tuple(ids[:p])))
     with current_directory():
-        given = function(prompts, responses)
+        given = function(prompts, responses, **more)
         given = list(given) if isinstance(given, Iterator) else given
     try:
         scores = [torch.tensor(s if by_token else [s], dtype=torch.float32) for s in given]

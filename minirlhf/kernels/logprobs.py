@@ -37,7 +37,9 @@ def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entr
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
     options = float(temperature), operand_dtype(hidden, weight), keep, entropy and not grad
-    logprobs, _, entropies, _ = token_logprobs_op(hidden, weight, targets.contiguous(), *options)
+    direct = not grad and not torch.compiler.is_compiling()  # the operator's first call: 3 seconds
+    walk = walk_vocabulary if direct else token_logprobs_op
+    logprobs, _, entropies, _ = walk(hidden, weight, targets.contiguous(), *options)
     if entropy and grad:
         return logprobs, token_entropy(hidden, weight, temperature)
     return logprobs, entropies.detach()
@@ -64,12 +66,7 @@ def token_entropy(hidden, weight, temperature=1.0):
 ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, ScalarType dtype"
 
 
-@torch.library.custom_op(
-    "minirlhf::token_logprobs",
-    mutates_args=(),
-    schema=f"({ARGUMENTS}, int keep, bool entropy) -> (Tensor, Tensor, Tensor, Tensor[])",
-)
-def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy):
+def walk_vocabulary(hidden, weight, targets, temperature, dtype, keep, entropy):
     """Log-probs, log-sum-exp, entropy (N,); softmax - onehot of `keep` parts, for backward."""
     h, w = hidden.to(dtype), weight.to(dtype)
     if fused(hidden):
@@ -98,6 +95,14 @@ def token_logprobs_op(hidden, weight, targets, temperature, dtype, keep, entropy
     within = zip(shares, entropies, strict=False)  # the parts; and the choice among them
     whole = [share * part + torch.special.entr(share) for share, part in within]
     return at_target - lse, lse, sum(whole) if entropy else lse.new_empty(0), kept
+
+
+token_logprobs_op = torch.library.custom_op(
+    "minirlhf::token_logprobs",
+    walk_vocabulary,
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, int keep, bool entropy) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
 
 
 def places_of(targets, cols):

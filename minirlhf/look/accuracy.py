@@ -9,22 +9,22 @@ from minirlhf.reward import share_positive
 EDGES = (0, 0.5, 1, 2, 3, math.inf)  # of the gaps between two mean ratings
 
 
-def accuracy_figures(feedback, ahead, pairs, gaps):
+def accuracy_figures(train, test, ahead, pairs, gaps):
     """Figures of the summary, and a printed table of pair accuracy by the gap of the mean ratings.
 
     ahead (P,): how far the model has the first of each test pair (P, 2) before the second.
     """
     columns = {"reward model": ahead}
     figures = {"eval/accuracy": share_positive(ahead).item(), "eval/pairs": len(pairs)}
-    rated = feedback.train.ratings is not None
+    rated = train.ratings is not None
     if rated:
-        scores = ridge_scores(feedback.train, feedback.test)
+        scores = ridge_scores(train, test)
         columns["ridge"] = scores[pairs[:, 0]] - scores[pairs[:, 1]]
         figures["eval/ridge_accuracy"] = share_positive(columns["ridge"]).item()
-    human = data.human_ceiling(feedback.test, pairs)
+    human = data.human_ceiling(test, pairs)
     if not math.isnan(human):
         figures["eval/human_ceiling"] = human
-    print_table(columns, human, feedback.test, pairs, gaps, EDGES if rated else ())
+    print_table(columns, human, test, pairs, gaps, EDGES if rated else ())
     return figures
 
 

@@ -110,7 +110,7 @@ def compare(run, before, after, earlier, more=None):
     figures = earlier_figures(earlier)
     figures |= {f"{key}_before": value for key, value in old.items()}
     figures |= {f"{key}_after": value for key, value in new.items()}
-    summary = run.finish(figures | (more or {}) | {"data": run.knobs.data})
+    summary = run.finish(figures | (more or {}))
     print_answers(rows[:6])
     print_figures(figures, len(rows), old, new)
     print(f"{summary['seconds']:.0f} s; left in {run.out}")
@@ -131,7 +131,8 @@ def earlier_figures(summary):
     others = ("_before", "_after", "implicit_accuracy")
     figures = {}
     for key, value in summary.items():
-        if key.startswith("eval/") and not key.endswith(others):
+        known = type(value) in (int, float)  # null was none; a stranger's may be anything
+        if known and key.startswith("eval/") and not key.endswith(others):
             figures[key] = value
     return figures
 
@@ -141,7 +142,8 @@ def print_answers(rows):
     for row in rows:
         print(f"\n  prompt  {row['prompt']!r}")
         for when in ("before", "after"):
-            print(f"  {when:<6}  {row[when]!r}  ({row[f'score_{when}']:+.2f})")
+            score = row[f"score_{when}"]
+            print(f"  {when:<6}  {row[when]!r}{'' if math.isnan(score) else f'  ({score:+.2f})'}")
     print()
 
 

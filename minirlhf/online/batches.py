@@ -6,6 +6,7 @@ Left out: thumbs and lists of own samples.
 from functools import partial
 
 from minirlhf.data import all_logps
+from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
 from minirlhf.online.samples import own_batch
 
@@ -43,10 +44,12 @@ class Own:
 class Rounds:
     """Batches of `supply` in equal parts of a run's steps.
 
-    At the start of each but the first the reference becomes a copy of the policy.
+    At the start of each but the first the reference becomes a copy of the policy. Raises UserError
+    for more parts than steps.
     """
 
     def __init__(self, supply, policy, reference, rounds, steps):
+        refuse({f"--rounds {rounds}: more than the {steps} steps": rounds > steps})
         self.supply, self.policy, self.reference = supply, policy, reference
         self.rounds, self.steps = rounds, steps
         self.known = False  # whether the supply has seen the reference: not so in a resumed run

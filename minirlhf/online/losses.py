@@ -17,12 +17,14 @@ def sppo(policy, reference, batch, logps, method, knobs):
     """
     soft = knobs.soft_labels
     chosen, rejected, doubt = batch.said.preferred_first(soft)
+    sure = doubt < 0.5
     doubt = torch.as_tensor(doubt, device=logps.device)
     won, lost = 1 - doubt, doubt
     if soft and batch.wins is not None:
         won, lost = batch.wins[chosen], batch.wins[rejected]
     chances = {"chosen_win": won, "rejected_win": lost}
-    return of_pairs(batch, logps, chosen, rejected, method, knobs, **chances), chosen, rejected
+    losses = of_pairs(batch, logps, chosen, rejected, method, knobs, **chances)
+    return losses, chosen[sure], rejected[sure]
 
 
 def d2o(policy, reference, batch, logps, method, knobs):
