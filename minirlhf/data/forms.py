@@ -217,7 +217,7 @@ def parquet(path):
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
+            for batch in file.iter_batches(1024, use_threads=False):
                 for entry in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", as_json(entry)
