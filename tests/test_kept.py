@@ -1,6 +1,7 @@
 """A run whose last step is done keeps its model, whatever fails or kills what comes after; the same
 command with --resume makes up for the rest, bit for bit, without another step."""
 
+import functools
 import json
 import os
 import shutil
@@ -100,14 +101,12 @@ def left(out):
 @pytest.fixture(scope="module")
 def whole(needs, tmp_path_factory):
     """What each stage leaves when nothing happens to it."""
-    done = {}
 
+    @functools.cache
     def get(stage):
-        if stage not in done:
-            out = tmp_path_factory.mktemp(stage)
-            train(stage, needs, out)
-            done[stage] = left(out)
-        return done[stage]
+        out = tmp_path_factory.mktemp(stage)
+        train(stage, needs, out)
+        return left(out)
 
     return get
 

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, filled up or damaged, and resumed: the same weights to the last
 bit, each step once; what is refused."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -159,16 +160,14 @@ def ended(*args, **options):
 @pytest.fixture(scope="module")
 def whole(needs, tmp_path_factory):
     """What each stage leaves when nothing happens to it, its seconds of computing, and where."""
-    done = {}
 
+    @functools.cache
     def get(stage):
-        if stage not in done:
-            out = tmp_path_factory.mktemp(stage)
-            log = out.parent / f"{out.name}.txt"
-            assert ended(stage, needs, out, [], log) == 0, log.read_text()
-            seconds = float(log.read_text().rpartition("CPU seconds: ")[2])
-            done[stage] = left(out), seconds, out
-        return done[stage]
+        out = tmp_path_factory.mktemp(stage)
+        log = out.parent / f"{out.name}.txt"
+        assert ended(stage, needs, out, [], log) == 0, log.read_text()
+        seconds = float(log.read_text().rpartition("CPU seconds: ")[2])
+        return left(out), seconds, out
 
     return get
 

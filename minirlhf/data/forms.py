@@ -101,12 +101,16 @@ def read_lines(path):
         for _, packed in numbered_lines(file, path):
             for line in packed.splitlines():  # at CR alone, too, which JSON has in no text
                 number += 1
-                try:
-                    text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as e:
-                    raise UserError(f"{path}, line {number}: not UTF-8: {e}") from None
+                text = decoded(line, f"{path}, line {number}", "utf-8-sig")
                 if text.strip():
                     yield number, text
+
+
+def decoded(line, where, encoding):
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8: {e}") from None
 
 
 def opened(path):
@@ -176,10 +180,8 @@ def read_lines_with_blanks(path):
     """As read_lines; a blank line may be part of a cell."""
     with opened(path) as file:
         for number, line in numbered_lines(file, path):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}, line {number}: not UTF-8: {e}") from None
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
+            yield number, decoded(line, f"{path}, line {number}", encoding)
 
 
 def cell(name, text, where):

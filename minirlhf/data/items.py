@@ -134,15 +134,17 @@ class Items:
         Of given comparisons all, with gap 1. Of ratings all pairs of a context with different
         means, or n random ones where there are more. Raises UserError where there are none.
         """
-        if not self.can_compare(across):
+        if self.ratings is not None:
+            pairs, gaps = self.rated_pairs(n, seed, across)
+        else:
+            pairs = []
+            for group in self.groups:
+                pairs += itertools.combinations(group, 2)
+            pairs, gaps = np.array(pairs), np.ones(len(pairs))
+        if not len(pairs):
             problem = "the held-out part has no two responses of which one is better"
             raise UserError(f"{self.where[0]} and on: {problem}; more records are needed")
-        if self.ratings is not None:
-            return self.rated_pairs(n, seed, across)
-        pairs = []
-        for group in self.groups:
-            pairs += itertools.combinations(group, 2)
-        return np.array(pairs), np.ones(len(pairs))
+        return pairs, gaps
 
     def can_compare(self, across=True):
         """Whether `comparisons` finds any."""
@@ -170,7 +172,7 @@ class Items:
             item = np.searchsorted(ends, which, side="right")
             rank = which - (ends - counts)[item]
             pairs = [(below[i][0], below[i][1][k]) for i, k in zip(item, rank, strict=True)]
-        pairs = np.array(pairs)
+        pairs = np.array(pairs, dtype=int).reshape(-1, 2)
         return pairs, means[pairs[:, 0]] - means[pairs[:, 1]]
 
     def means(self):

@@ -5,6 +5,7 @@ import numpy as np
 from minirlhf.data.items import places
 from minirlhf.data.split import connected
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import cut_left
 
 
 def encode(texts, tokenizer, n_ctx, overlong="error", together=None):
@@ -51,10 +52,11 @@ def encode_items(items, tokenizer, n_ctx, overlong="error"):
     and counted. Raises UserError where no comparison is left.
     """
     texts = zip(items.prompts, items.responses, items.where, strict=True)
-    rows, lengths = encode(texts, tokenizer, n_ctx, overlong, compared_sets(items))
+    sets = compared_sets(items)
+    rows, lengths = encode(texts, tokenizer, n_ctx, overlong, sets)
     keys = [(p, tuple(row)) for row, p in zip(rows, lengths.tolist(), strict=True)]
     if len(set(keys)) < len(keys):
-        items, kept = without_equals(items, keys, n_ctx)
+        items, kept = without_equals(items, keys, sets, n_ctx)
         rows, lengths = [rows[i] for i in kept], lengths[kept]
     return items, rows, lengths
 
@@ -70,9 +72,8 @@ def compared_sets(items):
     return [same for same in places(items.prompts).values() if items.prompts[same[0]]]
 
 
-def without_equals(items, keys, n_ctx):
+def without_equals(items, keys, sets, n_ctx):
     """(the items, and the comparisons of them, that differ in their keys; their old indices)."""
-    sets = compared_sets(items)
     set_of = {i: number for number, members in enumerate(sets) for i in members}
     owner = {}  # (set, key): the first item of it
     first = [owner.setdefault((set_of.get(i, -1), key), i) for i, key in enumerate(keys)]
@@ -147,6 +148,6 @@ def fit(prompts, room, overlong):
     fitting = []
     for row in prompts:
         if len(row) > room:
-            row = np.concatenate([row[:1], row[len(row) - room + 1 :]])
+            row = np.concatenate([row[:1], cut_left(row[1:], room)])
         fitting.append(row)
     return fitting

@@ -27,6 +27,12 @@ def pad_rows(rows, pad, device="cpu"):
     return tokens.to(device), lengths.to(device)
 
 
+def cut_left(ids, room):
+    """The last of a prompt's ids that fit into so much room with an EOS before them."""
+    first = max(0, len(ids) + 1 - room)
+    return ids[first:]
+
+
 def response_mask(lengths, width):
     """True on the first `lengths` (B,) places of each row: (B, width)."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]

@@ -18,20 +18,20 @@ ESCAPED = "backslashreplace"
 def printable(text, encoding=None):
     """The text with what is not printable, or not in the encoding, as \\x1b or \\u202e."""
     if not text.isprintable():
-        text = "".join(c if is_plain(c) else c.encode("ascii", ESCAPED).decode() for c in text)
-        text = text.translate(CONTROLS)
+        text = "".join(c if is_plain(c) else code(c) for c in text)
     if encoding and not text.isascii():
         text = text.encode(encoding, ESCAPED).decode(encoding)
     return text
 
 
-# Those of ASCII, which "backslashreplace" takes as they are
-CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}
-
-
 def is_plain(c):
     """Line ends and tabs, and the wide spaces that isprintable leaves out, are plain."""
-    return c.isascii() or c.isprintable() or unicodedata.category(c) == "Zs"
+    return c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs"
+
+
+def code(c):
+    """A character by its number."""
+    return c.encode("ascii", ESCAPED).decode() if ord(c) > 127 else f"\\x{ord(c):02x}"
 
 
 class Terminal:

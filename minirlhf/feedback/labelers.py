@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minirlhf import ppo
 from minirlhf.engine import vocabulary
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import cut_left
 from minirlhf.engine.weights import local_directory, model_directory, read_config
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
@@ -199,8 +200,7 @@ def asked_columns(function, source, feedback, tokenizer, room):
     found = {}
     for items in (feedback.train, feedback.test):
         for prompt, columns in zip(items.prompts, items.columns or [], strict=False):
-            ids = tokenizer.encode(prompt)
-            ids = tokenizer.eos, *ids[max(0, len(ids) + 1 - room) :]
+            ids = tokenizer.eos, *cut_left(tokenizer.encode(prompt), room)
             for name, value in columns.items():
                 if takes_all or name in names:
                     found.setdefault(name, {})[ids] = value

@@ -6,7 +6,8 @@ Left out: sorting, filters; traces, which are for the terminal.
 from html import escape
 
 from minirlhf.engine.files import atomic_write
-from minirlhf.look.terminal import code, unprintable
+from minirlhf.engine.terminal import code
+from minirlhf.look.terminal import unprintable
 
 MARK = "minirlhf.look"  # a file without it is not ours to write over
 

@@ -1,6 +1,6 @@
 """What is looked at: a run's policy with its reference and its knobs, or a bare model.
 
-Left out: sharded checkpoints; several references of one run.
+Left out: several references of one run.
 """
 
 import json
@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import file_errors, finished, read_json
-from minirlhf.engine.states import file_of, fingerprint
+from minirlhf.engine.rows import cut_left
+from minirlhf.engine.states import file_of, fingerprint, states_in
 from minirlhf.engine.weights import local_directory, model_directory
 from minirlhf.gpt import GPT
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import Tokenizer, fit_vocabulary, load_tokenizer
 
 STAGES = {"kl_coef": "ppo", "beta": "dpo", "text_epochs": "sft", "level": "rm"}  # by a knob
 
@@ -62,8 +63,8 @@ def open_policy(name, device, reference="", loaded=None):
         expected = "expected a run (runs/ppo, say), or a directory with config.json and weights"
         raise UserError(f"{name}: neither a run nor a model: {expected}")
     loaded = {} if loaded is None else loaded
-    model = load_gpt(directory, device, loaded)
     tokenizer = load_tokenizer(directory)
+    model = load_gpt(directory, tokenizer, device, loaded)
     base = reference or base_of(run, stage, knobs)
     base = None if base == "none" else base
     beside = open_reference(name, base, directory, model, tokenizer, loaded, bool(reference))
@@ -74,10 +75,12 @@ def open_policy(name, device, reference="", loaded=None):
     )
 
 
-def load_gpt(directory, device, loaded):
+def load_gpt(directory, tokenizer, device, loaded):
     place = Path(directory).resolve()
     if place not in loaded:
-        loaded[place] = GPT.from_pretrained(directory).to(device).eval()
+        model = GPT.from_pretrained(directory)
+        fit_vocabulary(model, tokenizer, directory)
+        loaded[place] = model.to(device).eval()
     return loaded[place]
 
 
@@ -137,8 +140,10 @@ def open_reference(name, base, directory, model, tokenizer, loaded, must):
     if not base:
         return None
     try:
-        reference = load_gpt(model_directory(base), model.lm_head_weight.device, loaded)
-        same = tokenizer_like(model_directory(base), directory, tokenizer).ranks == tokenizer.ranks
+        other = tokenizer_like(model_directory(base), directory, tokenizer)
+        device = model.lm_head_weight.device
+        reference = load_gpt(model_directory(base), other, device, loaded)
+        same = other.fingerprint() == tokenizer.fingerprint()
     except UserError as e:
         if must:
             raise
@@ -174,7 +179,7 @@ def expect_own(name, run, base):
 
 def newest_state(run):
     """(path, facts) of the newest state that a run saved; (None, {}) without one."""
-    for path in sorted((run / "state").glob("[0-9]*.safetensors"), reverse=True):
+    for path in states_in(run / "state"):
         try:
             with safe_open(path, "pt") as file:
                 return path, json.loads(file.metadata()["state"])
@@ -252,7 +257,7 @@ def prompt_rows(texts, tokenizer, room):
     rows, cuts = [], 0
     for text in texts:
         ids = tokenizer.encode(text)
-        kept = ids[max(0, len(ids) - room + 1) :]
+        kept = cut_left(ids, room)
         cuts += len(kept) < len(ids)
         rows.append(torch.tensor([tokenizer.eos, *kept]))
     return rows, cuts

@@ -15,23 +15,16 @@ import unicodedata
 from itertools import groupby
 from typing import NamedTuple
 
+from minirlhf.engine.terminal import code, printable
+
 # Characters
 
 
 def escaped(text):
     """The text with what is not printable, here or by this output's encoding, as escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return "".join(escape(c, encoding) for c in text)
-
-
-def escape(c, encoding):
-    if unprintable(c):
-        return "\\n" if c == "\n" else "\\t" if c == "\t" else code(c)
-    try:
-        c.encode(encoding)
-    except UnicodeError:
-        return code(c)
-    return c
+    text = text.replace("\n", "\\n").replace("\t", "\\t")
+    return printable("".join(code(c) if unprintable(c) else c for c in text), encoding)
 
 
 def unprintable(c):
@@ -39,10 +32,6 @@ def unprintable(c):
     variation selectors and skin tones."""
     strange = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
     return strange or "\ufe00" <= c <= "\ufe0f" or "\U0001f3fb" <= c <= "\U0001f3ff"
-
-
-def code(c):
-    return c.encode("ascii", "backslashreplace").decode() if ord(c) > 127 else f"\\x{ord(c):02x}"
 
 
 def width(text):
