@@ -42,6 +42,7 @@ STAGES = {
     "online": (train_dpo, dict(online=True, steps=8, batch_size=16, save_every=3, **SAMPLES)),
 }
 SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "dpo", "simpo", "online")]
+LATE = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "ppo", "dpo", "simpo")]
 LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # torch's own, by its first optimizer
 PROCESSES = multiprocessing.get_context("forkserver")  # a killed run takes nothing of ours with it
 PROCESSES.set_forkserver_preload(["train_dpo", "train_ppo", *LAZY])
@@ -104,33 +105,44 @@ def left(out):
 # In processes of their own
 
 
-def alone(stage, needs, out, flags, log, seconds=None, number=None):
+def alone(stage, needs, out, flags, log, seconds=None, since=0, number=None):
     """The stage as its script runs it.
 
-    It dies after so many seconds of computing; or it sends itself a signal after its fourth step.
+    It dies after so many seconds of computing (counted from the moment when step `since` begins);
+    or it sends itself a signal after its fourth step.
     """
     torch.set_num_threads(1)
     with open(log, "a") as file:  # append: of all lives
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     curves.plot = touch
+    logged = []
     if number:
-        Run.log = then_signal(Run.log, number)
-    if seconds:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # nothing of Python's sees SIGPROF coming
+        Run.log = then(Run.log, 3, os.kill, os.getpid(), number)
+    # Nothing of Python's sees SIGPROF coming.
+    die = functools.partial(signal.setitimer, signal.ITIMER_PROF)
+    if seconds and since:
+        Run.log = then(Run.log, since - 1, die, seconds)
+    elif seconds:
+        die(seconds)
+    else:
+        Run.log = then(Run.log, None, lambda: logged.append(time.process_time()))
     sys.argv = ["script", *flags_of(stage, needs, out), *flags]
     module = STAGES[stage][0]
     cli.run_script(module.main, module.Knobs, "")
-    print(f"\nCPU seconds: {time.process_time()}")
+    seconds = time.process_time()
+    print(f"\nCPU seconds: {seconds} {seconds - max(logged, default=seconds)}")
 
 
-def then_signal(log, number):
-    def log_and_signal(self, step, *args, **options):
-        log(self, step, *args, **options)
-        if step == 3:
-            os.kill(os.getpid(), number)
+def then(log, after, act, *args):
+    """Run.log, which acts after that step; after each step for None."""
 
-    return log_and_signal
+    def log_and_act(self, step, *rest, **options):
+        log(self, step, *rest, **options)
+        if after in (None, step):
+            act(*args)
+
+    return log_and_act
 
 
 def flags_of(stage, needs, out):
@@ -159,22 +171,23 @@ def ended(*args, **options):
 
 @pytest.fixture(scope="module")
 def whole(needs, tmp_path_factory):
-    """What each stage leaves when nothing happens to it, its seconds of computing, and where."""
+    """What each stage leaves when nothing happens to it, and where; its seconds of computing, of
+    all and after the last step."""
 
     @functools.cache
     def get(stage):
         out = tmp_path_factory.mktemp(stage)
         log = out.parent / f"{out.name}.txt"
         assert ended(stage, needs, out, [], log) == 0, log.read_text()
-        seconds = float(log.read_text().rpartition("CPU seconds: ")[2])
-        return left(out), seconds, out
+        seconds = log.read_text().rpartition("CPU seconds: ")[2].split()
+        return left(out), out, *map(float, seconds)
 
     return get
 
 
 @pytest.mark.parametrize("stage", ["rm", "ppo", *SLOW])
 def test_killed_ten_times(stage, needs, whole, tmp_path):
-    expected, seconds, _ = whole(stage)
+    expected, _, seconds, _ = whole(stage)
     rng, kills, lives = random.Random(stage), 0, 0
     out, log = tmp_path / "run", tmp_path / "log"
     while kills < 10 or not lives:
@@ -189,6 +202,26 @@ def test_killed_ten_times(stage, needs, whole, tmp_path):
             lives += 1
             shutil.rmtree(out)
     assert kills == 10
+
+
+@pytest.mark.parametrize("stage", ["rm", *LATE])
+def test_killed_after_the_last_step(stage, needs, whole, tmp_path):
+    expected, _, _, seconds = whole(stage)
+    steps, rng, kept = len(expected[1]), random.Random(stage), []
+    while len(kept) < 8:
+        out, log = tmp_path / f"run{len(kept)}", tmp_path / "log"
+        limit = rng.uniform(0.001, 0.9 * seconds)
+        code = ended(stage, needs, out, [], log, seconds=limit, since=steps)
+        assert code in (0, -signal.SIGPROF), log.read_text()
+        if code == 0:  # it was quicker than the run that was timed
+            shutil.rmtree(out)
+            continue
+        kept.append((out / "model" / "model.safetensors").exists())
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == steps
+        assert ended(stage, needs, out, ["--resume"], log) == 0, log.read_text()
+        assert left(out) == expected
+        assert json.loads((out / "summary.json").read_text())["evaluated"]
+    print(stage, round(seconds, 2), kept)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -261,7 +294,7 @@ cp -r {folder}/run {kept}
 @pytest.mark.parametrize("stage", ["rm", pytest.param("ppo", marks=pytest.mark.slow), *SLOW[:2]])
 def test_full_disk(stage, needs, whole, tmp_path):
     (tmp_path / "disk").mkdir()
-    sizes = [p.stat().st_size for p in (whole(stage)[2] / "state").glob("0*")]
+    sizes = [p.stat().st_size for p in (whole(stage)[1] / "state").glob("0*")]
     places = {"folder": tmp_path / "disk", "kept": tmp_path / "kept"}
     script = SHELL.format(size=int(2.5 * max(sizes)) // 1024, **places)
     shell = ("unshare", "-rm", "sh", "-c", script, "sh")
@@ -349,7 +382,7 @@ def test_all_states_damaged(needs, stopped, tmp_path):
 
 
 def test_two_states_are_kept_and_no_other_file(whole):
-    out = whole("ppo")[2]
+    out = whole("ppo")[1]
     states = {p.name for p in (out / "state").iterdir()}
     assert states == {"00000006.safetensors", "00000008.safetensors", "lock"}
     files = {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png"}
@@ -357,7 +390,7 @@ def test_two_states_are_kept_and_no_other_file(whole):
 
 
 def test_resume_of_a_finished_run_changes_nothing(needs, whole, tmp_path):
-    expected, _, out = whole("rm")
+    expected, out, *_ = whole("rm")
     shutil.copytree(out, tmp_path / "run")
     assert train("rm", needs, tmp_path / "run", resume=True) == expected
 
