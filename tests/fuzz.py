@@ -533,6 +533,15 @@ def form(rng, kind, i):
     ))  # fmt: skip
 
 
+def with_more(rng, record):
+    """The record with keys of another; its own stay."""
+    other = form(rng, rng.choice(ALL), rng.randrange(99))
+    more = rng.sample(sorted(other), rng.randint(1, len(other)))
+    mixed = list(({key: other[key] for key in more} | record).items())
+    rng.shuffle(mixed)
+    return dict(mixed)
+
+
 ALL = ("pair", "pair", "rating", "label", "text", "prompt")
 
 
@@ -553,6 +562,8 @@ class Line:
         record = form(rng, rng.choice(ALL), rng.randrange(99))
         if rng.random() < 0.1:
             return json.dumps(record, ensure_ascii=rng.random() < 0.5), True
+        if rng.random() < 0.2:
+            return json.dumps(with_more(rng, record)), False
         if rng.random() < 0.6:
             return damage_json(rng, record), False
         other = b'{"prompt": "", "response": "b", "rating": 1}'
@@ -586,7 +597,9 @@ class File:
             i = rng.randrange(len(lines))
             one = damage_json(rng, json.loads(lines[i]))
             twice = lines[i] + "\n" + lines[i]
-            lines[i] = rng.choice((one, "", " ", "\ufeff" + lines[i], lines[i] + "\r", twice))
+            more = json.dumps(with_more(rng, records[i]))
+            others = "", " ", "\ufeff" + lines[i], lines[i] + "\r", twice
+            lines[i] = rng.choice((one, more, *others))
         raw = "\n".join(lines).encode(errors="surrogatepass") + rng.choice((b"", b"\n", b"\r\n\n"))
         if not whole and rng.random() < 0.5:
             raw = damage_bytes(rng, raw, raw)

@@ -287,6 +287,22 @@ def test_keys_that_are_not_used_are_named():
     assert (found.kind, found.number, set(found.unused)) == ("rating", 2, {"margin", "ranking"})
 
 
+@pytest.mark.parametrize("prompt", ["Q", [ASK]])
+@pytest.mark.parametrize(
+    "key, value",
+    [("chosen", "b"), ("rejected", "a"), ("rating", 2), ("label", True), ("response", "c")],
+)
+def test_a_key_of_another_form_changes_nothing(key, value, prompt):
+    """A ranking was taken for given best first where the record had a key `chosen`, too."""
+    record = {"prompt": prompt, "responses": ["a", "b", "c"], "ranking": [2, 0, 1]}
+    plain, found = parse_record(record, "here"), parse_record({key: value} | record, "here")
+    assert [text.strip() for text in plain.responses] == ["c", "a", "b"]
+    assert found == plain._replace(unused=(key,))
+    pair = {"prompt": prompt, "chosen": "a", "rejected": "b"}
+    more = {"ranking": [1, 0], "responses": ["x", "y"], "rating": 1}
+    assert parse_record(more | pair, "here")._replace(unused=()) == parse_record(pair, "here")
+
+
 def test_prompts_alone_keep_their_columns():
     found = parse_record({"question": "2 + 2?", "answer": "4", "level": 1, "source": None}, "here")
     assert (found.kind, found.prompt, found.responses) == ("prompt", "2 + 2?", [])

@@ -58,7 +58,7 @@ def parse_record(given, where):
     prompt, answers = texts_of(named, entry, keys, where)
     responses, number = answers, 0.0
     if kind == "comparison":
-        responses = ranked(answers, named, where)
+        responses = ranked(answers, named["ranking"] if "ranking" in keys else None, where)
         number = number_at(named, "margin", where, 0.0)
     elif kind == "rating":
         number = number_at(named, "rating", where)
@@ -161,17 +161,20 @@ def with_messages(prompt, messages, answers, where):
     raise UserError(f"{where}: messages: another conversation than that of prompt and answers")
 
 
-def ranked(responses, named, where):
-    """The responses of a comparison, best first. Raises UserError where two are the same."""
-    order = list(range(len(responses)))
-    if "ranking" in named and "chosen" not in named:
-        order = named["ranking"]
+def ranked(responses, order, where):
+    """The responses of a comparison, best first: in that order, or as they come for None.
+
+    Raises UserError where two are the same.
+    """
+    if order is None:
+        which, order = "chosen and rejected are", [0, 1]
+    else:
+        which = "responses: two are"
         numbers = isinstance(order, list) and all(type(i) is int for i in order)
         if not numbers or sorted(order) != list(range(len(responses))):
             expected = f"expected the indices 0..{len(responses) - 1} of the responses, best first"
             raise UserError(f"{where}: ranking: {expected}")
     if len(set(responses)) < len(responses):
-        which = "chosen and rejected are" if "chosen" in named else "responses: two are"
         raise UserError(f"{where}: {which} the same text")
     return [responses[i] for i in order]
 
