@@ -642,12 +642,12 @@ def test_chat_is_a_dialogue(runs, monkeypatch, capsys):
     look(runs / "ppo", "--chat", "--seed", 7)
     first = "\n\nHuman: hello\n\nAssistant:"
     assert asked == [(first, 7), (f"{first} Hi.\n\nHuman: and you?\n\nAssistant:", 8)]
-    assert capsys.readouterr().out == " Hi.\n Yes.\n"
+    assert capsys.readouterr().out == "> hello\n Hi.\n> and you?\n Yes.\n"
     said = iter(["A", "B"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
     look(runs / "ppo", runs / "dpo", "--chat")
     assert asked[2][0] == asked[3][0] == first
-    assert capsys.readouterr().out == "ppo: A\ndpo: B\n"
+    assert capsys.readouterr().out == "> hello\nppo: A\ndpo: B\n"
 
 
 # The page

@@ -26,7 +26,7 @@ def encode(texts, tokenizer, n_ctx, overlong="error", together=None):
         least = min(left[i] for i in rows)
         for i in rows:
             left[i] = least
-    rows, prompt_lengths, cut = [], [], 0
+    rows, prompt_lengths, cut = [], [], []
     for (p, r, where), space in zip(encoded, left, strict=True):
         fits = len(r) <= room and len(p) <= space
         if not fits and overlong == "error":
@@ -35,12 +35,16 @@ def encode(texts, tokenizer, n_ctx, overlong="error", together=None):
                 f"context of {n_ctx}; use a base model of a longer context (minirlhf.sft "
                 "--n-ctx), or --overlong truncate"
             )
-        cut += not fits
+        if not fits:
+            cut.append(where)
         p, r = p[max(0, len(p) - space) :], r[:room]
         rows.append(np.array([tokenizer.eos, *p, *r, tokenizer.eos]))
         prompt_lengths.append(1 + len(p))
     if cut:
-        print(f"{cut} of {len(rows)} rows were cut to the context of {n_ctx} tokens")
+        print(
+            f"{len(cut)} of {len(rows)} rows were cut to the context of {n_ctx} tokens, first that "
+            f"of {cut[0]}"
+        )
     return rows, np.array(prompt_lengths)
 
 

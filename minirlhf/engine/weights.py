@@ -5,6 +5,7 @@ Left out: writing shards, pickled weights.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,7 @@ FIXED = {
 }
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # old checkpoints store them
 
 
@@ -232,6 +234,8 @@ def local_directory(name):
     """
     if Path(name).is_dir():
         return Path(name)
+    if not HUB_NAME.fullmatch(str(name)):
+        raise MissingFile(f"{name}: no such directory")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -249,7 +253,7 @@ def local_directory(name):
         raise
     except Exception as e:
         raise MissingFile(
-            f"{name}: no such directory, and the hub gave no such model: {e}"
+            f"{name}: no such directory; asked for a model of that name, the hub said: {e}"
         ) from None
 
 

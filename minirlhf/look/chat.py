@@ -40,6 +40,8 @@ def lines():
         if not line:
             return
         if line.strip():
+            if not asked:  # where nobody types, nothing shows what was said
+                print("> " + escaped(line.strip()))
             yield line.strip()
 
 
