@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minirlhf.data.labels import Label, rankings
 from minirlhf.engine.cli import UserError
 
 
@@ -37,22 +38,38 @@ class Items:
     thumbs: bool = False  # whether the ratings are thumbs
     columns: list[dict] | None = None  # of prompts alone, what else a record says
     units: list[str] | None = None  # what each belongs to, which was split as a whole
+    labels: list[Label] | None = None  # of all kinds; groups or ratings are what compares of them
 
     def __len__(self):
         return len(self.responses)
 
     def statements(self):
-        """What was said, as lists of items: comparisons, or each item by itself."""
+        """What was said, as lists of items: labels, comparisons, or each item by itself."""
+        if self.labels is not None:
+            return [list(label.items) for label in self.labels]
         return self.groups or [[i] for i in range(len(self))]
 
     def take(self, chosen):
         """What the statements of these indices say, and their items, in the order of both."""
+        if self.labels is not None:
+            return self.take_labels([self.labels[i] for i in chosen])
         if not self.groups:
             return self.take_items(chosen, [])
         groups = [self.groups[g] for g in chosen]
         items = list(dict.fromkeys(itertools.chain(*groups)))
         taken = self.take_items(items, groups)
         taken.margins = pick(self.margins, chosen)
+        return taken
+
+    def take_labels(self, labels):
+        chosen = list(dict.fromkeys(itertools.chain(*(label.items for label in labels))))
+        taken = self.take_items(chosen, [])
+        new = {old: i for i, old in enumerate(chosen)}
+        taken.labels = []
+        for label in labels:
+            taken.labels.append(label._replace(items=tuple(new[i] for i in label.items)))
+        if self.ratings is None:
+            taken.groups = groups_of(taken.labels)
         return taken
 
     def take_items(self, chosen, groups):
@@ -178,6 +195,14 @@ class Items:
     def means(self):
         """(N,) mean ratings; what differs by rounding alone is made equal."""
         return level([ratings.mean() for ratings in self.ratings])
+
+
+def groups_of(labels):
+    """The comparisons among the items of labels, best first."""
+    groups = []
+    for label in labels:
+        groups += [[label.items[i] for i in order] for order in rankings(label)]
+    return groups
 
 
 def drawn_pairs(means, context, n, rng):

@@ -53,13 +53,14 @@ def encode_items(items, tokenizer, n_ctx, overlong="error"):
 
     Responses that are the same tokens after the cut are one: in a comparison the first alone
     stays, rated ones have the ratings of both. A comparison of which nothing stays is left out,
-    and counted. Raises UserError where no comparison is left.
+    and counted; labels of many kinds stay as they are. Raises UserError where no comparison is
+    left.
     """
     texts = zip(items.prompts, items.responses, items.where, strict=True)
     sets = compared_sets(items)
     rows, lengths = encode(texts, tokenizer, n_ctx, overlong, sets)
     keys = [(p, tuple(row)) for row, p in zip(rows, lengths.tolist(), strict=True)]
-    if len(set(keys)) < len(keys):
+    if len(set(keys)) < len(keys) and items.labels is None:
         items, kept = without_equals(items, keys, sets, n_ctx)
         rows, lengths = [rows[i] for i in kept], lengths[kept]
     return items, rows, lengths
@@ -67,9 +68,9 @@ def encode_items(items, tokenizer, n_ctx, overlong="error"):
 
 def compared_sets(items):
     """Lists of items that answer one prompt and are compared with each other."""
-    if items.groups:
+    if items.groups or items.labels is not None:
         in_groups = {i: set() for i in range(len(items))}
-        for g, group in enumerate(items.groups):
+        for g, group in enumerate(items.statements()):
             for i in group:
                 in_groups[i].add(g)
         return connected([in_groups[i] or {("alone", i)} for i in range(len(items))])

@@ -10,13 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from minirlhf.data.archive import read_reviews
 from minirlhf.data.forms import SUFFIXES, can_read, entries, form_of
-from minirlhf.data.items import Items
+from minirlhf.data.items import Items, groups_of
+from minirlhf.data.labels import is_label, parse_label
 from minirlhf.data.records import Record, parse_record
 from minirlhf.data.split import Feedback, split
 from minirlhf.engine import parallel
@@ -138,8 +140,11 @@ def hub_file(source):
 def file(path):
     """Feedback of the records of a file or a folder: each is of one of the forms of records.py.
 
-    Comparisons, ratings, labels, bare answers and bare prompts do not mix.
+    Comparisons, ratings, labels, bare answers and bare prompts do not mix; those of labels.py do.
     """
+    first = next(entries(path), None)
+    if first and is_label(first[1]):
+        return labelled(path)
     records, keys = read_records(path)
     items = merged(records)
     bound_pairs(items.groups, path)
@@ -151,6 +156,43 @@ def file(path):
     if unused:
         print(f"{path}: not used: {shown_keys(counts['unused'])}")
     return split(items, str(path), counts=counts)
+
+
+def labelled(path):
+    """Feedback of a file of labels of all kinds."""
+    labels = []
+    for where, entry in entries(path):
+        if not is_label(entry):
+            raise UserError(f"{where}: no label, as the others are: expected version and kind")
+        labels.append(parse_label(entry, where))
+    items, index = Items(prompts=[], responses=[], where=[], labels=[]), {}
+    for label in labels:
+        for response in label.responses:
+            if index.setdefault((label.prompt, response), len(items)) == len(items):
+                items.prompts.append(label.prompt)
+                items.responses.append(response)
+                items.where.append(label.where)
+        places = tuple(index[label.prompt, response] for response in label.responses)
+        items.labels.append(label._replace(items=places))
+    items.groups = groups_of(items.labels)
+    bound_pairs(items.groups, path)
+    scales = {(label.kind, label.said.get("of")) for label in labels}
+    if len(scales) == 1 and labels[0].kind == "critique":
+        items.ratings = levels_of(items)
+    answers = sum(len(label.responses) for label in labels)
+    kinds = Counter(label.kind for label in labels)
+    counts = {"form": form_of(path), "kind": "label of all kinds", "records": len(labels)}
+    counts |= {"kinds": dict(sorted(kinds.items())), "answers": answers, "items": len(items)}
+    counts |= {"merged": answers - len(items), "keys": [], "unused": []}
+    return split(items, str(path), counts=counts)
+
+
+def levels_of(items):
+    """The levels of critiques of each item, as ratings."""
+    ratings = [[] for _ in range(len(items))]
+    for label in items.labels:
+        ratings[label.items[0]].append(label.said["level"])
+    return [np.array(levels, dtype=float) for levels in ratings]
 
 
 def read_records(path):

@@ -48,6 +48,8 @@ class Feedback:
             ratings = [r.tolist() for r in items.ratings or []]
             said = items.prompts, items.responses, ratings, items.groups, items.margins
             content.update(repr((said, items.columns)).encode("utf-8", "surrogatepass"))
+            if items.labels is not None:
+                content.update(repr(items.labels).encode("utf-8", "surrogatepass"))
         content.update(repr(self.more_text).encode())
         return content.hexdigest()[:16]
 
