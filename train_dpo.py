@@ -6,6 +6,7 @@
                                                          # (kto, una), on lists (rrhf, pro, lipo)
     python train_dpo.py --online                         # on own samples, by the reward model
     python train_dpo.py --online --loss sppo --rounds 3  # against its own last round
+    python train_dpo.py --online --labeler judge:http://127.0.0.1:8000/v1     # by an LLM's word
     python train_dpo.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 \\
         --overlong truncate --dtype bfloat16 --lr 1e-5 --epochs 1 --micro-batch 16 \\
         --out runs/hh/dpo                                # GPU
@@ -61,7 +62,7 @@ from minirlhf.engine.log import Run
 from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
-from minirlhf.feedback import kinds, labelers
+from minirlhf.feedback import kinds, labelers, preferring
 from minirlhf.feedback.method import NAMES, method_of
 from minirlhf.lists import THUMBS
 from minirlhf.look.answers import answers, compare
@@ -83,6 +84,10 @@ class Knobs(cli.RunKnobs):
         "", "reward or preference model that labels online samples and scores those before and "
         "after: a run, a directory, or true: the toy's own (default: rm beside --out, made if "
         "missing with --online)", free=True,
+    )  # fmt: skip
+    labeler: str = knob(
+        "", "who compares online samples, where --reward only scores: judge:URL, people:FILE, "
+        "RM,RM,..., FILE.py:FUNCTION, or what --reward takes (default: --reward)", free=True,
     )  # fmt: skip
     out: str = knob("runs/dpo", "run directory", free=True)
     overlong: str = knob(
@@ -130,15 +135,14 @@ def main(knobs):
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     check(feedback, method, knobs)
-    stages.look_ahead(knobs, {"sft": knobs.init, knobs.online and "rm": knobs.reward}, "true")
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
     source = sft.base_model(knobs, feedback)
-    labeler, reward_summary = find_labeler(knobs, feedback)
+    reward, reward_summary = find_reward(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source)
     base, reference = copies(policy, method, knobs, device)
-    scorer, prefer = load_labeler(knobs, labeler, feedback, tokenizer, policy)
+    scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
     optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
 
@@ -152,7 +156,8 @@ def main(knobs):
         train, rows = encode(feedback.train, tokenizer, knobs, policy)
         plan = kinds.plan(train, method.kind, knobs, rng)
         supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
-    given = {"data": supply.texts, "base model": source, "reward": knobs.online and labeler}
+    labels = knobs.online and preferring.content_of(knobs.labeler or reward)
+    given = {"data": supply.texts, "base model": source, "reward": labels}
     parts = {"policy": trained, "optimizer": optimizer}
     if knobs.rounds > 1:
         supply = batches.Rounds(supply, policy, reference, knobs.rounds, len(plan))
@@ -186,15 +191,15 @@ def main(knobs):
         return compare(run, before, after, figures_beside(source) | reward_summary, more)
 
 
-def find_labeler(knobs, feedback):
-    """(what labels and scores samples, the summary of its training): --reward, or the reward model
-    beside --out, which --online cannot do without."""
+def find_reward(knobs, feedback):
+    """(what scores samples, the summary of its training): --reward, or the reward model beside
+    --out, which --online cannot do without, unless a --labeler compares."""
     beside = Path(knobs.out).parent / "rm"
     expect_place(knobs.out, [beside])
     if knobs.reward:
         stages.note_other_data(knobs.reward, knobs, feedback)
         return knobs.reward, figures_of(knobs.reward)
-    if knobs.online:
+    if knobs.online and not knobs.labeler:
         own = train_rm.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
         return stages.stage_before("reward model", train_rm.main, own, feedback)
     summary = figures_of(beside)
@@ -213,21 +218,13 @@ def copies(policy, method, knobs, device):
     return base, reference
 
 
-def load_labeler(knobs, source, *args):
-    """(scorer, prefer) of labelers.load_labeler; what merely lies beside --out, was not asked for
-    and does not fit is left out."""
-    try:
-        return labelers.load_labeler(source, *args)
-    except UserError as e:
-        if knobs.reward or knobs.online:
-            raise
-        print(f"samples are not scored: {e}")
-        return None, None
-
-
 def check(feedback, method, knobs):
-    """Refuses data that hold nothing for the loss, or no true reward that is asked for."""
+    """Refuses data that hold nothing for the loss, or no true reward that is asked for, and what is
+    wrong with --out or a given model."""
     labelers.given_true(knobs.reward, feedback)
+    made = "rm" if knobs.online and not knobs.labeler else ""
+    models = {"sft": knobs.init, made: knobs.reward, None: preferring.model_of(knobs.labeler)}
+    stages.look_ahead(knobs, models, "true")
     items = feedback.train
     if knobs.online:
         return

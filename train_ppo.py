@@ -53,6 +53,7 @@ from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
+from minirlhf.feedback.preferring import content_of
 from minirlhf.feedback.scoring import LEVELS, expect_fit, find_function, make_scorer, refuse_idle
 from minirlhf.gpt import RewardModel
 from minirlhf.look.alarms import alarms
@@ -67,7 +68,7 @@ class Knobs(cli.RunKnobs):
     data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "base model: run, directory, hub name (default: beside --out)", free=True)
     reward: str = knob("", "what scores: a run, a directory (default: rm beside --out), true, "
-                           "FILE.py:FUNCTION, package.module:FUNCTION", free=True)  # fmt: skip
+                           "FILE.py:FUNCTION, judge:URL, RM,RM,...", free=True)  # fmt: skip
     reward_level: str = knob("", "what a function rates: a response (default) or a token", LEVELS)
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
@@ -165,7 +166,7 @@ def main(knobs):
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
-    given = {"data": prompts, "base model": source, "reward": reward}
+    given = {"data": prompts, "base model": source, "reward": content_of(reward)}
     run = Run("ppo", knobs, plan, device, tokenizer, parts, given, watch=alarms)
     for step, chosen in run.steps():
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)

@@ -19,7 +19,8 @@ samples of the base model, and that is saved with it. Leaves runs/rm.
 
 With --level token every response token has a reward, and their sum is the score. With --model
 pairwise each response has an embedding instead, and two of them say which is preferred: circles,
-which no score can hold, included. PPO needs a score, so it cannot use that one.
+which no score can hold, included. PPO needs a score, so it cannot use that one. A file of labels
+of many kinds, stops and corrections, say, is read kind by kind: feedback/mixture.py.
 
 Left out: ensembles.
 """
@@ -39,6 +40,8 @@ from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
+from minirlhf.feedback import mixture
+from minirlhf.feedback.kinds import rankings
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
@@ -77,6 +80,8 @@ class Knobs(cli.RunKnobs):
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
     margin: float = knob(0.0, "how far the preferred score should lead; plus a record's own")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
+    kind_weights: str = knob("", 'of labels of many kinds, as in "comparison=1,estop=0.5"; else 1')
+    kind_betas: str = knob("", "how rational people are in each kind, said likewise; else 1")
     normalize: bool = knob(
         True, "scores of base samples get mean 0 and standard deviation 1", free=True
     )
@@ -91,7 +96,7 @@ def main(knobs):
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
     check(knobs, feedback.train)
-    feedback.test.comparisons(1, seed=1)  # an error now, where there are none
+    mixture.held_out_pairs(feedback.test, 1)  # an error now, where there are none
     stages.look_ahead(knobs, {"sft": knobs.init})
 
     # Models: the base, made now if it is missing, and a fresh head on a copy of its trunk
@@ -100,47 +105,48 @@ def main(knobs):
     base, tokenizer = load_base(source, device)
     model = fresh_model(knobs, base).to(device)
     prepare(knobs, base, model)
+    kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
     trained = parallel.Together(model)
+    learned = torch.nn.ModuleList(filter(None, (trained, kinds and kinds.to(device))))
     rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
+    optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
     train, train_rows = encode(feedback.train, tokenizer, base, knobs)
     test, test_rows = encode(feedback.test, tokenizer, base, knobs)
-    test_pairs, gaps = test.comparisons(20_000, seed=1)
+    test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
+    epoch = partial(mixture.epoch, train) if kinds else train.epoch
     plan = []
     for _ in range(knobs.epochs):
-        plan += train.epoch(knobs.batch_size, rng)
+        plan += epoch(knobs.batch_size, rng)
     prompts = sample_prompts(train, tokenizer, base, knobs)
 
     texts = train_rows.tokens, train_rows.prompt_lengths
-    parts = {"model": trained, "optimizer": optimizer}
+    parts = {"model": learned if kinds else trained, "optimizer": optimizer}
     run = Run("rm", knobs, plan, device, tokenizer, parts, {"data": texts, "base model": source})
-    if run.first == 0:
+    if run.first == 0 and len(gaps):
         run.say(step_0_check(model, test_rows, test_pairs, autocast))
 
+    step_loss = partial(mixture.step_loss, kinds) if kinds else compared_loss
     for step, batch in run.steps():
         optim.set_lr(optimizer, step, len(plan), knobs.lr)
-        thinned = thin(train_rows, batch.rows, knobs.delete)
-        with autocast:
-            outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
-        loss = batch_loss(knobs, model, outputs, train, batch)
+        loss, stats = step_loss(knobs, model, train, train_rows, autocast, batch)
         trained.backward(loss)
         nonfinite = partial(run.nonfinite, step, [train_rows.tokens[i] for i in batch.rows])
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
-        accuracy = batch_accuracy(model, outputs, batch)
-        stats = {"loss": loss, "rewards/accuracies": accuracy, "grad_norm": norm}
+        stats = {"loss": loss, **stats, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
     with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
+        figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:
             scores = sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast)
             run.say(normalize(model, scores))
             run.keep(model)
         outputs = read_all(model, test_rows, autocast)
         ahead = differences(model, outputs, test_pairs)
-        figures = accuracy_figures(train, test, ahead, test_pairs, gaps)
+        figures |= accuracy_figures(train, test, ahead, test_pairs, gaps) if len(gaps) else {}
         run.samples(scored_texts(test, outputs))
         summary = run.finish(figures)
         print(f"reward model: {summary['seconds']:.0f} s; left in {run.out}")
@@ -148,10 +154,11 @@ def main(knobs):
 
 
 def check(knobs, items):
-    """Refuses knobs that say nothing together."""
+    """Refuses knobs that say nothing together, and data that say nothing."""
+    of_kinds = mixture.reads(knobs, items)
     of_pairs = knobs.margin or knobs.center or items.margins or not knobs.soft_labels
     of_scores = knobs.loss != "pairs" or knobs.center or knobs.level != "response"
-    if items.ratings is None and not items.groups:
+    if items.ratings is None and not items.groups and not of_kinds:
         raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
     if knobs.loss == "ratings" and items.ratings is None:
         raise UserError(f"--loss ratings: {knobs.data} has comparisons, and no ratings")
@@ -168,7 +175,10 @@ def check(knobs, items):
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",
+        "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
     })  # fmt: skip
+    if of_kinds:
+        mixture.check(knobs, items)
 
 
 def fresh_model(knobs, base):
@@ -207,6 +217,15 @@ def step_0_check(model, rows, pairs, autocast, n=300):
     outputs = read_all(model, rows.take(np.arange(len(rows.tokens))[:n]), autocast)
     share = reward.share_positive(differences(model, outputs, few))
     return f"step-0 check: a fresh head orders {share:.3f} of {len(few)} test pairs (chance is 0.5)"
+
+
+def compared_loss(knobs, model, items, rows, autocast, batch):
+    """(loss, {metric: value}) of a batch, a data.Compared of items, whose Rows are `rows`."""
+    thinned = thin(rows, batch.rows, knobs.delete)
+    with autocast:
+        outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
+    loss = batch_loss(knobs, model, outputs, items, batch)
+    return loss, {"rewards/accuracies": batch_accuracy(model, outputs.detach(), batch)}
 
 
 def thin(rows, chosen, delete):
@@ -271,27 +290,6 @@ def sides(model, outputs, pairs):
     if isinstance(model, PreferenceModel):
         return model.logit(first, second), 0
     return first, second
-
-
-def rankings(items, batch, group_size):
-    """What was ranked against each other in a batch: lists of places in it, best first.
-
-    Given comparisons, the rated answers to one prompt, or, where they have none in common, random
-    groups of about group_size. Of a tie the first in the random order stands for all and the others
-    are left out of the group, so no order is made up; a group of one has loss 0.
-    """
-    if items.ratings is None:
-        return batch.blocks
-    groups = []
-    means = data.level([items.ratings[i].mean() for i in batch.rows])
-    for block in batch.blocks:
-        prompts = {items.prompts[i] for i in batch.rows[block]}
-        one_list = len(prompts) == 1 and "" not in prompts
-        parts = 1 if one_list else max(1, round(len(block) / group_size))
-        for group in np.array_split(block, parts):
-            _, first = np.unique(-means[group], return_index=True)
-            groups.append(group[first])
-    return groups
 
 
 def differences(model, outputs, pairs):

@@ -4,14 +4,15 @@ its run shows it to stand."""
 import functools
 import importlib
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from judge_server import JudgeServer, choice, completion, tokens
 
 import train_dpo
-import train_ppo
 from minirlhf import data
 from minirlhf.dpo import AXES, KINDS
 from minirlhf.engine import cli, curves
@@ -20,6 +21,11 @@ PPO = "train_ppo.py --steps 6 --batch-size 64 --lr 2e-3 --ppo-epochs 1 --advanta
 DPO = "train_dpo.py --steps 12 --lr 1e-3 --loss"
 LONG = "train_dpo.py --steps 20 --lr 1e-3 --loss"
 ONLINE = "train_dpo.py --steps 10 --lr 1e-3 --batch-size 64 --online --loss"
+LABEL = "minirlhf.feedback.label toy --pairs 600 --out OUT/labels.jsonl --labeler"
+RM = ("train_rm.py --data OUT/labels.jsonl --out OUT/rm --init SFT --epochs 4 --lr 3e-3 "
+      "--embedding-lr 1 --delete 0 --dropout 0")  # fmt: skip
+MEND = "minirlhf.feedback.constitution toy --limit 150 --out OUT/mended.jsonl --judge"
+SFT = "minirlhf.sft --data OUT/mended.jsonl --init SFT --epochs 1 --lr 3e-4 --out OUT/sft"
 COMMANDS = {
     **{kind: f"{DPO} {kind}" for kind in (*KINDS, "kto", "una", "rrhf", "pro", "lipo")},
     "dpo": f"{DPO} sigmoid",
@@ -45,9 +51,15 @@ COMMANDS = {
     "rloo": f"{PPO} rloo --group-size 4",
     "grpo": f"{PPO} grpo --group-size 4",
     "reinforce": f"{PPO} reinforce",
+    # Labels and revisions by a judge before training, and its score during it
+    "direct_rlaif": f"{PPO} rloo --group-size 4 --reward JUDGE",
+    "rlaif": f"{LABEL} JUDGE && {RM} && {PPO} gae --reward OUT/rm",
+    "cai": f"{MEND} JUDGE && {SFT} && {LABEL} JUDGE?principles=default --pairs 250 && "
+    f"{RM} --epochs 12 && {PPO} gae --reward OUT/rm --init OUT/sft",
 }
 # Other losses of the same row run by default; what these differ in, tests/test_dpo.py holds.
-SLOW = "cdpo robust hinge sigmoid_norm exo_pair nca_pair bco_pair apo_zero aot_unpaired r_dpo slic"
+SLOW = "cdpo robust hinge sigmoid_norm exo_pair nca_pair bco_pair apo_zero aot_unpaired r_dpo slic "
+SLOW += "rlaif"  # cai is the same, and more
 
 
 def test_every_method_has_its_command():
@@ -56,30 +68,64 @@ def test_every_method_has_its_command():
 
 @pytest.fixture(scope="module")
 def outcome(toy, tmp_path_factory):
-    """command -> (summary, last metrics, mean true reward before, after); each is run once."""
-    given = ["--data", "toy", "--init", toy / "sft", "--reward", toy / "rm"]
-    given += ["--response-length", "8", "--eval-samples", "96"]
+    """command -> (summary, last metrics, whether labels were bought in the last of its stages, mean
+    true reward before, after); each is run once."""
+    given = f"--data toy --init {toy / 'sft'} --reward {toy / 'rm'} --response-length 8"
+    server = JudgeServer(judge_toy)
+
+    def run(stage):
+        script, *flags = shlex.split(stage)
+        module = importlib.import_module(script.removesuffix(".py"))
+        return module.main(getattr(module, "parse", cli.parse)(module.Knobs, "", flags))
 
     @functools.cache
     def of(command):
-        script, *flags = shlex.split(command)
-        out = tmp_path_factory.mktemp("run")
-        flags += [str(flag) for flag in (*given, "--out", out)]
-        module = {"train_dpo.py": train_dpo, "train_ppo.py": train_ppo}[script]
-        summary = module.main(cli.parse(module.Knobs, "", flags))
+        folder = tmp_path_factory.mktemp("run")
+        names = {"JUDGE": server.source, "OUT": folder, "SFT": toy / "sft"}
+        for name, value in names.items():
+            command = re.sub(rf"\b{name}\b", str(value), command)
+        *before, last = command.split("&&")
+        for stage in before:
+            run(stage)
+        script, flags = last.strip().split(" ", 1)
+        out, asked = folder / "out", len(server.seen)
+        summary = run(f"{script} {given} --eval-samples 96 {flags} --out {out}")
+        metrics = read_lines(out / "metrics.jsonl")[-1]
+        bought = "online/labels" in metrics or len(server.seen) > asked
         answered = read_lines(out / "samples.jsonl")
         prompts = [row["prompt"] for row in answered]
         rewards = []
         for when in ("before", "after"):
             worth = data.toy_reward(prompts, [row[when] for row in answered])
             rewards.append(sum(worth) / len(worth))
-        return summary, read_lines(out / "metrics.jsonl")[-1], *rewards
+        return summary, bought, *rewards
 
-    with pytest.MonkeyPatch.context() as patch:
+    with server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "plot", lambda *_: None)
         patch.setattr(data, "load_feedback", functools.cache(data.load_feedback))
         patch.setenv("MINIRLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield of
+
+
+def judge_toy(talk):
+    """A judge who knows the toy's true reward, and favours the first place; as a writer it puts the
+    best letter for the worst."""
+    text = talk[-1]
+    if len(talk) == 3:
+        return completion("Too many an a.")
+    if len(talk) == 5:
+        return completion(talk[1].translate(str.maketrans("abc", "hgf")))
+    if "Response 1: " in text or "(A) " in text:
+        names = ("Response 1: ", "Response 2: ") if "Response 1: " in text else ("(A) ", "(B) ")
+        first, second = (text.split(name, 1)[1].split("\n\n")[0] for name in names)
+        ahead, behind = data.toy_reward(["", ""], [first, second])
+        p = 1 / (1 + math.exp(behind - ahead - 0.5))
+        return choice(p, ("1", "2") if "Response 1: " in text else ("A", "B"))
+    response = text.split("Response: ")[1].split("\n\n")[0]
+    (worth,) = data.toy_reward([""], [response])  # from -4 to 4
+    score = 5.5 + 4.5 * worth / 4
+    low, up = math.floor(score), score - math.floor(score)
+    return completion(str(low), tokens(**{str(low): 1 - up + 1e-9, str(low + 1): up + 1e-9}))
 
 
 def read_lines(path):
@@ -90,14 +136,14 @@ def read_lines(path):
     pytest.param(method, marks=[pytest.mark.slow] * (method in SLOW.split())) for method in AXES
 ])  # fmt: skip
 def test_the_true_reward_rises(method, outcome):
-    summary, metrics, before, after = outcome(COMMANDS[method])
+    summary, bought, before, after = outcome(COMMANDS[method])
     print(f"{method}: {before:+.2f} -> {after:+.2f} in {summary['seconds']} s")
     # who is told only what to avoid learns less
     assert after - before > (0.3 if AXES[method]["RM4"] == "positive" else 0.1)
     # RL1 and O as the run shows them: a KL from the base wherever there is a reference, labels
     # bought wherever it is online
     assert ("eval/kl_after" in summary) == (AXES[method]["RL1"] == "reference")
-    assert ("online/labels" in metrics) == (AXES[method]["O"] == "online")
+    assert bought == (AXES[method]["O"] == "online")
 
 
 def test_the_readme_has_the_same_table_and_its_commands_are_understood():

@@ -440,6 +440,8 @@ TABLE = {
     "iterative_dpo oaif": "implicit point response positive AI reference on online",
     "sppo dno": "implicit preference response positive AI reference on online",
     "nash_md": "explicit preference response positive AI reference on online",
+    "rlaif cai": "explicit point response positive AI reference on offline",
+    "direct_rlaif": "explicit point response positive AI reference on online",
 }
 
 

@@ -16,6 +16,7 @@ GOOD = [
     ("comparison", TWO | {"ranking": [1, 0]}),
     ("comparison", TWO | {"ranking": [[0, 1]], "both_bad": True}),
     ("comparison", {"responses": ["a", "b", "c"], "best": 1}),
+    ("comparison", TWO | {"ranking": [0, 1], "p": 0.75}),
     ("intertemporal", ONE | {"curve": [[0, 0.5], [3, 1]]}),
     ("proxy", TWO | {"weights": {"words": 1}, "others": [{"words": -1}, {"words": 0, "x": 2.5}]}),
     ("social", ONE | {"reaction": "smile"}),
@@ -44,6 +45,13 @@ def test_written_as_it_was_read(kind, more):
     assert len(KINDS[kind]) == len(AXES)
 
 
+def test_keys_of_other_kinds_say_nothing():
+    entry = entry_of("estop", ONE | {"stop": 1, "best": 0, "level": 7, "both_bad": "no"})
+    label = data.parse_label(entry, "here")
+    assert label.said == {"stop": 1} and not data.rankings(label)
+    assert data.as_entry(label) == entry
+
+
 BAD = [
     ("critique", ONE | {"level": 3, "of": 3}, "level from 0 to 2"),
     ("critique", TWO | {"level": 0, "of": 3}, "1 response"),
@@ -52,6 +60,8 @@ BAD = [
     ("comparison", TWO | {"ranking": [0, [1], []]}, "indices 0..1"),
     ("comparison", TWO | {"best": 2}, "best from 0 to 1"),
     ("comparison", {"responses": ["a", "a"], "best": 0}, "responses that differ"),
+    ("comparison", TWO | {"ranking": [0, 1], "p": 1.5}, "p, of 2 responses, from 0 to 1"),
+    ("comparison", {"responses": list("abc"), "ranking": [0, 1, 2], "p": 0.5}, "p, of 2 resp"),
     ("comparison", TWO | {"best": 0, "ranking": [0, 1]}, "ranking, or best"),
     ("intertemporal", ONE | {"curve": [[0, 0.5], [4, 1]]}, "characters from 0 to 3"),
     ("intertemporal", ONE | {"curve": [[1, 0.5], [1, 1]]}, "that rise"),
@@ -112,9 +122,9 @@ def test_a_file_of_all_kinds(tmp_path):
     for label in labels:
         data.append_labels(path, [label])
     feedback = data.load_feedback(str(path))
-    assert feedback.counts["records"] == len(labels) == 120
+    assert feedback.counts["records"] == len(labels) == 128
     assert feedback.counts["kinds"] == {
-        "comparison": 24, "critique": 8, "estop": 16, "importance": 16, "improvement": 8,
+        "comparison": 32, "critique": 8, "estop": 16, "importance": 16, "improvement": 8,
         "intertemporal": 8, "language": 8, "proxy": 8, "similarity": 8, "social": 8, "trace": 8,
     }  # fmt: skip
     kept = 0

@@ -118,7 +118,9 @@ CHANGES = {
 BESIDE = {"device", "compile", "save_every", "resume", "on_nonfinite", "shard"}
 NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
-    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"} | BESIDE,
+    train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"}
+    | {"kind_weights", "kind_betas"}  # tests/test_people.py
+    | BESIDE,
     train_ppo: {
         "data",
         "init",
@@ -140,6 +142,7 @@ NOT_IN_WEIGHTS = {
         "overlong",
         "group_size",
         "online",
+        "labeler",  # tests/test_judges.py
         "samples",
         "mixture",
         "micro_batch",

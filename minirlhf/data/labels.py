@@ -17,7 +17,8 @@
 | trace | responses, feature | X rises from each response to the next |
 | similarity | responses, odd | this one of three is least like the others |
 
-A comparison may say `"both_bad": true`. All further keys are kept: rater, seconds, reason, and so
+A comparison may say `"both_bad": true`, and one of two responses `"p": 0.8`, how sure it is that
+the first is better. All further keys are kept: rater, seconds, reason, and so
 on. Kinds: Kaufmann et al. 2023, as Table 3 of arXiv 2503.06072 sorts them; KINDS has its axes.
 """
 
@@ -45,10 +46,20 @@ KINDS = {  # Table 3; "" where it gives none
 }
 REACTIONS = ("frown", "neutral", "smile")
 TEXT_KEYS = ("response", "improved", "responses", "others")  # in this order they are `responses`
-SAID_KEYS = (
-    "level", "of", "ranking", "best", "both_bad", "curve", "weights", "reaction", "utterance",
-    "grammar", "stop", "marks", "feature", "odd",
-)  # fmt: skip
+COMPARED = ("ranking", "best", "both_bad")
+SAID = {  # the keys, besides texts, that are read of each kind; others are kept
+    "critique": ("level", "of"),
+    "comparison": (*COMPARED, "p"),
+    "intertemporal": ("curve",),
+    "proxy": ("weights",),
+    "social": ("reaction",),
+    "improvement": (),
+    "language": ("utterance", "grammar"),
+    "estop": ("stop",),
+    "importance": ("level", "of", *COMPARED, "marks"),
+    "trace": ("feature",),
+    "similarity": ("odd",),
+}
 
 
 class Label(NamedTuple):
@@ -79,10 +90,10 @@ def parse_label(entry, where):
     responses = []
     for key in TEXT_KEYS:
         responses += texts_at(entry, key, kind, where)
-    said = {key: entry[key] for key in SAID_KEYS if key in entry}
+    said = {key: entry[key] for key in SAID[kind] if key in entry}
     if kind == "proxy" and "others" in entry:
         said["others"] = entry["others"]
-    known = {"version", "kind", "prompt", *TEXT_KEYS, *SAID_KEYS}
+    known = {"version", "kind", "prompt", *TEXT_KEYS, *SAID[kind]}
     meta = {key: value for key, value in entry.items() if key not in known}
     label = Label(where, kind, prompt, responses, said, meta)
     CHECKS[kind](label)
@@ -174,6 +185,9 @@ def comparison(label):
         flat += tier if isinstance(tier, list) else [tier]
     whole = all(type(i) is int for i in flat) and sorted(flat) == list(range(n))
     expect(whole and [] not in order, label, f"ranking of the indices 0..{n - 1}, best first")
+    chance = said.get("p", 0.5)
+    two = is_number(chance) and 0 <= chance <= 1 and ("p" not in said or n == 2)
+    expect(two, label, "p, of 2 responses, from 0 to 1")
 
 
 def intertemporal(label):

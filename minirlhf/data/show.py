@@ -77,10 +77,11 @@ def cut_away(items, prompt_lengths):
 
 
 def comparison_counts(items):
-    """{kind of comparison: how many}."""
+    """{kind of label or of comparison: how many}."""
+    labels = Counter(label.kind for label in items.labels or ())
     if items.ratings is None:
         sizes = Counter(map(len, items.groups))
-        kinds = {"pairs": sizes[2]}
+        kinds = dict(sorted(labels.items())) | {"pairs": sizes[2]}
         kinds |= {f"rankings of {n}": sizes[n] for n in sorted(sizes) if n > 2}
         return {kind: n for kind, n in kinds.items() if n}
     shared = [same for same in items.contexts(across=False) if items.prompts[same[0]]]

@@ -21,7 +21,6 @@ from minirlhf.data.items import Items, groups_of
 from minirlhf.data.labels import is_label, parse_label
 from minirlhf.data.records import Record, parse_record
 from minirlhf.data.split import Feedback, split
-from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import cache_directory, file_errors
 
@@ -59,6 +58,8 @@ def reviews():
 
     Further text: 13,098 sentences of three other kinds.
     """
+    from minirlhf.engine import parallel  # with torch, whose import takes seconds
+
     with parallel.first_alone(), file_errors(cache_directory()):
         path = fetch_reviews()
     snippets, ratings, others = read_reviews(path, INNER, FOLDER)

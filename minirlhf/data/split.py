@@ -70,12 +70,16 @@ class Feedback:
 def worth_writing(items):
     """(prompt, response, where) of what a base model should learn to write.
 
-    Of given comparisons the best of each. Of rated answers to one prompt the best quarter, ties at
-    its end included; where there is no prompt, or nothing was said, all.
+    Of given comparisons the best of each, and of labels what no other is better than, too. Of rated
+    answers to one prompt the best quarter, ties at its end included; where there is no prompt, or
+    nothing was said, all.
     """
     chosen = list(range(len(items)))
     if items.groups:
         chosen = list(dict.fromkeys(group[0] for group in items.groups))
+        if items.labels is not None:
+            compared = set(itertools.chain(*items.groups))
+            chosen = sorted({*chosen, *range(len(items))} - (compared - {*chosen}))
     elif items.ratings is not None and any(items.prompts):
         chosen, means = [], items.means()
         for same in places(items.prompts).values():

@@ -18,7 +18,6 @@ import traceback
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from minirlhf.engine.contain import HANG_UP
 from minirlhf.engine.contain import contained as contained
@@ -217,8 +216,8 @@ def run_script(main, knobs, doc, parse=parse):
     any_encoding()
     try:
         main(parse(knobs, doc))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if processes := process_group():
+            processes.destroy_process_group()
         let_go_of_output()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -234,6 +233,17 @@ def run_script(main, knobs, doc, parse=parse):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def process_group():
+    """torch.distributed where this process is one of several; else None.
+
+    That is so, too, where nothing has needed torch yet, whose import takes seconds, or where a
+    thread is about to import it.
+    """
+    processes = getattr(sys.modules.get("torch"), "distributed", None)
+    begun = getattr(processes, "is_initialized", bool)
+    return processes if begun() else None
 
 
 def any_encoding():
@@ -256,13 +266,13 @@ def explained(error):
     if isinstance(error, OSError):
         return unwritable_output()
     first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return (
             f"{first} What takes less: a smaller --micro-batch (the same result), --batch-size or "
             "--response-length, --dtype bfloat16, a base model of a shorter context, or more GPUs "
             "and --shard"
         )
-    if torch.distributed.is_initialized() and ("gloo" in first or "NCCL" in first):
+    if process_group() and ("gloo" in first or "NCCL" in first):
         return (
             "another process of this run has died or cannot be reached; start all of them again, "
             f"with --resume ({first[:200]})"

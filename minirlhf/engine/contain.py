@@ -1,5 +1,8 @@
 """Good manners: a main function in another program, a notebook or a test puts back what it changed.
 
+Commands that need no torch, whose import takes seconds, import this file, too: it imports torch
+where a function needs it.
+
 Left out: torch's process group and its current GPU, which stay for the next stage; the random
 numbers of devices other than CPU and CUDA.
 """
@@ -13,7 +16,6 @@ import sys
 import threading
 
 import numpy as np
-import torch
 
 from minirlhf.engine.terminal import as_terminal
 
@@ -40,6 +42,8 @@ def contained(main):
 
     @functools.wraps(main)
     def inside(*args, **kwargs):
+        import torch
+
         with contextlib.ExitStack() as ends:
             ends.callback(random.setstate, random.getstate())
             ends.callback(np.random.set_state, np.random.get_state())
@@ -56,6 +60,8 @@ def contained(main):
 
 def cuda_seeds():
     """A function that puts back the random numbers of all GPUs as they are now."""
+    import torch
+
     if torch.cuda.is_initialized():
         return functools.partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
     seed = torch.initial_seed()  # what a GPU begins with when it is first used
@@ -73,6 +79,8 @@ def precision_switches():
     From torch 2.9 on there is one for each library, and where a caller has set those, the older one
     cannot be read.
     """
+    import torch
+
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     libraries = [x.matmul for x in backends if hasattr(x, "matmul")]
     newer = [(x, x.fp32_precision) for x in libraries if hasattr(x, "fp32_precision")]

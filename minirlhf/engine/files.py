@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from minirlhf.engine.cli import UserError
 
@@ -110,6 +109,8 @@ def atomic_write(path):
 
 def save_tensors(tensors, path, metadata):
     """A safetensors file, whole or not at all. Raises FileError where it cannot be written."""
+    from safetensors.torch import save_file  # with torch, whose import takes seconds
+
     with atomic_write(path) as tmp:
         try:
             save_file(tensors, tmp, metadata=metadata)

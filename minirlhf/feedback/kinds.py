@@ -1,4 +1,5 @@
-"""What a step of train_dpo learns from: responses, and what was said of them.
+"""What a step of train_dpo learns from: responses, and what was said of them; and what train_rm
+ranks.
 
 Pairs are compared, thumbs point up or down, lists are ranked. Each kind has a tuple of its own and
 a function that yields an epoch of it; `plan` makes all batches of a run. The index of each says
@@ -171,3 +172,24 @@ def ranked_groups(items, batch_size, group_size, rng):
             groups.append(group)
             rewards.append(np.unique(means[group], return_inverse=True)[1])
     return groups, rewards
+
+
+def rankings(items, batch, group_size):
+    """What was ranked against each other in a batch: lists of places in it, best first.
+
+    Given comparisons, the rated answers to one prompt, or, where they have none in common, random
+    groups of about group_size. Of a tie the first in the random order stands for all and the others
+    are left out of the group, so no order is made up; a group of one has loss 0.
+    """
+    if items.ratings is None:
+        return batch.blocks
+    groups = []
+    means = data.level([items.ratings[i].mean() for i in batch.rows])
+    for block in batch.blocks:
+        prompts = {items.prompts[i] for i in batch.rows[block]}
+        one_list = len(prompts) == 1 and "" not in prompts
+        parts = 1 if one_list else max(1, round(len(block) / group_size))
+        for group in np.array_split(block, parts):
+            _, first = np.unique(-means[group], return_index=True)
+            groups.append(group[first])
+    return groups

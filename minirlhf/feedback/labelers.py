@@ -1,7 +1,5 @@
-"""Who prefers: a reward model, a preference model, a Python function, or the toy's own true reward.
-
-Left out, so far: people, judge models, rules.
-"""
+"""Who prefers, on rows of tokens: a reward or preference model, or the toy's own true reward; and
+Python functions. People, ensembles and judges, who read texts, are in preferring.py."""
 
 import contextlib
 import importlib

@@ -106,6 +106,7 @@ def check(knobs, kind, options, has_reference):
         "where nothing is sampled: offline": not many and "samples",
         f"in loss {kind}, which has no mixture": kind not in GAMES and "mixture",
         "where nothing is stored: --online has --steps": online and "epochs",
+        "without --online, where people have compared": not online and "labeler",
     })  # fmt: skip
     try:
         divergence = {name: options[name] for name in dpo.DIVERGENCE if name in options}

@@ -1,4 +1,4 @@
-"""What a response earns in PPO, and whether it ended: by a reward model or by a Python function."""
+"""What a response earns in PPO, and whether it ended: by a model, a function or a judge."""
 
 import math
 from functools import partial
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from minirlhf import ppo
-from minirlhf.engine import cli
+from minirlhf.engine import cli, machine
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import in_parts, response_mask, window
 from minirlhf.engine.weights import local_directory, read_config, read_sizes
-from minirlhf.feedback import labelers
+from minirlhf.feedback import labelers, preferring
 from minirlhf.tokenizer import load_tokenizer
 
 LEVELS = ("", "response", "token")  # what a function rates; "": the default
@@ -43,7 +43,10 @@ def refuse_idle(knobs):
 
 def find_function(knobs, feedback):
     """The function behind --reward; None: a model, which has a level of its own."""
-    function = labelers.find_function(knobs.reward, feedback)
+    device = machine.pick_device(knobs.device)
+    function = preferring.find_function(knobs.reward, feedback, device)
+    if preferring.speaks(knobs.reward) and knobs.reward_level == "token":
+        raise UserError(f"--reward-level token: {knobs.reward} scores whole responses")
     cli.refuse_idle(knobs, {"where a model scores": not function and "reward_level"})
     return function
 

@@ -4,6 +4,7 @@
     python -m minirlhf.look runs/sft runs/ppo runs/dpo      # side by side; wins over the first
     python -m minirlhf.look runs/ppo --prompt "The film is" --n 3 --temperature 0.7
     python -m minirlhf.look runs/sft runs/ppo --prompts 256 --html look.html
+    python -m minirlhf.look runs/sft runs/ppo --judge judge:http://127.0.0.1:8000/v1   # an LLM's
     python -m minirlhf.look runs/hh/dpo --chat              # a line of standard input is a turn
     python -m minirlhf.look runs/ppo --trace                # an episode, a token a line
     python -m minirlhf.look runs/dpo --trace --index 3      # a pair, as two columns of tokens
@@ -12,7 +13,7 @@ RUN is the directory of an sft, ppo or dpo run, a model's directory, or a model 
 are coloured by log pi - log pi_ref, the reference being the base model of the run; without colour
 there are marks under them. Replies are scored by --reward, or by the reward model beside the run.
 
-Left out: top-p and beam search; judging by people.
+Left out: top-p and beam search; judging by people, who have minirlhf.feedback.
 """
 
 import argparse
@@ -57,6 +58,8 @@ class Knobs(cli.Checked):
     reward: str = knob("", "what scores and compares: a run or directory of a reward or preference "
                            "model, true, FILE.py:FUNCTION, package.module:FUNCTION; none "
                            "(default: the run's own, or rm beside it)")  # fmt: skip
+    judge: str = knob("", "who compares, where --reward only scores: what --reward takes, or "
+                          "judge:URL, people:FILE, RM,RM,... (default: --reward)")  # fmt: skip
     reference: str = knob("", "what log-ratios are to: a run, a directory, a hub name; none "
                               "(default: each run's base model)")  # fmt: skip
     html: str = knob("", "write all replies to this file, too, as a page")
@@ -102,6 +105,8 @@ def check(knobs):
         "--html is a page of replies: leave out --chat and --trace":
             knobs.html and (knobs.chat or knobs.trace),
         f"--index {knobs.index}: is for --trace": knobs.index and not knobs.trace,
+        "--judge compares runs: give a second one, and leave out --chat and --trace":
+            knobs.judge and (len(knobs.runs) < 2 or knobs.chat or knobs.trace),
         "a run is given twice": len(set(knobs.runs)) < len(knobs.runs),
     })  # fmt: skip
     if knobs.html:
@@ -136,6 +141,7 @@ def answer(policies, knobs, sampling):
     """Replies of all policies to the same prompts, in print and as a page, and their figures."""
     prompts = knobs.prompt or held_out(policies, knobs.prompts)
     judge = judge_of(policies, knobs)
+    comparer = comparer_of(policies, knobs) or judge
     found = [replies(policy, prompts, sampling) for policy in policies]
     if judge:
         from minirlhf.look.judging import scored
@@ -147,7 +153,8 @@ def answer(policies, knobs, sampling):
         groups.append((prompt, [some[i * n : (i + 1) * n] for some in found]))
     facts = [("run", f"{policy.name}, {policy.says()}") for policy in policies]
     facts += [("scores", judge.name)] if judge else []
-    table = table_of(policies, names, found, judge, n)
+    facts += [("wins", f"by {comparer.name}")] if knobs.judge else []
+    table = table_of(policies, names, found, comparer, n)
     if knobs.html:  # before all that is printed, which a closed pipe could end
         from minirlhf.look.page import write_page
 
@@ -160,6 +167,8 @@ def answer(policies, knobs, sampling):
         print_group(prompt, names, sides, judge)
     print()
     print_figures(table)
+    for asked in {id(one): one for one in (judge, comparer) if one and one.report}.values():
+        print_wrapped("asked", asked.report())
     if printed and any(policy.reference for policy in policies) and not has_colour():
         print(f"\n{LEGEND}")
 
@@ -172,6 +181,9 @@ def judge_of(policies, knobs):
     source = knobs.reward or next(beside, None)
     if not source:
         return None
+    if not knobs.reward and str(source).startswith("judge:"):
+        print("note: replies are not scored: the run's reward is a judge, which --reward asks")
+        return None
     from minirlhf.look.judging import load_judge
 
     try:
@@ -181,6 +193,15 @@ def judge_of(policies, knobs):
             raise
         print(f"note: replies are not scored: {e}")
         return None
+
+
+def comparer_of(policies, knobs):
+    """What --judge names; None without it."""
+    if not knobs.judge:
+        return None
+    from minirlhf.look.judging import load_judge
+
+    return load_judge(knobs.judge, policies[0])
 
 
 def print_group(prompt, names, sides, judge):

@@ -1,7 +1,4 @@
-"""Who scores the replies, and how often one policy's are preferred to another's.
-
-Left out: people and judge models, which feedback/labelers.py has not yet.
-"""
+"""Who scores the replies, and how often one policy's are preferred to another's."""
 
 import sys
 from functools import partial
@@ -12,7 +9,7 @@ import torch
 
 from minirlhf.engine.rows import pad_rows
 from minirlhf.engine.weights import local_directory, model_directory
-from minirlhf.feedback import labelers
+from minirlhf.feedback import labelers, preferring
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 from minirlhf.look.policies import feedback_of, tokenizer_like
@@ -30,14 +27,19 @@ class Judge(NamedTuple):
     tokenizer: Tokenizer  # of the rows
     device: torch.device
     n_ctx: int
+    report: object = None  # () -> what was asked so far, in a line
 
 
 def load_judge(source, policy):
-    """The Judge that --reward names: true, FILE.py:FUNCTION, package.module:FUNCTION, a reward or
-    preference model."""
+    """The Judge that --reward or --judge names, one of those of feedback/preferring.py."""
     data = feedback_of(policy) if source == "true" else None
     device = policy.model.lm_head_weight.device
-    function = labelers.find_function(source, data)
+    function = None if preferring.speaks(source) else labelers.find_function(source, data)
+    if preferring.speaks(source) or (function and preferring.takes_pairs(function)):
+        preferrer = preferring.load_preferrer(source, data, device)
+        both = preferring.of_rows(preferrer, policy.tokenizer)
+        rows = policy.tokenizer, device, sys.maxsize
+        return Judge(preferrer.name, *both, *rows, preferrer.report)
     if function:
         rate = partial(labelers.ask, function, source, "response", policy.tokenizer)
         score = partial(labelers.first_column, rate)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from minirlhf import ppo
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import pad_rows, response_mask, rowwise, window
-from minirlhf.feedback.labelers import find_function
+from minirlhf.feedback.preferring import find_function
 from minirlhf.feedback.scoring import make_scorer
 from minirlhf.gpt import RewardModel
 from minirlhf.look.policies import feedback_of, held_out, newest_state, prompt_rows, reward_beside

@@ -1,0 +1,1 @@
+"""A page on which a person says what is good: python -m minirlhf.feedback RUN."""
