@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from minirlhf import data
-from minirlhf.data import sources
+from minirlhf.data import labels, sources
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import parse_json
 from minirlhf.feedback import labelers
@@ -553,7 +553,7 @@ PACKED = ("none", "snappy", "zstd")
 
 
 class Line:
-    share, name = 34, "JSONL line"
+    share, name = 28, "JSONL line"
 
     def __init__(self, folder):
         pass
@@ -1002,7 +1002,66 @@ class Archive:
         assert others == sentences
 
 
-READERS = [Line, File, Gzip, Array, Table, TokenizerFile, Config, Safetensors, Archive]
+class LabelLine:
+    """A label of one of the eleven kinds; nothing of it is lost where it is read."""
+
+    share, name = 6, "label of a kind"
+
+    def __init__(self, folder):
+        pass
+
+    def make(self, rng):
+        entry = {"version": 1, "prompt": rng.choice(TEXTS), "rater": "r"} | label_of(rng)
+        if rng.random() < 0.1:
+            return json.dumps(entry), True
+        other = label_of(rng)
+        if rng.random() < 0.3:
+            more = rng.sample(sorted(other), rng.randint(1, len(other)))
+            return json.dumps({key: other[key] for key in more} | entry), False
+        return damage_json(rng, entry), False
+
+    def read(self, text):
+        entry = parse_json(text, "line 7")
+        if not labels.is_label(entry):
+            raise UserError("line 7: no label")
+        return labels.parse_label(entry, "line 7")
+
+    def check(self, text, found):
+        entry = plain(text)
+        written = labels.as_entry(found)
+        assert written | {"prompt": entry.get("prompt", "")} == entry | {
+            "prompt": written["prompt"]
+        }
+        assert all(isinstance(text, str) for text in [found.prompt, *found.responses])
+
+
+def label_of(rng):
+    """What a label of one of the kinds says."""
+    a, b, c = (f"{rng.choice(TEXTS)} x{i}" for i in range(3))
+    one, three = {"response": a}, {"responses": [a, b, c]}
+    ends = sorted(rng.sample(range(len(a) + 1), 2))
+    curve = [[end, round(rng.random(), 2)] for end in ends]
+    grammar = ["more words", "less words"]
+    return rng.choice((
+        {"kind": "critique", "level": rng.randrange(3), "of": 3} | one,
+        {"kind": "comparison", "ranking": rng.sample(range(3), 3)} | three,
+        {"kind": "comparison", "ranking": [[0, 2], [1]], "both_bad": rng.random() < 0.5} | three,
+        {"kind": "comparison", "best": rng.randrange(3)} | three,
+        {"kind": "comparison", "responses": [a, b], "ranking": [0, 1], "p": rng.random()},
+        {"kind": "intertemporal", "curve": curve} | one,
+        {"kind": "proxy", "weights": {"words": 1}, "others": [{"words": -1.5}]} | three,
+        {"kind": "social", "reaction": rng.choice(("frown", "neutral", "smile"))} | one,
+        {"kind": "improvement", "improved": b} | one,
+        {"kind": "language", "others": [b, c], "utterance": grammar[0], "grammar": grammar} | one,
+        {"kind": "estop", "stop": rng.choice((None, len(a)))} | one,
+        {"kind": "importance", "level": 0, "of": 2, "marks": [[ends]]} | one,
+        {"kind": "importance", "best": 0, "marks": [[], [], [[0, 1]]]} | three,
+        {"kind": "trace", "feature": "words"} | three,
+        {"kind": "similarity", "odd": rng.randrange(3)} | three,
+    ))  # fmt: skip
+
+
+READERS = [Line, LabelLine, File, Gzip, Array, Table, TokenizerFile, Config, Safetensors, Archive]
 READERS += [Parquet] if parquet else []
 
 
@@ -1011,7 +1070,7 @@ def attempt(reader, case, whole):
     try:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            reading[0] = isinstance(reader, Line)
+            reading[0] = isinstance(reader, (Line, LabelLine))
             with contextlib.redirect_stdout(None):
                 found = reader.read(case)
         finally:

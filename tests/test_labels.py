@@ -54,7 +54,10 @@ def test_keys_of_other_kinds_say_nothing():
 
 BAD = [
     ("critique", ONE | {"level": 3, "of": 3}, "level from 0 to 2"),
-    ("critique", TWO | {"level": 0, "of": 3}, "1 response"),
+    ("critique", TWO | {"level": 0, "of": 3}, "critique: expected response"),
+    ("language", {"others": ["a", "b"], "utterance": "more x", "grammar": ["more x", "less x"]},
+     "language: expected response"),
+    ("estop", {"response": ["a"], "stop": 1}, "response: expected a text"),
     ("comparison", TWO, "ranking, or best"),
     ("comparison", TWO | {"ranking": [0, 0]}, "indices 0..1"),
     ("comparison", TWO | {"ranking": [0, [1], []]}, "indices 0..1"),
@@ -87,6 +90,16 @@ def test_what_it_must_say(kind, more, problem):
     with pytest.raises(UserError, match="^here: .*") as e:
         data.parse_label(entry_of(kind, more), "here")
     assert problem in str(e.value)
+
+
+@pytest.mark.parametrize("kind, more", GOOD)
+def test_texts_of_another_kind_are_kept_apart(kind, more):
+    """They are no further texts of this one."""
+    stray = {"response": "stray", "responses": ["s", "t"], "improved": "u", "others": ["v"]}
+    entry = entry_of(kind, stray | more)
+    label, plain = data.parse_label(entry, "here"), data.parse_label(entry_of(kind, more), "here")
+    assert (label.responses, label.said) == (plain.responses, plain.said)
+    assert data.as_entry(label) == entry
 
 
 def test_a_later_version_is_refused():

@@ -174,6 +174,7 @@ def test_numbers_of_labels(text):
         taste.numbers(text)
 
 
+@pytest.mark.slow
 def test_a_taste_is_followed(toy, tmp_path, monkeypatch, capsys):
     """Toy words of at most one word are all short; the person wishes for the letter h."""
     monkeypatch.setitem(taste.ABOUT, "actors", "h")

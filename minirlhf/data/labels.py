@@ -45,13 +45,18 @@ KINDS = {  # Table 3; "" where it gives none
     "similarity": ("", "observed", "ternary", "", "descriptive", "explicit"),
 }
 REACTIONS = ("frown", "neutral", "smile")
-TEXT_KEYS = ("response", "improved", "responses", "others")  # in this order they are `responses`
+TEXTS = {  # the keys of texts, which in this order are `responses`
+    "critique": ("response",), "comparison": ("responses",), "intertemporal": ("response",),
+    "proxy": ("responses",), "social": ("response",), "improvement": ("response", "improved"),
+    "language": ("response", "others"), "estop": ("response",), "trace": ("responses",),
+    "similarity": ("responses",),
+}  # fmt: skip
 COMPARED = ("ranking", "best", "both_bad")
 SAID = {  # the keys, besides texts, that are read of each kind; others are kept
     "critique": ("level", "of"),
     "comparison": (*COMPARED, "p"),
     "intertemporal": ("curve",),
-    "proxy": ("weights",),
+    "proxy": ("weights", "others"),
     "social": ("reaction",),
     "improvement": (),
     "language": ("utterance", "grammar"),
@@ -87,41 +92,39 @@ def parse_label(entry, where):
     prompt = entry.get("prompt", "")
     if not isinstance(prompt, str):
         raise UserError(f"{where}: prompt: expected a text, found {shown(prompt)}")
-    responses = []
-    for key in TEXT_KEYS:
-        responses += texts_at(entry, key, kind, where)
+    keys, responses = text_keys(kind, entry), []
+    for key in keys:
+        if key not in entry:
+            raise UserError(f"{where}: {kind}: expected {key}")
+        responses += texts_at(entry[key], key, where)
     said = {key: entry[key] for key in SAID[kind] if key in entry}
-    if kind == "proxy" and "others" in entry:
-        said["others"] = entry["others"]
-    known = {"version", "kind", "prompt", *TEXT_KEYS, *SAID[kind]}
+    known = {"version", "kind", "prompt", *keys, *SAID[kind]}
     meta = {key: value for key, value in entry.items() if key not in known}
     label = Label(where, kind, prompt, responses, said, meta)
     CHECKS[kind](label)
     return label
 
 
-def texts_at(entry, key, kind, where):
-    """The texts of a key; `others` of a proxy are weights, not texts."""
-    if key not in entry or (key == "others" and kind == "proxy"):
-        return []
-    value = entry[key]
-    texts = [value] if key in ("response", "improved") else value
+def text_keys(kind, said):
+    """The keys of a kind's texts; of importance labels those of what was marked."""
+    if kind == "importance":
+        return TEXTS["critique" if "level" in said else "comparison"]
+    return TEXTS[kind]
+
+
+def texts_at(value, key, where):
+    one = key in ("response", "improved")
+    texts = [value] if one else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: {key}: expected {'a text' if texts != value else 'texts'}")
+        raise UserError(f"{where}: {key}: expected {'a text' if one else 'texts'}")
     return texts
 
 
 def as_entry(label):
     """The dict of a Label: parse_label gives the Label again."""
     entry = {"version": VERSION, "kind": label.kind, "prompt": label.prompt}
-    own, texts = ["responses"], list(label.responses)
-    if label.kind == "improvement":
-        own = ["response", "improved"]
-    elif label.kind == "language":
-        own = ["response", "others"]
-    elif label.kind not in ("comparison", "proxy", "trace", "similarity") and len(texts) == 1:
-        own = ["response"]
-    for key in own:
+    texts = list(label.responses)
+    for key in text_keys(label.kind, label.said):
         entry[key] = texts.pop(0) if key in ("response", "improved") else texts
     return entry | label.said | label.meta
 
