@@ -9,6 +9,7 @@ NumPy; CSV by hand): no record, rating, comparison or key may be lost in silence
 import argparse
 import collections
 import contextlib
+import copy
 import csv
 import faulthandler
 import gzip
@@ -146,15 +147,15 @@ def damage_json(rng, value):
                 node[rng.choice(TEXTS)] = node.pop(key)
             elif kind == 4:
                 other = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-                node[key] = node[other]
+                node[key] = copy.deepcopy(node[other])
             elif kind == 5 and type(node[key]) in (int, float) and abs(node[key]) < 1e300:
                 n = node[key]
                 node[key] = rng.choice((n + 1, n - 1, -n, n * 2, float(n), str(n), bool(n)))
             else:
-                node[key] = rng.choice(ODD)
+                node[key] = copy.deepcopy(rng.choice(ODD))
             break
         else:
-            value = rng.choice(ODD)
+            value = copy.deepcopy(rng.choice(ODD))
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5 or "\\ud8" in json.dumps(value))
     for name, raw in RAW.items():
         text = text.replace(f'"{name}"', raw)
