@@ -211,7 +211,11 @@ def test_shard_needs_several_processes(script, toy, tmp_path):
         weights(script, toy, tmp_path, shard=True)
 
 
-@pytest.mark.parametrize("script", CHEAP, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script",
+    [sft, train_ppo, *(pytest.param(m, marks=pytest.mark.slow) for m in (train_rm, train_dpo))],
+    ids=lambda m: m.__name__,
+)
 def test_compile_changes_only_the_rounding(script, toy, baselines, tmp_path, monkeypatch):
     import torch._dynamo
 

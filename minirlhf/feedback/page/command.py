@@ -14,7 +14,6 @@ Left out: several people at once, who start a server each, with --rater and --ou
 """
 
 import argparse
-import contextlib
 import dataclasses
 import getpass
 import threading
@@ -86,10 +85,15 @@ def main(knobs):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if learning:
         learning.warm_up()
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         while True:  # serve_forever in this thread would not see a signal while it shuts down
             time.sleep(3600)
-    server.shutdown()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.shutdown()
+        if learning:
+            learning.let_go()
     print(f"\n{len(session.labels.entries):,} labels in {session.knobs.out}")
 
 

@@ -27,6 +27,7 @@ class Learning:
     def __init__(self, session, make):
         self.session, self.make, self.learner = session, make, None
         self.lock, self.making = threading.Lock(), threading.Lock()
+        self.warming = threading.Thread(target=self.quietly, daemon=True)
         self.job, self.done, self.total, self.error = "", 0, 1, ""
         self.fit, self.written, self.saved = None, [], ""
 
@@ -68,12 +69,16 @@ class Learning:
 
     def warm_up(self):
         """Makes the learner while the first questions are read: torch takes seconds."""
+        self.warming.start()
 
-        def quietly():
-            with contextlib.suppress(UserError):  # the first job will say it
-                self.get_ready()
+    def quietly(self):
+        with contextlib.suppress(UserError):  # the first job will say it
+            self.get_ready()
 
-        threading.Thread(target=quietly, daemon=True).start()
+    def let_go(self):
+        """Waits for what is being imported: a process that ends in the middle of it may hang."""
+        if self.warming.is_alive():
+            self.warming.join()
 
     def progress(self, done, total):
         self.done, self.total = done, total
