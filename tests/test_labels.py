@@ -8,6 +8,7 @@ import pytest
 from minirlhf import data
 from minirlhf.data.labels import AXES, KINDS
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import write_lines
 
 TWO = {"responses": ["a b", "c"]}
 ONE = {"response": "a b"}
@@ -132,8 +133,7 @@ def test_a_file_of_all_kinds(tmp_path):
                     else f"{v} {n}" if k in ("response", "improved") else v
                     for k, v in more.items()}  # fmt: skip
             labels.append(data.parse_label(entry_of(kind, more), "here"))
-    for label in labels:
-        data.append_labels(path, [label])
+    write_lines(path, map(data.as_entry, labels))
     feedback = data.load_feedback(str(path))
     assert feedback.counts["records"] == len(labels) == 128
     assert feedback.counts["kinds"] == {
@@ -152,10 +152,11 @@ def test_a_file_of_all_kinds(tmp_path):
 
 
 def test_critiques_alone_are_ratings(tmp_path):
-    path = tmp_path / "labels.jsonl"
+    path, labels = tmp_path / "labels.jsonl", []
     for n in range(40):
         more = {"response": f"text {n // 2}", "level": n % 5, "of": 5}
-        data.append_labels(path, [data.parse_label(entry_of("critique", more), "here")])
+        labels.append(data.parse_label(entry_of("critique", more), "here"))
+    write_lines(path, map(data.as_entry, labels))
     feedback = data.load_feedback(str(path))
     found = {}
     for items in (feedback.train, feedback.test):

@@ -12,6 +12,7 @@ from minirlhf import data
 from minirlhf.data import show
 from minirlhf.data.labels import KINDS
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import write_lines
 from minirlhf.engine.rows import Rows, pad_rows
 from minirlhf.feedback import choice, mixture, recovery, simulate
 from minirlhf.feedback.features import expect_feature, feature, standardised
@@ -248,8 +249,7 @@ def write(path, kinds, n, **traits):
     rng = np.random.default_rng(0)
     who = Person(data.toy_reward, features=FEATURES, replacements=tuple("abcdefgh"), **traits)
     labels = [who.ask(k, "", texts(HOW_MANY[k], rng), rng) for _ in range(n) for k in kinds]
-    path.unlink(missing_ok=True)
-    data.append_labels(path, labels)
+    write_lines(path, map(data.as_entry, labels))
     return str(path)
 
 

@@ -5,13 +5,13 @@ from importlib import import_module
 from minirlhf.data.archive import read_reviews
 from minirlhf.data.forms import entries
 from minirlhf.data.items import Compared, Items, fill, human_ceiling, level, outvotes
-from minirlhf.data.labels import Label, append_labels, as_entry, parse_label, rankings
+from minirlhf.data.labels import Label, as_entry, parse_label, rankings
 from minirlhf.data.records import parse_record
 from minirlhf.data.sources import load_feedback, toy_reward
 from minirlhf.data.split import Feedback, split, worth_writing
 
 __all__ = [
-    "Compared", "Feedback", "Items", "Label", "all_logps", "append_labels", "as_entry", "encode",
+    "Compared", "Feedback", "Items", "Label", "all_logps", "as_entry", "encode",
     "encode_items", "entries", "fill", "fit", "human_ceiling", "level", "load_feedback",
     "outvotes", "parse_label", "parse_record", "prefix_kl", "prompts_of", "rankings",
     "read_reviews", "split", "stored_logps", "total", "toy_reward", "worth_writing",

@@ -29,7 +29,7 @@ def can_read(path):
 def form_of(path):
     """What the form of a file is called."""
     if path.is_dir():
-        return f"a folder of {len(files_in(path))} files"
+        return f"a folder of {len(files_in(path)[0])} files"
     return next(ending for ending in reversed(SUFFIXES) if path.name.endswith(ending))[1:]
 
 
@@ -39,7 +39,10 @@ def entries(path):
     Raises UserError that names the place: also for a line over LIMIT, and a decompression bomb.
     """
     path = Path(path)
-    for file in files_in(path) if path.is_dir() else [path]:
+    files, others = files_in(path) if path.is_dir() else ([path], [])
+    if others:
+        print(f"{path}: not read: {', '.join(others[:5])}{' ...' if others[5:] else ''}")
+    for file in files:
         try:
             yield from entries_of(file)
         except FileNotFoundError:
@@ -50,16 +53,14 @@ def entries(path):
 
 
 def files_in(folder):
-    """The files of a folder that can be read, by name; what else lies there is said."""
+    """(the files of a folder that can be read, by name; the names of what else lies there)."""
     inside = sorted(p for p in folder.rglob("*") if p.is_file())
     visible = [p for p in inside if "/." not in f"/{p.relative_to(folder).as_posix()}"]
     files = [p for p in visible if p.name.endswith(SUFFIXES)]
     others = [p.name for p in visible if p not in files]
     if not files:
         raise UserError(f"{folder}: no file ending in {', '.join(SUFFIXES)} lies there")
-    if others:
-        print(f"{folder}: not read: {', '.join(others[:5])}{' ...' if others[5:] else ''}")
-    return files
+    return files, others
 
 
 def entries_of(path):

@@ -22,12 +22,10 @@ the first is better. All further keys are kept: rater, seconds, reason, and so
 on. Kinds: Kaufmann et al. 2023, as Table 3 of arXiv 2503.06072 sorts them; KINDS has its axes.
 """
 
-import json
-import os
 from typing import NamedTuple
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import file_errors, shown
+from minirlhf.engine.files import shown
 
 VERSION = 1
 AXES = ("granularity", "involvement", "arity", "abstraction", "intent", "explicitness")
@@ -127,18 +125,6 @@ def as_entry(label):
     for key in text_keys(label.kind, label.said):
         entry[key] = texts.pop(0) if key in ("response", "improved") else texts
     return entry | label.said | label.meta
-
-
-def append_labels(path, labels):
-    """Writes labels behind those of a JSONL file, on the disk when this returns.
-
-    Raises FileError where they cannot be written.
-    """
-    lines = "".join(json.dumps(as_entry(label)) + "\n" for label in labels)
-    with file_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def rankings(label):

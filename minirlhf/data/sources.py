@@ -6,6 +6,7 @@ outvotes a rater of the other) or from given groups, best first.
 """
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -143,10 +144,12 @@ def file(path):
 
     Comparisons, ratings, labels, bare answers and bare prompts do not mix; those of labels.py do.
     """
-    first = next(entries(path), None)
-    if first and is_label(first[1]):
-        return labelled(path)
-    records, keys = read_records(path)
+    found = entries(path)
+    first = list(itertools.islice(found, 1))
+    found = itertools.chain(first, found)
+    if any(is_label(entry) for _, entry in first):
+        return labelled(path, found)
+    records, keys = read_records(path, found)
     items = merged(records)
     bound_pairs(items.groups, path)
     answers = sum(len(record.responses) or 1 for record in records)
@@ -159,22 +162,17 @@ def file(path):
     return split(items, str(path), counts=counts)
 
 
-def labelled(path):
-    """Feedback of a file of labels of all kinds."""
+def labelled(path, found):
+    """Feedback of the entries of a file of labels of all kinds."""
     labels = []
-    for where, entry in entries(path):
+    for where, entry in found:
         if not is_label(entry):
             raise UserError(f"{where}: no label, as the others are: expected version and kind")
         labels.append(parse_label(entry, where))
     items, index = Items(prompts=[], responses=[], where=[], labels=[]), {}
     for label in labels:
-        for response in label.responses:
-            if index.setdefault((label.prompt, response), len(items)) == len(items):
-                items.prompts.append(label.prompt)
-                items.responses.append(response)
-                items.where.append(label.where)
-        places = tuple(index[label.prompt, response] for response in label.responses)
-        items.labels.append(label._replace(items=places))
+        places = [place(items, index, label, response) for response in label.responses]
+        items.labels.append(label._replace(items=tuple(places)))
     items.groups = groups_of(items.labels)
     bound_pairs(items.groups, path)
     scales = {(label.kind, label.said.get("of")) for label in labels}
@@ -196,10 +194,10 @@ def levels_of(items):
     return [np.array(levels, dtype=float) for levels in ratings]
 
 
-def read_records(path):
-    """(the Records of a path, all of one kind; the keys of all entries)."""
+def read_records(path, found):
+    """(the Records of a path's entries, all of one kind; the keys of all of them)."""
     records, kind, keys = [], None, set()
-    for where, entry in entries(path):
+    for where, entry in found:
         record = parse_record(entry, where)
         keys.update(entry)
         kind = kind or record.kind
@@ -221,11 +219,8 @@ def merged(records):
     for record in records:
         group = []
         for response in record.responses or [""]:
-            i = index.setdefault((record.prompt, response), len(index))
-            if i == len(items):
-                items.prompts.append(record.prompt)
-                items.responses.append(response)
-                items.where.append(record.where)
+            i = place(items, index, record, response)
+            if i == len(ratings):
                 ratings.append([])
                 columns.append(record.columns)
             ratings[i].append(record.number)
@@ -243,6 +238,17 @@ def merged(records):
         items.columns = columns
     items.margins = margins if any(margins) else None
     return items
+
+
+def place(items, index, said, response):
+    """The item that is a response to the prompt of a Record or Label; a new one where there was
+    none. index: {(prompt, response): item}."""
+    i = index.setdefault((said.prompt, response), len(items))
+    if i == len(items):
+        items.prompts.append(said.prompt)
+        items.responses.append(response)
+        items.where.append(said.where)
+    return i
 
 
 def shown_keys(keys):

@@ -32,7 +32,9 @@ from minirlhf.engine.rows import Rows, pad_rows
 from minirlhf.engine.weights import model_directory
 from minirlhf.feedback.ground import ground, texts_of
 from minirlhf.feedback.mixture import Mixture
+from minirlhf.feedback.preferring import texts_of as texts_of_rows
 from minirlhf.gpt import RewardModel
+from minirlhf.look.policies import prompt_rows
 from minirlhf.sampling import generate
 from minirlhf.tokenizer import load_base
 
@@ -54,17 +56,12 @@ class Learner:
     run: a run, a directory or a hub name. Raises UserError where there is no language model.
     """
 
-    def __init__(self, run, device="cpu", base=""):
+    def __init__(self, run, device="cpu"):
         device = machine.pick_device(device)
         self.policy, self.tokenizer = load_base(model_directory(run), device)
         self.policy.eval()
-        start = self.policy
-        if base:
-            start, tokenizer = load_base(model_directory(base), device)
-            if tokenizer.fingerprint() != self.tokenizer.fingerprint():
-                raise UserError(f"{base}: another tokenizer than that of {run}")
         self.run, self.device = str(run), device
-        self.model = RewardModel.from_base(start, level="token").to(device).eval()
+        self.model = RewardModel.from_base(self.policy, level="token").to(device).eval()
         torch.nn.init.zeros_(self.model.score.weight)
         torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])  # the first one imports for seconds
         self.labels = 0
@@ -183,17 +180,13 @@ class Learner:
     def sample(self, prompts, seed=0):
         """A response of the policy to each prompt."""
         eos, pad = self.tokenizer.eos, self.tokenizer.pad
-        room = self.policy.config.n_ctx - LENGTH
-        asked = [[eos, *self.tokenizer.encode(prompt)][-room:] for prompt in prompts]
-        generator, found = torch.Generator().manual_seed(seed), []
+        asked, _ = prompt_rows(prompts, self.tokenizer, self.policy.config.n_ctx - LENGTH)
+        ends = {"eos": eos, "pad": pad, "generator": torch.Generator().manual_seed(seed)}
+        found = []
         for start in range(0, len(asked), 256):
-            batch = pad_rows([np.array(row) for row in asked[start : start + 256]], pad,
-                             self.device)  # fmt: skip
-            ends = {"eos": eos, "pad": pad, "generator": generator}
+            batch = pad_rows(asked[start : start + 256], pad, self.device)
             tokens, p, r, _ = generate(self.policy, *batch, LENGTH, **ends)
-            for row, start_at, n in zip(tokens.tolist(), p.tolist(), r.tolist(), strict=True):
-                ids = [i for i in row[start_at : start_at + n] if i != eos]
-                found.append(self.tokenizer.decode(ids))
+            found += texts_of_rows(self.tokenizer, tokens, p, r)[1]
         return found
 
     def write(self, prompts, n=16, progress=None, seed=0):

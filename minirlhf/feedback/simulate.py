@@ -10,7 +10,6 @@ and what errors cost, before people are asked.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from minirlhf import data
 from minirlhf.data.sources import TOY_LETTERS
 from minirlhf.engine import cli
 from minirlhf.engine.cli import UserError, knob
-from minirlhf.engine.files import expect_new, file_errors
+from minirlhf.engine.files import expect_new, write_lines
 from minirlhf.feedback.people import HOW_MANY, Person
 
 
@@ -50,9 +49,7 @@ def main(knobs):
         for _ in range(n):
             chosen = rng.choice(words, k, replace=False).tolist()
             labels.append(person.ask(kind, "", chosen, rng))
-    with file_errors(knobs.out):
-        Path(knobs.out).unlink(missing_ok=True)
-    data.append_labels(knobs.out, labels)
+    write_lines(knobs.out, map(data.as_entry, labels))
     print(f"{len(labels):,} labels in {knobs.out}")
 
 

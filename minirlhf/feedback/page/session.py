@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirlhf.data.labels import VERSION, as_entry, parse_label
+from minirlhf.data.labels import VERSION, as_entry, is_label, parse_label
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import file_errors, parse_json, write_lines
 from minirlhf.feedback.features import FEATURES, feature
@@ -249,7 +249,7 @@ class Session:
 
 
 def entry_of(entry, where):
-    if not isinstance(entry, dict) or "kind" not in entry or "version" not in entry:
+    if not is_label(entry):
         raise UserError(f"{where}: no label: expected version and kind; give another --out")
     return entry
 
