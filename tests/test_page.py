@@ -19,11 +19,14 @@ import pytest
 from minirlhf.data import load_feedback, parse_label
 from minirlhf.data.labels import KINDS
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import read_lines, write_lines
+from minirlhf.feedback import answered
 from minirlhf.feedback.page import learning, pool, terminal
 from minirlhf.feedback.page.calls import calls, pieces
 from minirlhf.feedback.page.command import Drawn, Knobs, open_session, parse
 from minirlhf.feedback.page.lines import Lines
 from minirlhf.feedback.page.server import FILES, recall, start
+from minirlhf.look import policies
 
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 ANSWERS = {
@@ -434,6 +437,17 @@ def serve(run, *flags):
         if line.startswith("open "):
             return process, line.split()[1]
     raise AssertionError("it did not start")
+
+
+def test_marks_at_which_python_ends_a_line(tmp_path):
+    """They are letters of a text."""
+    row = {"prompt": "p\u2028q", "before": "a\x85b", "after": "c\x1ed"}
+    write_lines(tmp_path / "samples.jsonl", [row, row | {"prompt": "r"}])
+    places, rows = zip(*read_lines(tmp_path / "samples.jsonl"), strict=True)
+    assert rows == (row, row | {"prompt": "r"})
+    assert places[1] == f"{tmp_path}/samples.jsonl:2"
+    assert answered.read_answers(tmp_path)["p\u2028q"] == ["a\x85b", "c\x1ed"]
+    assert policies.answered(tmp_path / "samples.jsonl") == ["p\u2028q", "r"]
 
 
 def test_a_killed_server_loses_nothing(tmp_path):

@@ -156,6 +156,18 @@ def write_lines(path, rows):
         tmp.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
 
 
+def read_lines(path):
+    """[(place, value)] of a file of JSON, a value a line, as write_lines leaves it.
+
+    Raises FileError where it cannot be read, UserError as in `parse_json`. Lines end where bytes
+    say so: texts may hold U+2028 or U+0085, at which Python ends a line of a str.
+    """
+    with file_errors(path):
+        lines = Path(path).read_bytes().splitlines()
+    places = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    return [(place, parse_json(line, place)) for place, line in zip(places, lines, strict=True)]
+
+
 def finished(directory):
     """The summary of the run in a directory; None where none ended with its model in place.
 

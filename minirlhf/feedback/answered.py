@@ -9,7 +9,7 @@ import numpy as np
 from minirlhf import data
 from minirlhf.engine import cli
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import file_errors, parse_json
+from minirlhf.engine.files import read_lines
 
 
 def parse(knobs, doc, argv=None):
@@ -49,13 +49,10 @@ def read_answers(source):
 def read_samples(path):
     """The same of a run: of a tuned policy what it answered before and after."""
     found = {}
-    with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        row = parse_json(line, f"{path}, line {number}")
+    for place, row in read_lines(path):
         texts = [row[key] for key in ("before", "after", "response") if key in row]
         if not texts or not all(isinstance(text, str) for text in [row.get("prompt"), *texts]):
-            raise UserError(f"{path}, line {number}: no sample of a policy")
+            raise UserError(f"{place}: no sample of a policy")
         found.setdefault(row["prompt"], {}).update(dict.fromkeys(texts))
     return {prompt: list(answers) for prompt, answers in found.items()}
 

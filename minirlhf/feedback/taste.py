@@ -21,7 +21,7 @@ import numpy as np
 from minirlhf import data
 from minirlhf.engine import cli
 from minirlhf.engine.cli import UserError, knob
-from minirlhf.engine.files import atomic_write, read_json
+from minirlhf.engine.files import atomic_write, read_json, read_lines
 from minirlhf.feedback.people import Person
 from minirlhf.feedback.refit import Learner
 
@@ -119,8 +119,7 @@ def run_ppo(knobs, place, seed):
 def outcome(run, wishes):
     """{figure: value} of a run of train_ppo: wishes fulfilled before and after, of held-out
     prompts, and the KL."""
-    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [row for _, row in read_lines(run / "samples.jsonl")]
     prompts = [row["prompt"] for row in rows]
     before = wishes(prompts, [row["before"] for row in rows])
     after = wishes(prompts, [row["after"] for row in rows])

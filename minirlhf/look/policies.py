@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import file_errors, finished, read_json
+from minirlhf.engine.files import FileError, finished, read_json, read_lines
 from minirlhf.engine.rows import cut_left
 from minirlhf.engine.states import file_of, fingerprint, states_in
 from minirlhf.engine.weights import local_directory, model_directory
@@ -220,11 +220,11 @@ def answered(path):
     """The prompts in a run's samples, once each."""
     if not path.is_file():
         return []
-    with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        prompts = [json.loads(line)["prompt"] for line in lines]
-    except (ValueError, KeyError, TypeError):
+        prompts = [row["prompt"] for _, row in read_lines(path)]
+    except FileError:
+        raise
+    except (UserError, KeyError, TypeError):
         return []
     return list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
 

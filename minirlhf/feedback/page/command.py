@@ -23,7 +23,7 @@ from pathlib import Path
 
 from minirlhf.engine import cli
 from minirlhf.engine.cli import UserError, knob
-from minirlhf.engine.files import file_errors, parse_json, write_lines
+from minirlhf.engine.files import file_errors, read_lines, write_lines
 from minirlhf.feedback.features import expect_feature
 from minirlhf.feedback.page.pool import load_pool, parse_kinds
 from minirlhf.feedback.page.session import Session, beside
@@ -138,9 +138,7 @@ class Drawn:
     def __init__(self, knobs, path):
         self.knobs, self.path, self.rows = knobs, path, []
         if path.exists():
-            with file_errors(path):
-                lines = path.read_bytes().splitlines()
-            self.rows = [parse_json(line, f"{path}:{i + 1}") for i, line in enumerate(lines)]
+            self.rows = [row for _, row in read_lines(path)]
 
     def of(self, run):
         asked = [self.knobs.samples, self.knobs.prompts, self.knobs.temperature, self.knobs.seed]

@@ -19,7 +19,7 @@ import numpy as np
 from minirlhf import data
 from minirlhf.data.labels import KINDS
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import file_errors, parse_json
+from minirlhf.engine.files import file_errors, read_lines
 
 MOST = 20_000  # questions
 ONE = ("critique", "intertemporal", "social", "improvement", "estop")  # kinds about a single text
@@ -81,12 +81,8 @@ def grouped(named):
 
 def of_samples(path, run, several):
     """(prompt, response, source) of a run's samples.jsonl, of several runs those after training."""
-    with file_errors(path):
-        lines = path.read_bytes().splitlines()
     found = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        entry = parse_json(line, where)
+    for where, entry in read_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise UserError(f"{where}: expected an object with a prompt")
         names = {"before": f"{run} before", "after": run, "response": run}

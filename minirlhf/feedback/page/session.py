@@ -18,7 +18,7 @@ import numpy as np
 
 from minirlhf.data.labels import VERSION, as_entry, is_label, parse_label
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.files import file_errors, parse_json, write_lines
+from minirlhf.engine.files import read_lines, write_lines
 from minirlhf.feedback.features import FEATURES, feature
 from minirlhf.feedback.page.lines import Lines
 from minirlhf.feedback.page.pool import again, choose, grouped, question, questions
@@ -258,9 +258,7 @@ def read_written(path):
     """The samples of an earlier session. Raises UserError where the file is another."""
     if not path.exists():
         return []
-    with file_errors(path):
-        lines = path.read_bytes().splitlines()
-    rows = [parse_json(line, f"{path}:{i + 1}") for i, line in enumerate(lines)]
+    rows = [row for _, row in read_lines(path)]
     for row in rows:
         texts = [row.get(key) for key in ("prompt", "before", "after")]
         if not all(isinstance(text, str) for text in texts):
