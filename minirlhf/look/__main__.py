@@ -7,5 +7,6 @@ if __name__ == "__main__":
     from minirlhf.engine.cli import run_script
     from minirlhf.look.command import Knobs, __doc__, main, parse
 
+    gc.freeze()  # nor is it looked through later: torch has a quarter of a million objects
     gc.enable()
     run_script(main, Knobs, __doc__, parse)
