@@ -1,0 +1,1 @@
+"""How good is a reward: distances, regret, consistency, calibration, over-optimisation."""
