@@ -61,6 +61,7 @@ class Knobs(cli.RunKnobs):
     init: str = knob("", "base model: run, directory, hub name (none: sft beside --out)", free=True)
     out: str = knob("runs/rm", "run directory", free=True)
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
+    share: float = knob(1.0, "of what people said, how much is learned from", least=1e-6, most=1)
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
@@ -112,13 +113,12 @@ def main(knobs):
     optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
-    train, train_rows = encode(feedback.train, tokenizer, base, knobs)
+    said = feedback.train.some(knobs.share, knobs.seed)
+    train, train_rows = encode(said, tokenizer, base, knobs)
     test, test_rows = encode(feedback.test, tokenizer, base, knobs)
     test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
     epoch = partial(mixture.epoch, train) if kinds else train.epoch
-    plan = []
-    for _ in range(knobs.epochs):
-        plan += epoch(knobs.batch_size, rng)
+    plan = [batch for _ in range(knobs.epochs) for batch in epoch(knobs.batch_size, rng)]
     prompts = sample_prompts(train, tokenizer, base, knobs)
 
     texts = train_rows.tokens, train_rows.prompt_lengths

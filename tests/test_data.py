@@ -508,3 +508,24 @@ def test_reviews_cannot_be_had(tmp_path, monkeypatch, package, content, names):
     with pytest.raises(UserError, match=f"--data reviews.*{names}"):
         load_feedback("reviews")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_some_of_what_was_said_keeps_its_order_and_its_people():
+    toy = data.load_feedback("toy").train
+    assert toy.some(1, 0) is toy
+    fifth = toy.some(0.2, 3)
+    assert len(fifth) == round(0.2 * len(toy))
+    at = [toy.where.index(where) for where in fifth.where]
+    assert at == sorted(set(at)) and at != list(range(len(at)))
+    for i, j in enumerate(at):
+        assert fifth.prompts[i] == toy.prompts[j] and fifth.responses[i] == toy.responses[j]
+        assert np.array_equal(fifth.ratings[i], toy.ratings[j])
+    assert toy.some(0.2, 3).where == fifth.where and toy.some(0.2, 4).where != fifth.where
+    assert len(toy.some(1e-6, 0)) == 1
+
+
+def test_some_of_comparisons_are_whole():
+    items = data.Items(list("aaabb"), list("vwxyz"), list("11122"), groups=[[0, 1, 2], [4, 3]])
+    some = [items.some(0.5, seed) for seed in range(8)]
+    found = {tuple(one.responses[i] for group in one.groups for i in group) for one in some}
+    assert found == {("v", "w", "x"), ("z", "y")}

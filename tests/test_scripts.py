@@ -49,6 +49,7 @@ CHANGES = {
         n_ctx=32,
     ),
     train_rm: dict(
+        share=0.5,
         epochs=2,
         batch_size=64,
         lr=1e-2,

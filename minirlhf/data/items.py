@@ -61,6 +61,14 @@ class Items:
         taken.margins = pick(self.margins, chosen)
         return taken
 
+    def some(self, share, seed):
+        """A random share of the statements, at least one, in their order; all of them at 1."""
+        if share == 1:
+            return self
+        count = len(self.statements())
+        chosen = np.random.default_rng(seed).permutation(count)[: max(1, round(share * count))]
+        return self.take(sorted(chosen.tolist()))
+
     def take_labels(self, labels):
         chosen = list(dict.fromkeys(itertools.chain(*(label.items for label in labels))))
         taken = self.take_items(chosen, [])
