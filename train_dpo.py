@@ -49,22 +49,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
 from minirlhf.data import all_logps, stored_logps, total
 from minirlhf.engine import cli, machine, optim, parallel, stages
-from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside, figures_of
 from minirlhf.engine.log import Run
 from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
-from minirlhf.feedback import kinds, labelers, preferring
+from minirlhf.feedback import kinds, preferring
+from minirlhf.feedback.checks import check_dpo
 from minirlhf.feedback.method import NAMES, method_of
-from minirlhf.lists import THUMBS
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
@@ -134,7 +133,7 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
-    check(feedback, method, knobs)
+    check_dpo(feedback, method, knobs)
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
     source = sft.base_model(knobs, feedback)
@@ -163,8 +162,7 @@ def main(knobs):
         supply = batches.Rounds(supply, policy, reference, knobs.rounds, len(plan))
         parts["reference"] = reference
     test, test_rows = encode(feedback.test, tokenizer, knobs, policy)
-    unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
-    held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
+    held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
     before = None if base else ask(policy)  # a base can be asked at the end
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
@@ -216,23 +214,6 @@ def copies(policy, method, knobs, device):
     reference = copy.deepcopy(base) if knobs.rounds > 1 else base
     prepare(knobs, policy, base, reference)
     return base, reference
-
-
-def check(feedback, method, knobs):
-    """Refuses data that hold nothing for the loss, or no true reward that is asked for, and what is
-    wrong with --out or a given model."""
-    labelers.given_true(knobs.reward, feedback)
-    made = "rm" if knobs.online and not knobs.labeler else ""
-    models = {"sft": knobs.init, made: knobs.reward, None: preferring.model_of(knobs.labeler)}
-    stages.look_ahead(knobs, models, "true")
-    items = feedback.train
-    if knobs.online:
-        return
-    if items.ratings is None and not items.groups:
-        raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
-    if items.ratings is not None and method.kind not in THUMBS and not items.contexts(across=False):
-        problem = "no two rated responses share a prompt, so DPO has no pairs"
-        raise UserError(f"{knobs.data}: {problem}; --loss kto needs none")
 
 
 def encode(items, tokenizer, knobs, policy):

@@ -70,6 +70,12 @@ CHANGES = {
         soft_labels=False,
     ),
     train_ppo: dict(
+        missing_eos_penalty=5.0,
+        critic_warmup=2,
+        clip_high=0.01,
+        loss_mean="response",
+        entropy_coef=0.5,
+        stop_kl=1e-9,
         steps=1,
         batch_size=16,
         response_length=4,
@@ -133,8 +139,8 @@ NOT_IN_WEIGHTS = {
         "eval_samples",
     }
     | BESIDE
-    # tests/test_switches.py
-    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},
+    # tests/test_switches.py, tests/test_later_switches.py
+    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size", "skip_flat", "ratio"},
     train_dpo: {
         "data",
         "init",
