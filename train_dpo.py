@@ -38,7 +38,7 @@ defaults four do not: npo, d2o and apo_down push down most of what they see unti
 the language, which a higher beta or alpha or an nll_weight prevents, and discopop's loss falls to
 both sides of where it starts, but for a higher temperature.
 
-Left out: thumbs and lists online, a reference that follows by a running mean.
+Left out: thumbs and lists online.
 """
 
 if __name__ == "__main__":  # first, as torch takes a while
@@ -63,7 +63,7 @@ from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import kinds, preferring
 from minirlhf.feedback.checks import check_dpo
-from minirlhf.feedback.method import NAMES, method_of
+from minirlhf.feedback.method import loss_at_start, method_of, moves
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
@@ -93,8 +93,8 @@ class Knobs(cli.RunKnobs):
         "", "too long a row: error, or truncate (the default for the reviews)", sft.OVERLONG
     )
     loss: str = knob(
-        "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + "; thumbs: kto, una; ranked lists: rrhf, "
-        "pro, lipo; online: nash_md", NAMES,
+        "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + ", or a sum, as sigmoid+0.2*sft; thumbs: "
+        "kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
     )  # fmt: skip
     loss_options: str = knob("", "of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(
@@ -117,6 +117,8 @@ class Knobs(cli.RunKnobs):
     rounds: int = knob(
         1, "equal parts of the run; at each start the reference becomes the policy of then", least=1
     )
+    ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
+    ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
     epochs: int = knob(3, "passes over the responses, stored ones", least=1)
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
@@ -158,8 +160,8 @@ def main(knobs):
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
     given = {"data": supply.texts, "base model": source, "reward": labels}
     parts = {"policy": trained, "optimizer": optimizer}
-    if knobs.rounds > 1:
-        supply = batches.Rounds(supply, policy, reference, knobs.rounds, len(plan))
+    if moves(knobs):
+        supply = batches.Moving(supply, policy, reference, knobs, len(plan))
         parts["reference"] = reference
     test, test_rows = encode(feedback.test, tokenizer, knobs, policy)
     held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
@@ -211,7 +213,7 @@ def copies(policy, method, knobs, device):
     reference, which is the base itself unless rounds move it."""
     policy.to(device)
     base = copy.deepcopy(policy) if method.has_reference else None
-    reference = copy.deepcopy(base) if knobs.rounds > 1 else base
+    reference = copy.deepcopy(base) if moves(knobs) else base
     prepare(knobs, policy, base, reference)
     return base, reference
 
@@ -239,7 +241,7 @@ def batch_loss(policy, reference, batch, method, knobs):
         return losses.mean(), statistics(batch, logps, chosen, rejected, method, knobs)
 
     # Places of the preferred and of the other response of each pair, (P,); P(it is the other way)
-    soft = knobs.soft_labels and method.kind == "sigmoid"
+    soft = knobs.soft_labels and method.soft
     chosen, rejected, doubt = batch.said.preferred_first(soft)
     sure = doubt < 0.5
     stats = statistics(batch, logps, chosen[sure], rejected[sure], method, knobs)
@@ -253,18 +255,17 @@ def batch_loss(policy, reference, batch, method, knobs):
     if method.has_reference:
         ref_chosen, ref_rejected = batch.ref_logps[chosen], batch.ref_logps[rejected]
     lengths = batch.rows.lengths()
-    losses = dpo.pair_loss(
-        method.kind,
+    of_pairs = partial(
+        dpo.pair_loss,
         policy_chosen_logps=logps[chosen],
         policy_rejected_logps=logps[rejected],
         ref_chosen_logps=ref_chosen,
         ref_rejected_logps=ref_rejected,
         beta=knobs.beta,
-        label_smoothing=smoothing,
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
-        **method.options,
     )
+    losses = method.losses(of_pairs, smoothing)
     return losses.mean(), stats
 
 
@@ -295,7 +296,8 @@ def step_0_check(method, knobs, loss, stats):
     pair is log 2."""
     margin = stats["rewards/margins"].item()
     right = not abs(margin) >= 1e-4  # nan: no pair
-    expected = None if method.options else dpo.loss_at_start(method.kind, knobs.beta)
+    known = not method.options and len(method.terms) == 1
+    expected = loss_at_start(method.kind, knobs.beta) if known else None
     known = "no known value"
     if expected:
         right = right and abs(loss - expected) < 1e-4 * max(1, expected)

@@ -16,9 +16,11 @@ from itertools import product
 import pytest
 import torch
 
+import train_dpo
 from minirlhf import data, dpo, lists, ppo, sft
 from minirlhf.engine.rows import pad_rows
 from minirlhf.engine.weights import export
+from minirlhf.feedback.method import method_of
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.sampling import response_logprobs, response_mask
@@ -154,8 +156,10 @@ DIVERGENCES = [
     ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     ({"divergence": "js"}, {"f_divergence_type": "js_divergence"}),
     ({"divergence": "alpha"}, {"f_divergence_type": ALPHA}),
-    ({"divergence": "alpha", ALPHA: 1.5},
+    ({"divergence": "alpha", ALPHA: -0.5},  # TRL's coefficient is 1 - alpha of the paper's
      {"f_divergence_type": ALPHA, "f_alpha_divergence_coef": 1.5}),
+    ({"divergence": "alpha", ALPHA: 0.3},
+     {"f_divergence_type": ALPHA, "f_alpha_divergence_coef": 0.7}),
 ]  # fmt: skip
 DPO = [("ipo", {"length_normalise": True}, {})]
 DPO += [(kind, {}, {}) for kind in (
@@ -176,6 +180,28 @@ def test_dpo(kind, options, their_options, saved, peer):
     trainer = peer("DPO", their_policy, texts, len(PAIRS), objects, **their_options)
     loss = pair_loss(kind, policy, reference, CHOSEN, REJECTED, **options)
     assert_same(loss, policy, trainer)
+
+
+@pytest.mark.parametrize("loss, options, their_options", [
+    ("sft", {}, {"loss_type": ["sft"]}),
+    ("sigmoid+0.2*sft", {}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}),
+    ("0.8*hinge+1.5*apo_zero+sft", {},
+     {"loss_type": ["hinge", "apo_zero", "sft"], "loss_weights": [0.8, 1.5, 1.0]}),
+])  # fmt: skip
+def test_sums(loss, options, their_options, saved, peer):
+    """A pair at a time: TRL's next-token loss is a mean over the tokens of a batch."""
+    method = method_of(train_dpo.Knobs(loss=loss))
+    for pair in PAIRS[:1] + PAIRS[2:]:  # an empty answer is none to TRL
+        policy, reference = ours(saved)
+        objects = {"ref_model": theirs(saved / "reference")}
+        given = {"beta": BETA} | their_options
+        trainer = peer("DPO", theirs(saved / "policy"), preferences([pair]), 1, objects, **given)
+        sides = [(pair[0], pair[1])], [(pair[0], pair[2])]
+
+        def of_pairs(kind, sides=sides, policy=policy, reference=reference, **more):
+            return pair_loss(kind, policy, reference, *sides, beta=BETA, **more)
+
+        assert_same(method.losses(of_pairs, 0.0).mean(), policy, trainer)
 
 
 @pytest.mark.parametrize("kind, options, their_kind, their_options", [

@@ -106,6 +106,7 @@ CHANGES = {
         lr_schedule="cosine",
     ),
     train_dpo: dict(
+        ref_every=1,
         loss="ipo",
         beta=0.5,
         label_smoothing=0.3,
@@ -150,6 +151,7 @@ NOT_IN_WEIGHTS = {
         "group_size",
         "online",
         "labeler",  # tests/test_judges.py
+        "ref_mix",  # tests/test_train_dpo.py
         "samples",
         "mixture",
         "micro_batch",
