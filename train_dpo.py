@@ -38,7 +38,7 @@ defaults four do not: npo, d2o and apo_down push down most of what they see unti
 the language, which a higher beta or alpha or an nll_weight prevents, and discopop's loss falls to
 both sides of where it starts, but for a higher temperature.
 
-Left out: thumbs and lists online, a reference that follows by a running mean.
+Left out: thumbs and lists online.
 """
 
 if __name__ == "__main__":  # first, as torch takes a while
@@ -49,22 +49,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
 from minirlhf.data import all_logps, stored_logps, total
 from minirlhf.engine import cli, machine, optim, parallel, stages
-from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside, figures_of
 from minirlhf.engine.log import Run
 from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
-from minirlhf.feedback import kinds, labelers, preferring
-from minirlhf.feedback.method import NAMES, method_of
-from minirlhf.lists import THUMBS
+from minirlhf.feedback import kinds, preferring
+from minirlhf.feedback.checks import check_dpo
+from minirlhf.feedback.method import loss_at_start, method_of, moves
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
@@ -94,8 +93,8 @@ class Knobs(cli.RunKnobs):
         "", "too long a row: error, or truncate (the default for the reviews)", sft.OVERLONG
     )
     loss: str = knob(
-        "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + "; thumbs: kto, una; ranked lists: rrhf, "
-        "pro, lipo; online: nash_md", NAMES,
+        "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + ", or a sum, as sigmoid+0.2*sft; thumbs: "
+        "kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
     )  # fmt: skip
     loss_options: str = knob("", "of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(
@@ -118,6 +117,8 @@ class Knobs(cli.RunKnobs):
     rounds: int = knob(
         1, "equal parts of the run; at each start the reference becomes the policy of then", least=1
     )
+    ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
+    ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
     epochs: int = knob(3, "passes over the responses, stored ones", least=1)
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
@@ -134,7 +135,7 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
-    check(feedback, method, knobs)
+    check_dpo(feedback, method, knobs)
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
     source = sft.base_model(knobs, feedback)
@@ -159,12 +160,11 @@ def main(knobs):
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
     given = {"data": supply.texts, "base model": source, "reward": labels}
     parts = {"policy": trained, "optimizer": optimizer}
-    if knobs.rounds > 1:
-        supply = batches.Rounds(supply, policy, reference, knobs.rounds, len(plan))
+    if moves(knobs):
+        supply = batches.Moving(supply, policy, reference, knobs, len(plan))
         parts["reference"] = reference
     test, test_rows = encode(feedback.test, tokenizer, knobs, policy)
-    unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
-    held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
+    held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
     before = None if base else ask(policy)  # a base can be asked at the end
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
@@ -213,26 +213,9 @@ def copies(policy, method, knobs, device):
     reference, which is the base itself unless rounds move it."""
     policy.to(device)
     base = copy.deepcopy(policy) if method.has_reference else None
-    reference = copy.deepcopy(base) if knobs.rounds > 1 else base
+    reference = copy.deepcopy(base) if moves(knobs) else base
     prepare(knobs, policy, base, reference)
     return base, reference
-
-
-def check(feedback, method, knobs):
-    """Refuses data that hold nothing for the loss, or no true reward that is asked for, and what is
-    wrong with --out or a given model."""
-    labelers.given_true(knobs.reward, feedback)
-    made = "rm" if knobs.online and not knobs.labeler else ""
-    models = {"sft": knobs.init, made: knobs.reward, None: preferring.model_of(knobs.labeler)}
-    stages.look_ahead(knobs, models, "true")
-    items = feedback.train
-    if knobs.online:
-        return
-    if items.ratings is None and not items.groups:
-        raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
-    if items.ratings is not None and method.kind not in THUMBS and not items.contexts(across=False):
-        problem = "no two rated responses share a prompt, so DPO has no pairs"
-        raise UserError(f"{knobs.data}: {problem}; --loss kto needs none")
 
 
 def encode(items, tokenizer, knobs, policy):
@@ -258,7 +241,7 @@ def batch_loss(policy, reference, batch, method, knobs):
         return losses.mean(), statistics(batch, logps, chosen, rejected, method, knobs)
 
     # Places of the preferred and of the other response of each pair, (P,); P(it is the other way)
-    soft = knobs.soft_labels and method.kind == "sigmoid"
+    soft = knobs.soft_labels and method.soft
     chosen, rejected, doubt = batch.said.preferred_first(soft)
     sure = doubt < 0.5
     stats = statistics(batch, logps, chosen[sure], rejected[sure], method, knobs)
@@ -272,18 +255,17 @@ def batch_loss(policy, reference, batch, method, knobs):
     if method.has_reference:
         ref_chosen, ref_rejected = batch.ref_logps[chosen], batch.ref_logps[rejected]
     lengths = batch.rows.lengths()
-    losses = dpo.pair_loss(
-        method.kind,
+    of_pairs = partial(
+        dpo.pair_loss,
         policy_chosen_logps=logps[chosen],
         policy_rejected_logps=logps[rejected],
         ref_chosen_logps=ref_chosen,
         ref_rejected_logps=ref_rejected,
         beta=knobs.beta,
-        label_smoothing=smoothing,
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
-        **method.options,
     )
+    losses = method.losses(of_pairs, smoothing)
     return losses.mean(), stats
 
 
@@ -314,7 +296,8 @@ def step_0_check(method, knobs, loss, stats):
     pair is log 2."""
     margin = stats["rewards/margins"].item()
     right = not abs(margin) >= 1e-4  # nan: no pair
-    expected = None if method.options else dpo.loss_at_start(method.kind, knobs.beta)
+    known = not method.options and len(method.terms) == 1
+    expected = loss_at_start(method.kind, knobs.beta) if known else None
     known = "no known value"
     if expected:
         right = right and abs(loss - expected) < 1e-4 * max(1, expected)

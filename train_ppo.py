@@ -31,7 +31,7 @@ summarize_from_feedback_details (Huang et al. 2024); what it decodes after EOS i
         --kl-coef 0.05 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 \\
         --batch-size 512 --steps 1953
 
-Left out: entropy bonus, values of cut responses, length filters, Adam's epsilon as in TensorFlow.
+Left out: values of cut responses, length filters, Adam's epsilon as in TensorFlow.
 """
 
 if __name__ == "__main__":  # first, as torch takes a while
@@ -42,23 +42,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import train_rm
 from minirlhf import data, ppo, sft
-from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.engine import cli, machine, optim, parallel, rows, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
+from minirlhf.feedback.checks import check_ppo
 from minirlhf.feedback.preferring import content_of
-from minirlhf.feedback.scoring import LEVELS, expect_fit, find_function, make_scorer, refuse_idle
+from minirlhf.feedback.scoring import LEVELS, charge_unended, expect_fit, find_function, make_scorer
 from minirlhf.gpt import RewardModel
 from minirlhf.look.alarms import alarms
 from minirlhf.look.answers import answers, compare
-from minirlhf.look.episodes import mean_of, rollout_stats
+from minirlhf.look.episodes import rollout_stats, step_0_check, update_stats
 from minirlhf.sampling import generate, response_logprobs
 from minirlhf.tokenizer import load_base
 
@@ -81,6 +81,7 @@ class Knobs(cli.RunKnobs):
     truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS")
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
     missing_eos_score: float = knob(math.nan, "score of the unended; nan: none", least=-math.inf)
+    missing_eos_penalty: float = knob(0.0, "what is taken off the score of the unended")
     kl_coef: float = knob(0.033, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
@@ -89,11 +90,19 @@ class Knobs(cli.RunKnobs):
     whiten_rewards: bool = knob(False, "rewards get variance 1 over the batch, their mean kept")
     advantage: str = knob("gae", "gae; without a critic rloo, grpo, reinforce", ppo.ADVANTAGES)
     group_size: int = knob(4, "answers to each prompt without a critic; gae takes one", least=2)
+    skip_flat: bool = knob(False, "leave out groups whose scores are alike (DAPO, eq. 11)")
     gamma: float = knob(1.0, "gae: discount", most=1)
     lam: float = knob(0.8, "gae: lambda; 0.95 is usual, but this critic starts well", most=1)
     whiten_advantages: bool = knob(True, "gae: mean 0 and variance 1 over the batch")
     critic: str = knob("own", "gae: of the reward model; a head on the policy", ("own", "shared"))
+    critic_warmup: int = knob(0, "gae: iterations at the start that train the critic alone")
     clip: float = knob(0.2, "the policy's ratio is clipped to 1 +- this")
+    clip_high: float = knob(0.0, "what it is clipped to above (DAPO, eq. 8); 0: --clip")
+    ratio: str = knob("token", "of a token; of a response (GSPO, eq. 7)", ("token", "response"))
+    loss_mean: str = knob("token", "over tokens (DAPO); over responses (GRPO), all as long as "
+                                   "--response-length (Dr. GRPO)", ppo.LOSS_MEANS)  # fmt: skip
+    entropy_coef: float = knob(0.0, "weight of the mean entropy of next tokens, which it raises")
+    stop_kl: float = knob(0.0, "approxkl of a step that ends an iteration's passes; 0: none does")
     value_clip: float = knob(0.2, "gae: the critic is clipped to its old value +- this")
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
     ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
@@ -118,17 +127,12 @@ class Episodes(NamedTuple):
     advantages: torch.Tensor  # (B, R)
     values: torch.Tensor | None  # (B, R), None without a critic
     returns: torch.Tensor | None  # (B, R), None without a critic
-
-    def rows(self, index):
-        """Some of them, without the padding that none of these needs."""
-        some = Episodes(*(None if x is None else x[index] for x in self))
-        longest = int((some.prompt_lengths + some.response_lengths).max())
-        return some._replace(tokens=some.tokens[:, :longest])
+    weights: torch.Tensor  # (B,) 1 where the policy learns from a response, else 0
 
 
 @cli.contained
 def main(knobs):
-    check(knobs)
+    check_ppo(knobs)
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
@@ -153,8 +157,7 @@ def main(knobs):
     room = policy.config.n_ctx - knobs.response_length
     seen = data.prompts_of(feedback.train, tokenizer, rng)
     prompts = data.fit(seen, room, knobs.overlong)
-    unseen = data.prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
-    held_out = data.fit(unseen, room, knobs.overlong)[: knobs.eval_samples]
+    held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     group = 1 if knobs.advantage == "gae" else knobs.group_size
     plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
 
@@ -177,7 +180,7 @@ def main(knobs):
         with torch.no_grad(), autocast:
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs,
                                       controller.coef)  # fmt: skip
-        stats |= update(policy, critic, episodes, take_step, knobs, controller.coef)
+        stats |= update(policy, critic, episodes, take_step, knobs, controller.coef, step)
         if knobs.kl_target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
         if step == 0:
@@ -194,25 +197,27 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
     R = knobs.response_length
 
     # 1 rollout: tokens (B, Q+R), lengths p and r (B,), log-probs of the sampler
-    eos = tokenizer.eos if knobs.stop_at_eos else -1
-    options = {"eos": eos, "pad": tokenizer.pad, "temperature": knobs.temperature}
-    options["top_k"] = knobs.top_k or None
+    options = {
+        "eos": tokenizer.eos if knobs.stop_at_eos else -1,
+        "pad": tokenizer.pad,
+        "temperature": knobs.temperature,
+        "top_k": knobs.top_k or None,
+    }
     tokens, p, r, sampled_logprobs = generate(policy, *prompts, R, **options)
     mask = response_mask(r, R)  # (B, R)
 
     # 2 score: (B, R) what each token earns, a whole response on its last one; (B,) whether it ended
     scores, ended = rowwise(scorer, 0, tokens, p, r)
-    if not math.isnan(knobs.missing_eos_score):
-        missing = torch.full_like(scores[:, 0], knobs.missing_eos_score)
-        missing = ppo.on_last_token(missing, mask)
-        scores = torch.where(ended[:, None], scores, missing)
+    scores = charge_unended(scores, ended, mask, knobs)
 
     # 3 log-probs, by the function of the update, so that its first ratio is 1; and each token's KL
     size = knobs.micro_batch
     row = tokens, p, r
     read = partial(response_logprobs, width=R, temperature=knobs.temperature)
-    logprobs, entropy = rowwise(partial(read, policy, entropy=True), size, *row)  # (B, R)
-    ref_logprobs = rowwise(partial(read, reference), size, *row)
+    read_policy = partial(read, policy, entropy=True)
+    logprobs, entropy = rowwise(read_policy, size, *row)  # (B, R)
+    read_reference = partial(read, reference)
+    ref_logprobs = rowwise(read_reference, size, *row)
     kl = ppo.kl_estimate(logprobs, ref_logprobs, knobs.kl_kind)
 
     # 4 reward
@@ -221,14 +226,20 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
     # 5 values
     values = None
     if critic:
-        values = rowwise(partial(state_values, critic, width=R), size, *row)
+        value = partial(state_values, critic, width=R)
+        values = rowwise(value, size, *row)
         values = torch.where(mask, values, 0)
 
     # 6 advantages
     advantages, returns = token_advantages(rewards, values, mask, knobs)
-    episodes = Episodes(tokens, p, r, logprobs, ref_logprobs, advantages, values, returns)
-    earned = scores, rewards, ended
-    return episodes, rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef)
+    group_size = 1 if critic else knobs.group_size
+    flat = ppo.flat_responses(scores.sum(1), group_size)  # (B,)
+    left_out = flat & knobs.skip_flat
+    weights = (~left_out).float()
+    episodes = Episodes(tokens, p, r, logprobs, ref_logprobs, advantages, values, returns, weights)
+    earned = scores, rewards, ended, flat
+    stats = rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef)
+    return episodes, stats
 
 
 def token_rewards(scores, kl, mask, knobs, kl_coef):
@@ -260,22 +271,31 @@ def token_advantages(rewards, values, mask, knobs):
     return advantages, returns
 
 
-def update(policy, critic, episodes, take_step, knobs, kl_coef):
-    """Step 7: the mean of each statistic over the optimizer steps, and those of the first one,
-    before anything has moved. take_step(loss_of, minibatch) makes one of loss_of(minibatch) ->
-    (loss, stats)."""
+def update(policy, critic, episodes, take_step, knobs, kl_coef, step=0):
+    """Step 7: statistics over the optimizer steps. take_step(minibatch, loss_of) makes one of
+    loss_of(minibatch) -> (loss, stats)."""
     history = []
+    loss_of = partial(ppo_loss, policy, critic, knobs, kl_coef)
     for _ in range(knobs.ppo_epochs):
         order = torch.randperm(len(episodes.tokens))
         for index in order.tensor_split(knobs.minibatches):
-            loss_of = partial(ppo_loss, policy, critic, knobs, kl_coef)
-            stats, norm = take_step(episodes.rows(index), loss_of)
+            mb = minibatch(episodes, index, knobs, step)
+            stats, norm = take_step(mb, loss_of)
             stats["ppo/grad_norm"] = norm
             history.append(stats)
-    stats = mean_of(history)
-    for name in ("ratio", "approxkl"):
-        stats[f"ppo/policy/first_{name}"] = history[0][f"ppo/policy/{name}"]
-    return stats
+        moved = history[-1]["ppo/policy/approxkl"]
+        if knobs.stop_kl and moved > knobs.stop_kl:
+            break
+    return update_stats(history)
+
+
+def minibatch(episodes, index, knobs, step):
+    """Some episodes; their weights become those of each token in the policy's loss, (b, 1)."""
+    mb = rows.some(episodes, index)
+    counts = mb.weights * (step >= knobs.critic_warmup)
+    width = knobs.response_length
+    weights = ppo.token_weights(mb.response_lengths, width, knobs.loss_mean, counts)
+    return mb._replace(weights=weights)
 
 
 def ppo_loss(policy, critic, knobs, kl_coef, mb):
@@ -283,33 +303,32 @@ def ppo_loss(policy, critic, knobs, kl_coef, mb):
     R = knobs.response_length
     row = mb.tokens, mb.prompt_lengths, mb.response_lengths
     mask = response_mask(mb.response_lengths, R)
-    logprobs = response_logprobs(policy, *row, R, knobs.temperature)  # (b, R)
+    options = {"temperature": knobs.temperature, "entropy": knobs.entropy_coef != 0}
+    found = response_logprobs(policy, *row, R, **options)
+    logprobs, entropy = found if knobs.entropy_coef else (found, None)  # (b, R)
     values = state_values(critic, *row, R) if critic else None
-    return losses(logprobs, values, mb, mask, knobs, kl_coef)
+    return losses(logprobs, values, mb, mask, knobs, kl_coef, entropy)
 
 
-def losses(logprobs, values, mb, mask, knobs, kl_coef):
+def losses(logprobs, values, mb, mask, knobs, kl_coef, entropy=None):
     """(policy loss + vf_coef * value loss, stats), means over the mask; no values, no value
     loss."""
-    loss, stats = ppo.policy_loss(logprobs, mb.logprobs, mb.advantages, mask, knobs.clip)
+    options = {"level": knobs.ratio, "weights": mb.weights}
+    options |= {"clip": knobs.clip, "clip_high": knobs.clip_high or None}
+    loss, stats = ppo.policy_loss(logprobs, mb.logprobs, mb.advantages, mask, **options)
     if knobs.kl_in == "loss":
-        kl = ppo.kl_loss(logprobs, mb.ref_logprobs, mask, knobs.kl_kind)
+        kl = ppo.kl_loss(logprobs, mb.ref_logprobs, mask, knobs.kl_kind, mb.weights)
         loss = loss + kl_coef * kl
+    if entropy is not None:  # Williams and Peng 1991
+        counted = entropy * (mb.weights > 0)
+        loss = loss - knobs.entropy_coef * ppo.masked_mean(counted, mask)
     stats["ppo/policy/loss"] = loss
     if values is None:
         return loss, stats
     vf_loss, vf_stats = ppo.value_loss(values, mb.values, mb.returns, mask, knobs.value_clip)
-    return loss + knobs.vf_coef * vf_loss, stats | vf_stats | {"ppo/val/loss": vf_loss}
-
-
-def step_0_check(stats):
-    """Before any update, policy and reference are one: the KL is 0, and so is the first log-ratio;
-    and the sampler's log-probs are those that the model gives when it reads the whole row."""
-    names = "ppo/policy/first_ratio", "objective/kl", "objective/mismatch"
-    ratio, kl, mismatch = (stats[name].item() for name in names)
-    right = abs(ratio - 1) < 1e-4 and abs(kl) < 1e-4 and mismatch < 0.05
-    found = f"first ratio {ratio:.6f}, KL {kl:.6f} nats, sampler off by {mismatch:.6f} nats a token"
-    return f"step-0 check: {found}: {'' if right else 'NOT '}as they should be"
+    stats |= vf_stats
+    stats["ppo/val/loss"] = vf_loss
+    return loss + knobs.vf_coef * vf_loss, stats
 
 
 def make_critic(knobs, policy, reference, rm):
@@ -325,24 +344,6 @@ def make_critic(knobs, policy, reference, rm):
     if not own or rm.level == "token":  # a token's reward is not the sum of those to come
         torch.nn.init.zeros_(critic.score.weight)
     return critic
-
-
-def check(knobs):
-    """Refuses switches that make no sense together."""
-    size, groups = knobs.batch_size, knobs.advantage != "gae"
-    cli.refuse({
-        "--kl-in loss with k1: its gradient is 0 on average; take --kl-kind k2 or k3":
-            knobs.kl_in == "loss" and knobs.kl_kind == "k1",
-        f"--batch-size {size} is not whole groups of {knobs.group_size}":
-            groups and size % knobs.group_size,
-        f"--whiten-rewards is for gae: {knobs.advantage} has a scale of its own":
-            groups and knobs.whiten_rewards,
-        f"--minibatches {knobs.minibatches} of --batch-size {size}: some are empty":
-            knobs.minibatches > size,
-        "--kl-horizon must exceed a fifth of --batch-size":
-            knobs.kl_target and 0.2 * size >= knobs.kl_horizon,
-    })  # fmt: skip
-    refuse_idle(knobs)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import data, reward, sft
 from minirlhf.engine import cli, machine, optim, parallel, stages
-from minirlhf.engine.cli import UserError, knob
+from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
 from minirlhf.feedback import mixture
+from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.kinds import rankings
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
@@ -96,7 +97,7 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
-    check(knobs, feedback.train)
+    check_rm(knobs, feedback.train)
     mixture.held_out_pairs(feedback.test, 1)  # an error now, where there are none
     stages.look_ahead(knobs, {"sft": knobs.init})
 
@@ -153,34 +154,6 @@ def main(knobs):
         return summary
 
 
-def check(knobs, items):
-    """Refuses knobs that say nothing together, and data that say nothing."""
-    of_kinds = mixture.reads(knobs, items)
-    of_pairs = knobs.margin or knobs.center or items.margins or not knobs.soft_labels
-    of_scores = knobs.loss != "pairs" or knobs.center or knobs.level != "response"
-    if items.ratings is None and not items.groups and not of_kinds:
-        raise UserError(f"{knobs.data}: neither comparisons nor ratings to learn from")
-    if knobs.loss == "ratings" and items.ratings is None:
-        raise UserError(f"--loss ratings: {knobs.data} has comparisons, and no ratings")
-    if knobs.loss != "pairs" and of_pairs:
-        raise UserError(
-            f"--loss {knobs.loss}: margins, --center and --no-soft-labels belong to --loss pairs"
-        )
-    if knobs.model == "pairwise" and of_scores:
-        expected = "expected --loss pairs, --level response and no --center"
-        raise UserError(f"--model pairwise has no scores: {expected}")
-    ranked = knobs.loss in ("plackett_luce", "best_of_k")
-    cli.refuse_idle(knobs, {
-        f"in --loss {knobs.loss}": not ranked and "group_size",
-        "where the records say what was ranked": items.ratings is None and "group_size",
-        "without scores": knobs.model == "pairwise" and "normalize response_length",
-        "without --normalize": not knobs.normalize and "response_length",
-        "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
-    })  # fmt: skip
-    if of_kinds:
-        mixture.check(knobs, items)
-
-
 def fresh_model(knobs, base):
     """A fresh head on a copy of the base model."""
     if knobs.model == "pairwise":
@@ -214,8 +187,10 @@ def sample_prompts(items, tokenizer, base, knobs):
 def step_0_check(model, rows, pairs, autocast, n=300):
     """What a fresh head makes of the pairs among the first n rows; all would hold up the start."""
     few = pairs[(pairs < n).all(1)]
-    outputs = read_all(model, rows.take(np.arange(len(rows.tokens))[:n]), autocast)
-    share = reward.share_positive(differences(model, outputs, few))
+    first = np.arange(min(n, len(rows.tokens)))
+    outputs = read_all(model, rows.take(first), autocast)
+    ahead = differences(model, outputs, few)
+    share = reward.share_positive(ahead)
     return f"step-0 check: a fresh head orders {share:.3f} of {len(few)} test pairs (chance is 0.5)"
 
 
@@ -303,7 +278,9 @@ def batch_accuracy(model, outputs, batch):
     label = batch.labels.astype(np.float32)  # in float64 a tie may miss one half by rounding
     swap = label < 0.5
     pairs = np.where(swap[:, None], batch.pairs[:, ::-1], batch.pairs)
-    return reward.share_positive(differences(model, outputs, pairs[label != 0.5]))
+    decided = pairs[label != 0.5]
+    ahead = differences(model, outputs, decided)
+    return reward.share_positive(ahead)
 
 
 def sample_scores(base, model, prompts, response_length, tokenizer, autocast):
@@ -312,7 +289,8 @@ def sample_scores(base, model, prompts, response_length, tokenizer, autocast):
     ends = {"eos": tokenizer.eos, "pad": tokenizer.pad}
     with autocast:
         sampled = generate(base, tokens, lengths, response_length, **ends)
-    return read_all(model, Rows.sampled(*sampled[:3], tokenizer.pad), autocast)
+    rows = Rows.sampled(*sampled[:3], tokenizer.pad)
+    return read_all(model, rows, autocast)
 
 
 def normalize(model, scores):

@@ -7,11 +7,10 @@ reference, is the script's affair. Left out: CRINGE, which needs logits.
 
 To add a loss, write a function of (pairs, beta), of label_smoothing=0.0 if it has any, and behind a
 star of its options; name it in KINDS, and where it is not like most others in ROWS, NEEDS and
-AT_START.
+AT_START of feedback/method.py.
 """
 
 import inspect
-import math
 from typing import NamedTuple
 
 import torch
@@ -209,6 +208,11 @@ def slic(pairs, beta, *, delta=1.0, lam=0.1):
     return loss - lam * pairs.policy_chosen / pairs.chosen_lengths
 
 
+def sft(pairs, beta):
+    """The chosen's next-token loss per token, a term of sums above all; not beta."""
+    return -pairs.policy_chosen / pairs.chosen_lengths
+
+
 def r_dpo(pairs, beta, *, alpha=0.01):
     """R-DPO (Park et al. 2024): DPO for a reward that charges alpha a token."""
     logit = beta * pairs.margin
@@ -242,8 +246,8 @@ def d2o(pairs, beta, *, alpha=0.1):
 
 KINDS = {loss.__name__: loss for loss in (
     sigmoid, robust, hinge, ipo, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, sppo,
-    apo_zero, apo_down, aot, aot_unpaired, discopop, simpo, orpo, cpo, slic, r_dpo, tdpo1, tdpo2,
-    npo, d2o)}  # fmt: skip
+    apo_zero, apo_down, aot, aot_unpaired, discopop, simpo, orpo, cpo, slic, sft, r_dpo, tdpo1,
+    tdpo2, npo, d2o)}  # fmt: skip
 ALIASES = {"dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair"}
 
 # Where each method that runs here stands, in the terms of the survey's Table 2 (arXiv 2503.06072):
@@ -256,7 +260,7 @@ COLUMNS = "RM1 RM2 RM3 RM4 F RL1 RL2 O"
 ROWS = {
     " ".join(["dpo", "cdpo", *KINDS, "kto", "una", "lipo"]):
         "implicit point response positive human reference off offline",
-    "simpo orpo cpo slic rrhf pro": "implicit point response positive human free off offline",
+    "simpo orpo cpo slic sft rrhf pro": "implicit point response positive human free off offline",
     "ipo sppo_hard": "implicit preference response positive human reference off offline",
     "tdpo tdpo1 tdpo2 dpo_as_q": "implicit point token positive human reference off offline",
     "npo d2o": "implicit point response negative human reference off offline",
@@ -286,6 +290,7 @@ NEEDS = {
     "orpo": "policy_chosen policy_rejected chosen_lengths rejected_lengths",
     "cpo": "policy_chosen policy_rejected chosen_lengths",
     "slic": "policy_chosen policy_rejected chosen_lengths",
+    "sft": "policy_chosen chosen_lengths",
     "npo": "policy_rejected ref_rejected",
 }
 
@@ -314,31 +319,20 @@ def diverge(kind, pairs, **divergence):
 
 
 def f_divergence(u, divergence="reverse_kl", alpha_divergence=None):
-    """f'(pi / pi_ref) up to a constant, of the log-ratio u (Wang et al. 2023, table 1)."""
-    a = 0.5 if alpha_divergence is None else alpha_divergence  # never 1
+    """f'(pi / pi_ref) up to a constant, of the log-ratio u (Wang et al. 2023, table 1): with alpha
+    from that of the reverse KL, at 0, to that of the forward KL, at 1."""
+    a = 0.5 if alpha_divergence is None else alpha_divergence  # never 0
     forms = {
         "reverse_kl": lambda: u,
         "forward_kl": lambda: -torch.exp(-u),
         "js": lambda: logsigmoid(u),
-        "alpha": lambda: torch.exp((a - 1) * u) / (a - 1),
+        "alpha": lambda: -torch.exp(-a * u) / a,
     }
     stray_alpha = alpha_divergence is not None and divergence != "alpha"
-    if divergence not in forms or stray_alpha or a == 1:
+    if divergence not in forms or stray_alpha or a == 0:
         given = f"divergence {divergence!r}, alpha {alpha_divergence}"
-        raise ValueError(f"{given}: expected {', '.join(forms)}; for that an alpha, not 1")
+        raise ValueError(f"{given}: expected {', '.join(forms)}; for that an alpha, not 0")
     return forms[divergence]()
-
-
-LOG2 = math.log(2)
-AT_START = dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired"), LOG2)
-AT_START |= {"tdpo1": LOG2, "tdpo2": LOG2, "d2o": LOG2, "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2}
-AT_START |= {"hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "discopop": (LOG2 + 1) / 2}
-
-
-def loss_at_start(kind, beta):
-    """The loss while policy = reference: one number, as long as no option changes it, or None."""
-    of_beta = {"npo": 2 / beta * LOG2, "ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
-    return (AT_START | of_beta).get(ALIASES.get(kind, kind))
 
 
 def token_rewards(logprobs, ref_logprobs, *, beta=0.1):

@@ -3,7 +3,7 @@
 Tensors in, tensors out. Everything about tokens is (B, R): response token t of row b, with a mask
 that is True on real tokens. What lies outside the mask never matters and comes back as 0.
 
-Left out: entropy bonus, dual clip, clamps on log-ratios, bootstrapping the value of a cut response.
+Left out: dual clip, clamps on log-ratios, bootstrapping the value of a cut response.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 ADVANTAGES = ("gae", "rloo", "grpo", "reinforce")
+LOSS_MEANS = ("token", "response", "constant")
 
 
 def masked(x, mask):
@@ -35,11 +36,12 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     return estimates[kind]
 
 
-def kl_loss(logprobs, ref_logprobs, mask, kind):
-    """The mean KL estimate over the mask: a scalar, for a KL that the loss pays (k2 or k3)."""
+def kl_loss(logprobs, ref_logprobs, mask, kind, weights=1.0):
+    """The mean KL estimate over the mask: a scalar, for a KL that the loss pays (k2 or k3); with
+    `weights` as in policy_loss."""
     logprobs, ref_logprobs = masked(logprobs, mask), masked(ref_logprobs, mask)
     kl = kl_estimate(logprobs, ref_logprobs, kind)
-    return masked_mean(kl, mask)
+    return masked_mean(weights * kl, mask)
 
 
 def on_last_token(scores, mask):
@@ -124,19 +126,57 @@ def whiten(x, mask, shift_mean=True):
     return masked(white, mask)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: (masked mean, stats)."""
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=None,
+                level="token", weights=1.0):  # fmt: skip
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: (masked mean, stats).
+
+    A ratio is held between 1 - clip and 1 + clip, or 1 + clip_high (DAPO, Yu et al. 2025, eq. 8).
+    It is a token's or, by `level` response, the geometric mean of those of its response, for each
+    of its tokens (GSPO, Zheng et al. 2025, eq. 7). `weights` (B, 1): what a token counts.
+    """
     log_ratio = masked(logprobs - old_logprobs, mask)
+    if level == "response":
+        log_ratio = response_mean(log_ratio, mask)
+        log_ratio = masked(log_ratio, mask)
     ratio = log_ratio.exp()
+    high = clip if clip_high is None else clip_high
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + high)
     with torch.no_grad():
         stats = {
             "ppo/policy/ratio": masked_mean(ratio, mask),
             "ppo/policy/approxkl": masked_mean(0.5 * log_ratio**2, mask),
             "ppo/policy/clipfrac": masked_mean((clipped > plain).float(), mask),
         }
-    return masked_mean(torch.maximum(plain, clipped), mask), stats
+    larger = weights * torch.maximum(plain, clipped)
+    return masked_mean(larger, mask), stats
+
+
+def response_mean(x, mask):
+    """The mean of masked x over each row's tokens: (B, 1)."""
+    lengths = mask.sum(1, keepdim=True)
+    return x.sum(1, keepdim=True) / lengths.clamp(min=1)
+
+
+def token_weights(lengths, width, kind, counts):
+    """What a token of each response counts (B, 1), so that a mean over all tokens of a batch is
+
+    token: that over the tokens of responses that count (DAPO's, Yu et al. 2025, eq. 8);
+    response: the mean over responses of each one's mean (GRPO's, Shao et al. 2024, eq. 3);
+    constant: their sum over responses times width (Dr. GRPO's, Liu et al. 2025).
+
+    lengths (B,), numbers of tokens; counts (B,), 1 where a response counts, else 0.
+    """
+    responses = counts.sum().clamp(min=1)
+    if kind == "token":
+        tokens = counts * lengths
+        parts = tokens.sum().clamp(min=1)
+    elif kind == "response":
+        parts = responses * lengths.clamp(min=1)
+    else:
+        parts = responses * width
+    shares = counts * lengths.sum() / parts
+    return shares[:, None]
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
@@ -154,19 +194,6 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return 0.5 * masked_mean(larger, mask), stats
 
 
-def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns): 1 of a perfect critic, 0 of a constant one; 0 where
-    the returns are all alike."""
-    errors = returns - values
-    around_mean = errors - masked_mean(errors, mask)
-    unexplained = masked_mean(around_mean**2, mask)
-    around_mean = returns - masked_mean(returns, mask)
-    variance = masked_mean(around_mean**2, mask)
-    explained = 1 - unexplained / variance
-    alike = all_alike(returns, mask).squeeze()
-    return explained.masked_fill(alike, 0)
-
-
 def group_advantages(scores, group_size, kind):
     """One advantage a response (B,), against the others of its prompt; the `group_size` rows of a
     prompt are consecutive.
@@ -177,15 +204,10 @@ def group_advantages(scores, group_size, kind):
     all. Scores that are all alike have the advantage 0. Raises ValueError for another kind, for a
     group of one, and when B is not a multiple.
     """
-    if group_size < 2 or len(scores) % group_size:
-        given = f"{len(scores)} scores in groups of {group_size}"
-        raise ValueError(f"{given}: expected whole groups of at least 2")
-    groups = scores.view(-1, group_size)
+    groups = as_groups(scores, group_size)
     mean = groups.mean(1, keepdim=True)
-    centred = groups - mean
-    whole = torch.ones_like(groups, dtype=torch.bool)
-    alike = all_alike(groups, whole, dim=1)
-    centred = centred.masked_fill(alike, 0)
+    flat = flat_groups(groups)[:, None]
+    centred = (groups - mean).masked_fill(flat, 0)
     if kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     elif kind == "grpo":
@@ -193,6 +215,29 @@ def group_advantages(scores, group_size, kind):
     elif kind != "reinforce":
         raise ValueError(f"group baseline {kind!r}: expected rloo, grpo or reinforce")
     return centred.flatten()
+
+
+def as_groups(scores, group_size):
+    """(groups, group_size) of scores (B,); errors as in group_advantages."""
+    if group_size < 2 or len(scores) % group_size:
+        given = f"{len(scores)} scores in groups of {group_size}"
+        raise ValueError(f"{given}: expected whole groups of at least 2")
+    return scores.view(-1, group_size)
+
+
+def flat_responses(scores, group_size):
+    """Where the scores of a whole group are alike, so that nothing is learned from it: (B,);
+    nowhere in groups of one."""
+    if group_size == 1:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    groups = as_groups(scores, group_size)
+    return flat_groups(groups).repeat_interleave(group_size)
+
+
+def flat_groups(groups):
+    """Which rows of scores (groups, group_size) are alike throughout: (groups,)."""
+    whole = torch.ones_like(groups, dtype=torch.bool)
+    return all_alike(groups, whole, dim=1).squeeze(1)
 
 
 class AdaptiveKL:

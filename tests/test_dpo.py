@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minirlhf import dpo
+from minirlhf.feedback.method import loss_at_start
 
 B = 6
 RNG = np.random.default_rng(0)
@@ -27,7 +28,7 @@ SMOOTHED = ["sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"]
 RATIOS = ["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair",
           "sppo_hard", "sppo", "apo_zero", "apo_down", "aot_unpaired", "discopop", "r_dpo", "tdpo1",
           "tdpo2", "npo", "d2o"]  # of c and r  # fmt: skip
-FREE = ["simpo", "orpo", "cpo", "slic"]  # of lc and lr: no reference
+FREE = ["simpo", "orpo", "cpo", "slic", "sft"]  # of lc and lr: no reference
 KINDS = [*RATIOS, "aot", *FREE]
 ALIASES = {"dpo": "sigmoid", "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair"}
 DIVERGENCES = [
@@ -35,7 +36,8 @@ DIVERGENCES = [
     ({"divergence": "forward_kl"}, lambda u: -np.exp(-u)),
     ({"divergence": "js"}, lambda u: S(u)),
     ({"divergence": "alpha"}, lambda u: -2 * np.exp(-u / 2)),
-    ({"divergence": "alpha", "alpha_divergence": 3.0}, lambda u: np.exp(2 * u) / 2),
+    ({"divergence": "alpha", "alpha_divergence": 0.3}, lambda u: -np.exp(-0.3 * u) / 0.3),
+    ({"divergence": "alpha", "alpha_divergence": -2.0}, lambda u: np.exp(2 * u) / 2),
 ]
 
 
@@ -89,6 +91,7 @@ def formula(kind, lc=LC, lr=LR, fc=FC, fr=FR, b=0.1, e=0.0, nc=NC, nr=NR, f=lamb
         "simpo": lambda: -S(b * (lc / nc - lr / nr) - gamma),
         "orpo": lambda: -lc / nc - lam * S(logodds(lc / nc) - logodds(lr / nr)),
         "cpo": lambda: -S(b * (lc - lr)) - lc / nc,
+        "sft": lambda: -lc / nc,
         "slic": lambda: np.maximum(0, delta - lc + lr) - lam * lc / nc,
     }
     kind = ALIASES.get(kind, kind)
@@ -138,7 +141,8 @@ NEW = """loss {kind!r} has no formula in tests/test_dpo.py. To test it as the ot
   without a reference); to SMOOTHED if it takes label_smoothing, to TAKES if it takes tensors;
 - in minirlhf/dpo.py, add it to a row of ROWS, which makes AXES, if it is not like DPO on every axis
   (without a reference: the row of simpo); to NEEDS if it uses lengths, or fewer than the four
-  log-probs; to AT_START if it has one value there."""
+  log-probs; to AT_START of
+  minirlhf/feedback/method.py if it has one value there."""
 
 
 @pytest.mark.parametrize("kind", dpo.KINDS)
@@ -263,6 +267,29 @@ def test_divergences(kind):
         close(pair_loss(kind, lc, lr, e=e, **options), formula(kind, lc, lr, e=e, f=f))
 
 
+@pytest.mark.parametrize("alpha", [-2.0, -0.5, 0.3, 0.5, 0.9, 1.0, 2.5])
+def test_the_alpha_divergence_is_the_slope_of_its_f(alpha):
+    """f(u) = (u^(1-alpha) - (1-alpha) u - alpha) / (alpha (alpha - 1)), for 1 that of the forward
+    KL, -log u + u - 1; a constant in f' cancels between chosen and rejected."""
+
+    def f(u):
+        if alpha == 1:
+            return -np.log(u) + u - 1
+        return (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1))
+
+    u, eps = np.array([0.2, 0.7, 1.0, 1.9, 6.0]), 1e-6
+    slopes = (f(u + eps) - f(u - eps)) / (2 * eps)
+    found = dpo.f_divergence(torch.from_numpy(np.log(u)), "alpha", alpha).numpy()
+    close(np.diff(found), np.diff(slopes), 1e-7, 1e-8)
+
+
+def test_the_alpha_divergence_lies_between_the_two_kls():
+    u = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    near = dpo.f_divergence(u, "alpha", 1e-9).diff()
+    close(near, u.diff(), 1e-6)
+    close(dpo.f_divergence(u, "alpha", 1.0), dpo.f_divergence(u, "forward_kl"))
+
+
 # Errors
 
 
@@ -283,7 +310,7 @@ def test_impossible_label_smoothing(kind, e):
     ("sppo_hard", {"chosen_win": 0.5}), ("aot", {"divergence": "js"}),
     ("dpoo", {}), ("kto", {}), ("sigmoid", {"divergence": "hellinger"}),
     ("sigmoid", {"alpha_divergence": 0.3}),
-    ("sigmoid", {"divergence": "alpha", "alpha_divergence": 1}),
+    ("sigmoid", {"divergence": "alpha", "alpha_divergence": 0}),
     ("sppo", {"chosen_win": None}), ("sppo", {"rejected_win": None})])  # fmt: skip
 def test_options_that_a_kind_has_not(kind, options):
     with pytest.raises(ValueError):
@@ -292,7 +319,7 @@ def test_options_that_a_kind_has_not(kind, options):
 
 def test_lengths():
     four = [torch.from_numpy(x) for x in LOGPS]
-    lengths = ("sigmoid_norm", "simpo", "orpo", "cpo", "slic", "r_dpo", "ipo", "sigmoid")
+    lengths = ("sigmoid_norm", "simpo", "orpo", "cpo", "slic", "sft", "r_dpo", "ipo", "sigmoid")
     for kind in (*lengths, "tdpo1", "tdpo2"):  # the last two lack their KLs
         options = {"ipo": {"length_normalise": True}, "sigmoid": {"nll_weight": 0.1}}.get(kind, {})
         with pytest.raises(ValueError, match="length" if kind in lengths else "chosen_kl"):
@@ -435,7 +462,7 @@ TABLE = {
     "apo_zero apo_down aot aot_unpaired discopop r_dpo kto una lipo": STORED,
     "ipo sppo_hard": "implicit preference response positive human reference off offline",
     "tdpo tdpo1 tdpo2 dpo_as_q": "implicit point token positive human reference off offline",
-    "simpo orpo cpo slic rrhf pro": "implicit point response positive human free off offline",
+    "simpo orpo cpo slic sft rrhf pro": "implicit point response positive human free off offline",
     "npo d2o": "implicit point response negative human reference off offline",
     "iterative_dpo oaif": "implicit point response positive AI reference on online",
     "sppo dno": "implicit preference response positive AI reference on online",
@@ -475,11 +502,11 @@ def test_loss_at_start(kind, b):
         for win in (0.4, 0.8):
             given = {"chosen_kl": 0, "rejected_kl": 0, "chosen_win": win, "rejected_win": win}
             losses.append(formula(name, FC, FR, b=b, e=e, **given))
-    value = dpo.loss_at_start(kind, b)
+    value = loss_at_start(kind, b)
     if np.ptp(losses) > 1e-6:
         assert value is None
     else:
-        assert value is not None, f"{kind} starts at {np.mean(losses)}: add it to dpo.AT_START"
+        assert value is not None, f"{kind} starts at {np.mean(losses)}: add it to AT_START"
         close(value, np.mean(losses))
 
 

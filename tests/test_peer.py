@@ -16,9 +16,11 @@ from itertools import product
 import pytest
 import torch
 
+import train_dpo
 from minirlhf import data, dpo, lists, ppo, sft
 from minirlhf.engine.rows import pad_rows
 from minirlhf.engine.weights import export
+from minirlhf.feedback.method import method_of
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.reward import bradley_terry_loss
 from minirlhf.sampling import response_logprobs, response_mask
@@ -154,8 +156,10 @@ DIVERGENCES = [
     ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     ({"divergence": "js"}, {"f_divergence_type": "js_divergence"}),
     ({"divergence": "alpha"}, {"f_divergence_type": ALPHA}),
-    ({"divergence": "alpha", ALPHA: 1.5},
+    ({"divergence": "alpha", ALPHA: -0.5},  # TRL's coefficient is 1 - alpha of the paper's
      {"f_divergence_type": ALPHA, "f_alpha_divergence_coef": 1.5}),
+    ({"divergence": "alpha", ALPHA: 0.3},
+     {"f_divergence_type": ALPHA, "f_alpha_divergence_coef": 0.7}),
 ]  # fmt: skip
 DPO = [("ipo", {"length_normalise": True}, {})]
 DPO += [(kind, {}, {}) for kind in (
@@ -176,6 +180,28 @@ def test_dpo(kind, options, their_options, saved, peer):
     trainer = peer("DPO", their_policy, texts, len(PAIRS), objects, **their_options)
     loss = pair_loss(kind, policy, reference, CHOSEN, REJECTED, **options)
     assert_same(loss, policy, trainer)
+
+
+@pytest.mark.parametrize("loss, options, their_options", [
+    ("sft", {}, {"loss_type": ["sft"]}),
+    ("sigmoid+0.2*sft", {}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}),
+    ("0.8*hinge+1.5*apo_zero+sft", {},
+     {"loss_type": ["hinge", "apo_zero", "sft"], "loss_weights": [0.8, 1.5, 1.0]}),
+])  # fmt: skip
+def test_sums(loss, options, their_options, saved, peer):
+    """A pair at a time: TRL's next-token loss is a mean over the tokens of a batch."""
+    method = method_of(train_dpo.Knobs(loss=loss))
+    for pair in PAIRS[:1] + PAIRS[2:]:  # an empty answer is none to TRL
+        policy, reference = ours(saved)
+        objects = {"ref_model": theirs(saved / "reference")}
+        given = {"beta": BETA} | their_options
+        trainer = peer("DPO", theirs(saved / "policy"), preferences([pair]), 1, objects, **given)
+        sides = [(pair[0], pair[1])], [(pair[0], pair[2])]
+
+        def of_pairs(kind, sides=sides, policy=policy, reference=reference, **more):
+            return pair_loss(kind, policy, reference, *sides, beta=BETA, **more)
+
+        assert_same(method.losses(of_pairs, 0.0).mean(), policy, trainer)
 
 
 @pytest.mark.parametrize("kind, options, their_kind, their_options", [
@@ -243,14 +269,28 @@ def test_sft(saved, peer):
     assert_same(loss, model, trainer)
 
 
-@pytest.mark.parametrize("kind, kl_coef, lr", [
-    ("rloo", 0.0, 0.02), ("grpo", 0.0, 0.3), ("grpo", 0.5, 0.3), ("reinforce", 0.5, 0.3),
-])  # fmt: skip
-def test_group_baselines(kind, kl_coef, lr, saved, peer):
+LATER = {  # what TRL calls it, and policy_loss; the weights of tokens; the weight of the entropy
+    "": ({}, {}, "token", 0.0),
+    "clip": ({"epsilon": 0.1, "epsilon_high": 0.3}, {"clip": 0.1, "clip_high": 0.3}, "token", 0.0),
+    "response": ({"loss_type": "grpo"}, {}, "response", 0.0),
+    "constant": ({"loss_type": "dr_grpo"}, {}, "constant", 0.0),
+    "dapo": ({"loss_type": "dapo"}, {}, "token", 0.0),
+    "gspo": ({"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01},
+             {"level": "response", "clip": 0.01}, "response", 0.0),
+    "entropy": ({"entropy_coef": 0.3}, {}, "token", 0.3),
+    "entropy, response": ({"loss_type": "grpo", "entropy_coef": 0.3}, {}, "response", 0.3),
+}  # fmt: skip
+VARIANTS = [("rloo", 0.0, 0.02, ""), ("grpo", 0.0, 0.3, ""), ("reinforce", 0.5, 0.3, "")]
+VARIANTS += [("grpo", 0.5, 0.3, later) for later in LATER]
+
+
+@pytest.mark.parametrize("kind, kl_coef, lr, later", VARIANTS)
+def test_group_baselines(kind, kl_coef, lr, later, saved, peer):
     """Two updates on a batch that TRL samples.
 
-    Group advantages, clipped ratios and k3 in the loss move the weights alike.
+    Group advantages, clipped ratios, k3 in the loss and an entropy bonus move the weights alike.
     """
+    more, loss_options, mean, entropy_coef = LATER[later]
     # Prompts of one length: TRL's left padding shifts GPT-2's positions
     samples, prompts = [], [{"prompt": EOS + "ab"}, {"prompt": EOS + "cd"}]
 
@@ -265,6 +305,7 @@ def test_group_baselines(kind, kl_coef, lr, saved, peer):
     if kind != "rloo":  # bnpo: a mean over the tokens of the batch
         options |= {"loss_type": "bnpo", "use_bias_correction_kl": False}
         options["scale_rewards"] = "group" if kind == "grpo" else "none"
+    options |= more
     their_policy = theirs(saved / "policy")
     before = {name: p.detach().clone() for name, p in their_policy.named_parameters()}
     sgd = torch.optim.SGD(their_policy.parameters(), lr=lr)
@@ -283,12 +324,15 @@ def test_group_baselines(kind, kl_coef, lr, saved, peer):
     advantages = ppo.group_advantages(torch.tensor([score for *_, score in samples]), 4, kind)
     sgd = torch.optim.SGD(policy.parameters(), lr=lr)
     for _ in range(2):
-        logprobs = response_logprobs(policy, *rollout)
+        logprobs, entropy = response_logprobs(policy, *rollout, entropy=True)
         if kind == "rloo":  # one ratio a response
             loss, stats = ppo.policy_loss(logprobs.sum(1), old.sum(1), advantages, torch.ones(8))
         else:
-            loss, stats = ppo.policy_loss(logprobs, old, advantages[:, None], mask)
-            loss += kl_coef * ppo.masked_mean(ppo.kl_estimate(logprobs, old, "k3"), mask)
+            weights = ppo.token_weights(lengths - 3, 12, mean, torch.ones(8))
+            given = loss_options | {"weights": weights}
+            loss, stats = ppo.policy_loss(logprobs, old, advantages[:, None], mask, **given)
+            loss += kl_coef * ppo.kl_loss(logprobs, old, mask, "k3", weights)
+            loss -= entropy_coef * ppo.masked_mean(entropy, mask)
         sgd.zero_grad()
         loss.backward()
         sgd.step()

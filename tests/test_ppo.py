@@ -13,6 +13,7 @@ import torch
 
 import train_ppo
 from minirlhf import ppo
+from minirlhf.look.episodes import explained_variance
 
 LENGTHS = [5, 1, 0, 7, 3]  # one token, none at all, the full width
 B, R = len(LENGTHS), max(LENGTHS)
@@ -299,13 +300,20 @@ def test_losses_add_up(kind):
             advantages=advantages,
             values=dirty(old_values, mask, pad),
             returns=returns,
+            weights=1.0,
         )
         inputs = [
             dirty(x, mask, s * pad).requires_grad_() for x, s in ((logprobs, 1), (values, -2))
         ]
         for kl_in, expected in (("loss", pg + 0.7 * kl), ("reward", pg)):
             knobs = SimpleNamespace(
-                clip=0.1, value_clip=0.3, vf_coef=0.5, kl_in=kl_in, kl_kind=kind
+                clip=0.1,
+                value_clip=0.3,
+                vf_coef=0.5,
+                kl_in=kl_in,
+                kl_kind=kind,
+                clip_high=0.0,
+                ratio="token",
             )
             loss, stats = train_ppo.losses(*inputs, minibatch, mask, knobs, 0.7)
             close(loss, expected + 0.5 * vf)
@@ -363,11 +371,11 @@ def test_explained_variance():
     mask, values, returns = make_mask(), normal(B, R, seed=60), normal(B, R, seed=61)
     v, r = values[mask].numpy(), returns[mask].numpy()
     for m in (mask, mask.double()):
-        actual = ppo.explained_variance(dirty(values, mask, 1e6), dirty(returns, mask, -3e6), m)
+        actual = explained_variance(dirty(values, mask, 1e6), dirty(returns, mask, -3e6), m)
         close(actual, 1 - (r - v).var() / r.var())
-    close(ppo.explained_variance(returns + 3, returns, mask), 1.0)  # a constant offset is not seen
-    close(ppo.explained_variance(torch.zeros_like(returns), returns, mask), 0.0)
-    close(ppo.explained_variance(-returns, returns, mask), -3.0)
+    close(explained_variance(returns + 3, returns, mask), 1.0)  # a constant offset is not seen
+    close(explained_variance(torch.zeros_like(returns), returns, mask), 0.0)
+    close(explained_variance(-returns, returns, mask), -3.0)
 
 
 def test_group_advantages_by_hand():

@@ -22,6 +22,7 @@ from minirlhf.engine import parallel
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows
 from minirlhf.feedback import labelers
+from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 from minirlhf.look.ridge import ridge_scores, words_of
@@ -215,19 +216,19 @@ def test_margins_go_with_their_records(tmp_path):
 def test_knobs_that_say_nothing_together(changes, names):
     items = dataclasses.replace(GROUPS, margins=[1.0] * 3)
     with pytest.raises(UserError, match=names):
-        train_rm.check(knobs(**changes), items)
+        check_rm(knobs(**changes), items)
     if changes.get("loss") in ("plackett_luce", "best_of_k"):
-        train_rm.check(knobs(**changes), GROUPS)  # fine without margins
+        check_rm(knobs(**changes), GROUPS)  # fine without margins
     else:
         with pytest.raises(UserError):
-            train_rm.check(knobs(**changes), GROUPS)
+            check_rm(knobs(**changes), GROUPS)
 
 
 def test_ratings_take_no_switch_of_pairs():
     for more in ({"margin": 0.1}, {"center": 0.1}, {"soft_labels": False}):
         with pytest.raises(UserError, match="belong to --loss pairs"):
-            train_rm.check(knobs(loss="ratings", **more), RATED)
-    train_rm.check(knobs(loss="ratings"), RATED)
+            check_rm(knobs(loss="ratings", **more), RATED)
+    check_rm(knobs(loss="ratings"), RATED)
 
 
 # Rows and micro-batches

@@ -19,7 +19,8 @@ from minirlhf.data import all_logps, stored_logps
 from minirlhf.feedback import labelers
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPTConfig, RewardModel
-from minirlhf.ppo import explained_variance, group_advantages, whiten
+from minirlhf.look.episodes import explained_variance
+from minirlhf.ppo import group_advantages, whiten
 from minirlhf.reward import normalization
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)

@@ -70,6 +70,12 @@ CHANGES = {
         soft_labels=False,
     ),
     train_ppo: dict(
+        missing_eos_penalty=5.0,
+        critic_warmup=2,
+        clip_high=0.01,
+        loss_mean="response",
+        entropy_coef=0.5,
+        stop_kl=1e-9,
         steps=1,
         batch_size=16,
         response_length=4,
@@ -100,6 +106,7 @@ CHANGES = {
         lr_schedule="cosine",
     ),
     train_dpo: dict(
+        ref_every=1,
         loss="ipo",
         beta=0.5,
         label_smoothing=0.3,
@@ -133,8 +140,8 @@ NOT_IN_WEIGHTS = {
         "eval_samples",
     }
     | BESIDE
-    # tests/test_switches.py
-    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size"},
+    # tests/test_switches.py, tests/test_later_switches.py
+    | {"reward_level", "truncate", "truncate_after", "kl_in", "group_size", "skip_flat", "ratio"},
     train_dpo: {
         "data",
         "init",
@@ -144,6 +151,7 @@ NOT_IN_WEIGHTS = {
         "group_size",
         "online",
         "labeler",  # tests/test_judges.py
+        "ref_mix",  # tests/test_train_dpo.py
         "samples",
         "mixture",
         "micro_batch",

@@ -107,7 +107,8 @@ def test_one_iteration(recipe, dtype, monkeypatch):
     close(stats["objective/entropy"], "entropy", expected, dtype)
 
     new = (fixed["new_logprobs"], fixed["new_values"])
-    loss, stats = train_ppo.losses(*new, episodes, mask, knobs, knobs.kl_coef)
+    mb = episodes._replace(weights=1.0)
+    loss, stats = train_ppo.losses(*new, mb, mask, knobs, knobs.kl_coef)
     for name, key in (
         ("ppo/policy/loss", "policy_loss"),
         ("ppo/val/loss", "value_loss"),

@@ -646,7 +646,7 @@ def test_a_larger_coefficient_ends_nearer_the_base_model(toy, tmp_path, capsys):
 )
 def test_adaptive_kl_follows_its_rule_in_both_places(place, toy, tmp_path, monkeypatch):
     losses, used = train_ppo.losses, []
-    monkeypatch.setattr(train_ppo, "losses", lambda *args: used.append(args[-1]) or losses(*args))
+    monkeypatch.setattr(train_ppo, "losses", lambda *args: used.append(args[5]) or losses(*args))
     rows = train(
         toy,
         tmp_path,

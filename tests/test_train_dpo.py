@@ -23,7 +23,7 @@ from minirlhf.feedback.kinds import Batch, Compared, Ranked, Thumbs, thumbs
 from minirlhf.feedback.method import LOSSES, method_of
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig
-from minirlhf.online import samples
+from minirlhf.online import batches, samples
 from minirlhf.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -397,7 +397,7 @@ def test_losses_without_a_reference_load_none(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_dpo, "prepare", prepare)
     free = [kind for kind in LOSSES if dpo.AXES[kind]["RL1"] == "free"]
-    assert {"simpo", "orpo", "cpo", "slic", "rrhf", "pro"} == set(free)
+    assert {"simpo", "orpo", "cpo", "slic", "sft", "rrhf", "pro"} == set(free)
     for loss in [*free, "sigmoid"]:
         models.clear()
         summary, _, _ = run(toy, tmp_path, loss=loss, steps=1)
@@ -722,6 +722,21 @@ def test_loss_options(loss, option, value):
     ({"samples": 1}, "--samples"),
     ({"group_size": 1}, "--group-size"),
     ({"rounds": 0}, "--rounds"),
+    ({"ref_every": 2, "rounds": 2}, "give one"),
+    ({"loss": "simpo", "ref_every": 2}, "no reference to move"),
+    ({"ref_mix": 0.5}, "ref-mix"),
+    ({"loss": "sigmod+sft"}, "expected one of"),
+    ({"loss": "sigmoid+kto"}, "kto.* is no term of a sum"),
+    ({"loss": "sigmoid+tdpo1"}, "tdpo1.* is no term of a sum"),
+    ({"loss": "dpo+0.5*sigmoid"}, "named twice"),
+    ({"loss": "sigmoid+0*sft"}, "above 0"),
+    ({"loss": "sigmoid+nan*sft"}, "above 0"),
+    ({"loss": "0.5*sigmoid"}, "belongs to a sum"),
+    ({"loss": "sigmoid+"}, "expected one of"),
+    ({"loss": "hinge+sft", "label_smoothing": 0.1}, "has none"),
+    ({"loss": "hinge+sft", "soft_labels": False}, "soft-labels"),
+    ({"loss": "sft", "beta": 0.3}, "beta"),
+    ({"loss": "sft+exo"}, "--label-smoothing above 0"),
     ({"mixture": 1.5}, "--mixture"),
     ({"online": True, "batch_size": 1}, "--batch-size 1"),
 ])  # fmt: skip
@@ -737,6 +752,58 @@ def test_bad_values_of_options_and_labelers(toy, tmp_path):
     feedback.true_reward = None
     with pytest.raises(UserError, match="no known true reward"):
         labelers.load_labeler("true", feedback, Letters, tiny())
+
+
+def test_a_sum_of_losses_gives_each_term_its_options():
+    """By hand: the options and the smoothing go where they are known."""
+    knobs = train_dpo.Knobs(
+        loss="dpo + 0.2*sft + 3*ipo", loss_options="length_normalise=true,divergence=js"
+    )
+    method, seen = method_of(knobs), []
+    assert method.kind == "sigmoid" and method.has_reference and method.soft
+
+    def of_pairs(kind, **given):
+        seen.append((kind, given))
+        return {"sigmoid": 100.0, "sft": 10.0, "ipo": 1.0}[kind]
+
+    assert method.losses(of_pairs, 0.3) == pytest.approx(100 + 0.2 * 10 + 3)
+    js, normal = {"divergence": "js"}, {"length_normalise": True}
+    assert seen == [
+        ("sigmoid", js | {"label_smoothing": 0.3}),
+        ("sft", {"label_smoothing": 0.0}),
+        ("ipo", js | normal | {"label_smoothing": 0.0}),
+    ]
+
+
+def test_a_sum_trains_and_is_told(toy, tmp_path, capsys):
+    both = run(toy, tmp_path / "sum", loss="sigmoid+2*sft")[2]
+    assert "no known value" in capsys.readouterr().out
+    assert differ(both, run(toy, tmp_path / "one", loss="sigmoid")[2])
+    with_option = run(toy, tmp_path / "nll", loss="sigmoid", loss_options="nll_weight=2")[2]
+    assert not differ(both, with_option)  # the same said in another way
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_the_reference_follows(online, monkeypatch, toy, tmp_path):
+    """After every two steps it is 0.7 of the way on to the policy, and is asked anew."""
+    seen, at = [], batches.Moving.at
+
+    def spy(self, step, planned):
+        old, new = ([w.clone() for w in m.parameters()] for m in (self.reference, self.policy))
+        batch = at(self, step, planned)
+        seen.append((old, new, [w.clone() for w in self.reference.parameters()]))
+        with torch.no_grad():
+            expected = all_logps(self.reference, batch.rows)
+        torch.testing.assert_close(batch.ref_logps, expected, atol=1e-4, rtol=1e-4)
+        return batch
+
+    monkeypatch.setattr(batches.Moving, "at", spy)
+    run(toy, tmp_path, ref_every=2, ref_mix=0.7, steps=5, online=online)
+    for step, (old, new, now) in enumerate(seen):
+        share = 0.7 if step in (2, 4) else 0.0
+        for a, b, c in zip(old, new, now, strict=True):
+            torch.testing.assert_close(c, (1 - share) * a + share * b)
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError])

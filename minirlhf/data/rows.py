@@ -156,3 +156,9 @@ def fit(prompts, room, overlong):
             row = np.concatenate([row[:1], cut_left(row[1:], room)])
         fitting.append(row)
     return fitting
+
+
+def held_out_prompts(feedback, tokenizer, room, knobs):
+    """The prompts that a script answers before and after: --eval-samples held-out ones."""
+    unseen = prompts_of(feedback.test, tokenizer, np.random.default_rng(1))
+    return fit(unseen, room, knobs.overlong)[: knobs.eval_samples]

@@ -88,16 +88,25 @@ def in_parts(f, size, *rows):
     return [torch.cat(x) for x in zip(*found, strict=True)]
 
 
+def some(batch, index):
+    """Some rows of a batch, a NamedTuple of tensors (B, ...) or None, without the padding of tokens
+    (B, T) that none of these needs."""
+    taken = batch._make(None if x is None else x[index] for x in batch)
+    lengths = taken.prompt_lengths + taken.response_lengths
+    longest = int(lengths.max())
+    return taken._replace(tokens=taken.tokens[:, :longest])
+
+
 def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
     """One optimizer step on loss_of(part) -> (loss, stats), means over the response tokens of a
     part of the batch: (stats of the whole batch, gradient norm). Each process has its share of its
-    rows(index), --micro-batch of them in memory at a time."""
+    rows, --micro-batch of them in memory at a time."""
     n_tokens, sums = batch.response_lengths.sum(), Counter()
     mine, counts = parallel.share(len(batch.tokens))
     size = knobs.micro_batch or len(mine)
     for start in range(0, len(mine), size):
         where = slice(start, start + size)
-        part = batch.rows(mine[where])
+        part = some(batch, mine[where])
         once = torch.as_tensor(counts[where], device=n_tokens.device)  # no row counts twice
         lengths = part.response_lengths * once
         with autocast:

@@ -15,36 +15,92 @@ LOSSES = dpo.KINDS | THUMBS | LISTS | GAMES
 NAMES = (*LOSSES, *dpo.ALIASES)
 PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 SWITCHES = ("length_normalise",)  # options that are true or false, not numbers
-NO_BETA = ("orpo", "slic", "rrhf", "pro")
+NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro")
+BY_THEMSELVES = ("sppo", "tdpo1", "tdpo2", "d2o")  # these take more than the log-probs of pairs
 SOFT = ("sigmoid", "sppo")  # what takes shares of raters for labels
 
 
 class Method(NamedTuple):
-    kind: str  # a key of LOSSES
+    kind: str  # a key of LOSSES; of a sum, that of its first term
     options: dict  # keywords of the loss
     has_reference: bool
     per_token: bool  # whether its implicit rewards are those of a token, not of a response
+    terms: list  # of a sum of losses of pairs, [(weight, kind)]; else the kind alone
+
+    @property
+    def soft(self):
+        """Whether it takes shares of raters for labels."""
+        return any(kind in SOFT for _, kind in self.terms)
+
+    def losses(self, of_pairs, smoothing):
+        """The loss of each pair (B,), of of_pairs(kind, **keywords) with all else that it needs. A
+        term takes those of the options that it has, and the label smoothing if it has any."""
+        if len(self.terms) == 1:
+            return of_pairs(self.kind, label_smoothing=smoothing, **self.options)
+        total = 0
+        for weight, kind in self.terms:
+            known = dpo.options_of(kind)
+            own = {name: value for name, value in self.options.items() if name in known}
+            own["label_smoothing"] = smoothing if has_smoothing(kind) else 0.0
+            total = total + weight * of_pairs(kind, **own)
+        return total
 
 
 def method_of(knobs):
     """The Method that the knobs name. Raises UserError for what does not go together."""
     method = named_method(knobs)
-    check(knobs, method.kind, method.options, method.has_reference)
+    check(knobs, method)
     return method
 
 
 def named_method(knobs):
     """The same of any object with `loss` and `loss_options`, which are not held against others."""
-    kind = dpo.ALIASES.get(knobs.loss, knobs.loss)
-    options = read_options(knobs.loss_options, kind)
-    has_reference = dpo.AXES[kind]["RL1"] == "reference"
+    terms = read_terms(knobs.loss)
+    kind = terms[0][1]
+    options = read_options(knobs.loss_options, [kind for _, kind in terms])
+    has_reference = any(dpo.AXES[kind]["RL1"] == "reference" for _, kind in terms)
     per_token = kind in PER_TOKEN or bool(options.get("length_normalise"))
-    return Method(kind, options, has_reference, per_token)
+    return Method(kind, options, has_reference, per_token, terms)
 
 
-def read_options(text, kind):
-    """The keywords in "gamma=1.2,length_normalise=true"."""
-    known = dpo.options_of(kind) if kind in dpo.KINDS else OPTIONS.get(kind, ())
+def read_terms(loss):
+    """[(weight, kind)] of --loss: [(1.0, "sigmoid"), (0.2, "sft")] of sigmoid+0.2*sft."""
+    terms = []
+    for term in loss.split("+"):
+        weight, star, name = term.strip().rpartition("*")
+        kind = dpo.ALIASES.get(name.strip(), name.strip())
+        if kind not in LOSSES:
+            raise UserError(f"--loss {loss}: expected one of {', '.join(NAMES)}, found {name!r}")
+        terms.append((weight_of(weight, loss) if star else 1.0, kind))
+    alone = [kind for _, kind in terms if kind not in dpo.KINDS or kind in BY_THEMSELVES]
+    kinds = [kind for _, kind in terms]
+    cli.refuse({
+        f"--loss {loss}: {alone} is no term of a sum, which takes losses of stored pairs":
+            len(terms) > 1 and alone,
+        f"--loss {loss}: a loss is named twice": len(set(kinds)) < len(kinds),
+        f"--loss {loss}: a weight belongs to a sum, as in sigmoid+0.2*sft":
+            len(terms) == 1 and "*" in loss,
+    })  # fmt: skip
+    return terms
+
+
+def weight_of(text, loss):
+    """The number before a term's star."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f"--loss {loss}: expected weights above 0, found {text!r}")
+    return weight
+
+
+def read_options(text, kinds):
+    """The keywords in "gamma=1.2,length_normalise=true", of one loss or of the terms of a sum."""
+    known = []
+    for kind in kinds:
+        known += dpo.options_of(kind) if kind in dpo.KINDS else OPTIONS.get(kind, ())
+    known = list(dict.fromkeys(known))
     options = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
@@ -74,8 +130,10 @@ def option(name, value, part):
     return number
 
 
-def check(knobs, kind, options, has_reference):
+def check(knobs, method):
     """Refuses what makes no sense together."""
+    kind, options = method.kind, method.options
+    kinds = [kind for _, kind in method.terms]
     online, rounds, smoothing = knobs.online, knobs.rounds, knobs.label_smoothing
     cli.refuse({
         f"--loss {kind} learns from the policy's own samples: add --online":
@@ -83,15 +141,18 @@ def check(knobs, kind, options, has_reference):
         f"--loss {kind} takes stored responses: leave out --online":
             kind in THUMBS | LISTS and online,
         f"--rounds {rounds}: loss {kind} has no reference to move":
-            rounds > 1 and not has_reference,
+            rounds > 1 and not method.has_reference,
+        f"--ref-every {knobs.ref_every}: loss {kind} has no reference to move":
+            knobs.ref_every and not method.has_reference,
+        "--ref-every and --rounds both move the reference: give one":
+            knobs.ref_every and rounds > 1,
         f"--label-smoothing {smoothing}: loss {kind} has none":
-            smoothing and not has_smoothing(kind),
+            smoothing and not any(map(has_smoothing, kinds)),
         f"--label-smoothing {smoothing}: loss robust needs less than 1/2":
-            kind == "robust" and smoothing >= 0.5,
-        f"--loss {kind} needs --label-smoothing above 0 (1e-3, say)":
-            kind == "exo_pair" and not smoothing,
-        f"--loss {kind} needs --label-smoothing below 1":
-            kind == "exo_pair" and smoothing == 1,
+            "robust" in kinds and smoothing >= 0.5,
+        "--loss exo_pair needs --label-smoothing above 0 (1e-3, say)":
+            "exo_pair" in kinds and not smoothing,
+        "--loss exo_pair needs --label-smoothing below 1": "exo_pair" in kinds and smoothing == 1,
         f"--loss {kind} has no preferred response to take nll_weight":
             kind == "d2o" and "nll_weight" in options,
         f"--batch-size {knobs.batch_size}: expected at least 2 responses":
@@ -99,13 +160,14 @@ def check(knobs, kind, options, has_reference):
     })  # fmt: skip
     many = kind == "d2o" or (online and kind not in GAMES)
     cli.refuse_idle(knobs, {
-        f"in loss {kind}": kind in NO_BETA and "beta",
-        f"in loss {kind}, whose labels are hard": kind not in SOFT and "soft_labels",
+        f"in loss {kind}": set(kinds) <= set(NO_BETA) and "beta",
+        f"in loss {kind}, whose labels are hard": not method.soft and "soft_labels",
         f"in loss {kind}, which has no ranked lists": kind not in LISTS and "group_size",
         f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples",
         "where nothing is sampled: offline": not many and "samples",
         f"in loss {kind}, which has no mixture": kind not in GAMES and "mixture",
         "where nothing is stored: --online has --steps": online and "epochs",
+        "without --ref-every": not knobs.ref_every and "ref_mix",
         "without --online, where people have compared": not online and "labeler",
     })  # fmt: skip
     try:
@@ -115,5 +177,22 @@ def check(knobs, kind, options, has_reference):
         raise UserError(f"--loss {knobs.loss}: {e}") from None
 
 
+def moves(knobs):
+    """Whether the reference follows the policy."""
+    return knobs.rounds > 1 or knobs.ref_every > 0
+
+
 def has_smoothing(kind):
     return kind in dpo.KINDS and "label_smoothing" in inspect.signature(dpo.KINDS[kind]).parameters
+
+
+LOG2 = math.log(2)
+AT_START = dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired"), LOG2)
+AT_START |= {"tdpo1": LOG2, "tdpo2": LOG2, "d2o": LOG2, "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2}
+AT_START |= {"hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0, "discopop": (LOG2 + 1) / 2}
+
+
+def loss_at_start(kind, beta):
+    """The loss while policy = reference: one number, as long as no option changes it, or None."""
+    of_beta = {"npo": 2 / beta * LOG2, "ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
+    return (AT_START | of_beta).get(dpo.ALIASES.get(kind, kind))

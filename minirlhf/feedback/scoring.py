@@ -17,30 +17,6 @@ from minirlhf.tokenizer import load_tokenizer
 LEVELS = ("", "response", "token")  # what a function rates; "": the default
 
 
-def refuse_idle(knobs):
-    """Refuses train_ppo's switches of scoring that make no sense together, and those that have no
-    say beside others; says what top-k means."""
-    last = knobs.response_length if knobs.truncate else 1
-    cli.refuse({
-        "--truncate needs --missing-eos-score (-1 is usual)":
-            knobs.truncate and math.isnan(knobs.missing_eos_score),
-        "--truncate-after: needs --truncate; 0 to R-1": knobs.truncate_after >= last,
-    })  # fmt: skip
-    groups = knobs.advantage != "gae"
-    one_step = knobs.ppo_epochs * knobs.minibatches == 1
-    cli.refuse_idle(knobs, {
-        f"with --advantage {knobs.advantage}, which has no critic":
-            groups and "gamma lam whiten_advantages critic value_clip vf_coef",
-        "with --advantage gae, which takes one answer to a prompt": not groups and "group_size",
-        "without --kl-target": not knobs.kl_target and "kl_horizon",
-        "at --kl-coef 0": knobs.kl_coef == 0 and "kl_target kl_kind kl_in",
-        "at one optimizer step an iteration, whose ratios are 1": one_step and "clip value_clip",
-    })  # fmt: skip
-    if knobs.top_k:
-        print(f"note: --top-k {knobs.top_k} samples from another distribution than the one that is "
-              "scored: objective/kl can be negative")  # fmt: skip
-
-
 def find_function(knobs, feedback):
     """The function behind --reward; None: a model, which has a level of its own."""
     device = machine.pick_device(knobs.device)
@@ -123,3 +99,14 @@ def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
         return values + ppo.on_last_token(shift, response_mask(r, R)), ended
 
     return by_response if level == "response" else by_token, rm
+
+
+def charge_unended(scores, ended, mask, knobs):
+    """Scores (B, R) by train_ppo's switches: what never ended has --missing-eos-score, if any, in
+    place of its own, and loses --missing-eos-penalty, both on its last token."""
+    if not math.isnan(knobs.missing_eos_score):
+        missing = torch.full_like(scores[:, 0], knobs.missing_eos_score)
+        missing = ppo.on_last_token(missing, mask)
+        scores = torch.where(ended[:, None], scores, missing)
+    unended = ppo.on_last_token((~ended).float(), mask)
+    return scores - knobs.missing_eos_penalty * unended

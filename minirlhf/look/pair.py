@@ -3,6 +3,7 @@
 Left out: the losses of thumbs and lists, whose responses are shown as a pair all the same.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -74,7 +75,7 @@ def print_facts(policy, method, knobs, items, pair):
     ratio = f"{knobs.beta:g} (logp - ref)" if method.has_reference else f"{knobs.beta:g} logp"
     ratio += " / length" if method.per_token else ""
     print_wrapped("pair", f"held-out, of {policy.knobs['data']}, as people compared it")
-    print_wrapped("logp", f"by {policy.name}, trained with the loss {method.kind}")
+    print_wrapped("logp", f"by {policy.name}, trained with the loss {knobs.loss}")
     if method.has_reference:
         print_wrapped("ref", f"by {policy.base}")
     print_wrapped("reward", f"the implicit one, {ratio}")
@@ -118,16 +119,15 @@ def print_loss(method, knobs, logps, ref_logps, lengths):
     if method.kind not in dpo.KINDS or method.kind in {*LOSSES, "sppo", "d2o"}:
         return
     refs = (None, None) if ref_logps is None else ref_logps.sum(1, keepdim=True)
-    loss = dpo.pair_loss(
-        method.kind,
+    of_pairs = partial(
+        dpo.pair_loss,
         policy_chosen_logps=logps[:1],
         policy_rejected_logps=logps[1:],
         ref_chosen_logps=refs[0],
         ref_rejected_logps=refs[1],
         beta=knobs.beta,
-        label_smoothing=knobs.label_smoothing,
         chosen_lengths=lengths[:1],
         rejected_lengths=lengths[1:],
-        **method.options,
     )
-    print(f"loss {method.kind} of this pair {loss.item():.3f}")
+    loss = method.losses(of_pairs, knobs.label_smoothing)
+    print(f"loss {knobs.loss} of this pair {loss.item():.3f}")

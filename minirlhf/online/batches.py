@@ -5,6 +5,8 @@ Left out: thumbs and lists of own samples.
 
 from functools import partial
 
+import torch
+
 from minirlhf.data import all_logps
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
@@ -16,15 +18,20 @@ class Stored:
 
     def __init__(self, rows, ref_logps):
         self.rows, self.ref_logps = rows, ref_logps
+        self.reference = None
         self.texts = rows.tokens, rows.prompt_lengths  # what a resumed run must have again
 
     def at(self, step, said):
-        ref_logps = None if self.ref_logps is None else self.ref_logps[said.index]
-        return Batch(self.rows.take(said.index), ref_logps, said)
+        rows, ref_logps = self.rows.take(said.index), None
+        if self.reference:
+            ref_logps = all_logps(self.reference, rows)
+        elif self.ref_logps is not None:
+            ref_logps = self.ref_logps[said.index]
+        return Batch(rows, ref_logps, said)
 
     def moved(self, reference):
-        """The reference is another one from now on."""
-        self.ref_logps = all_logps(reference, self.rows)
+        """The reference is another one from now on, which is asked batch by batch."""
+        self.reference = reference
 
 
 class Own:
@@ -41,24 +48,37 @@ class Own:
         """Nothing: own samples ask the reference of the moment."""
 
 
-class Rounds:
-    """Batches of `supply` in equal parts of a run's steps.
+class Moving:
+    """Batches of `supply`, whose reference follows the policy.
 
-    At the start of each but the first the reference becomes a copy of the policy. Raises UserError
-    for more parts than steps.
+    At the start of each of --rounds equal parts but the first it becomes a copy; or after every
+    --ref-every steps it goes the share --ref-mix of the way to the policy, weight by weight
+    (the soft update of TR-DPO, Gorbatovski et al. 2024). UserError for more parts than steps.
     """
 
-    def __init__(self, supply, policy, reference, rounds, steps):
+    def __init__(self, supply, policy, reference, knobs, steps):
+        rounds = knobs.rounds
         refuse({f"--rounds {rounds}: more than the {steps} steps": rounds > steps})
         self.supply, self.policy, self.reference = supply, policy, reference
         self.rounds, self.steps = rounds, steps
+        self.every, self.mix = knobs.ref_every, knobs.ref_mix
         self.known = False  # whether the supply has seen the reference: not so in a resumed run
 
-    def at(self, step, planned):
+    def moves(self, step):
+        """Whether the reference moves before this step."""
+        if self.every:
+            return step > 0 and step % self.every == 0
         this_round = step * self.rounds // self.steps
         last_round = (step - 1) * self.rounds // self.steps
-        if step > 0 and this_round > last_round:
-            self.reference.load_state_dict(self.policy.state_dict())
+        return step > 0 and this_round > last_round
+
+    @torch.no_grad()
+    def at(self, step, planned):
+        if self.moves(step):
+            mix = self.mix if self.every else 1.0
+            weights = zip(self.reference.parameters(), self.policy.parameters(), strict=True)
+            for old, new in weights:
+                old.lerp_(new, mix)
             self.known = False
         if not self.known:
             self.supply.moved(self.reference)
