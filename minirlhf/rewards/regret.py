@@ -1,0 +1,188 @@
+"""What it costs to optimise one reward where another was meant, exact, for small decision processes.
+
+J(pi) is the expected discounted return from the start distribution. Regret is measured by R1, as a
+share of its range, max J1 - min J1, so it lies in [0, 1]. Shapes and errors as in distances.py;
+start (S,), uniform where not given; discount in [0, 1).
+"""
+
+import numpy as np
+
+from minirlhf.rewards.distances import (
+    checked_discount,
+    checked_probabilities,
+    checked_reward,
+    mean_reward,
+    pair_of_rewards,
+)
+
+# One policy
+
+
+def values_of(reward, T, pi, discount):
+    """V = (1 - gamma T_pi)^-1 r_pi for a mean reward (S, A); Bellman's equation. -> (S,)"""
+    steps = np.einsum("sa,sat->st", pi, T)
+    return np.linalg.solve(np.eye(len(T)) - discount * steps, (pi * reward).sum(1))
+
+
+def policy_return(R, T, pi, *, discount=0.99, start=None):
+    """J(pi), the expected discounted return of a policy (S, A) from the start distribution."""
+    R = checked_reward(R)
+    T = checked_probabilities(T, R.shape, "T")
+    pi = checked_probabilities(pi, R.shape[:2], "pi")
+    start = checked_probabilities(start, R.shape[:1], "start")
+    return float(start @ values_of(mean_reward(R, T), T, pi, checked_discount(discount)))
+
+
+def improved(reward, T, discount):
+    """Policy iteration (Howard 1960) on a mean reward (S, A): an optimal deterministic policy.
+
+    Exact: it ends where no action is better by more than round-off. -> (S, A), one 1 a row
+    """
+    states, actions = reward.shape
+    choice = reward.argmax(1)
+    rows = np.arange(states)
+    while True:
+        pi = np.eye(actions)[choice]
+        values = values_of(reward, T, pi, discount)
+        worth = reward + discount * T @ values
+        slack = 1e-11 * (1 + np.abs(worth).max())  # without it, ties go round in circles
+        better = worth.max(1) > worth[rows, choice] + slack
+        if not better.any():
+            return pi
+        choice = np.where(better, worth.argmax(1), choice)
+
+
+def optimal_policy(R, T, *, discount=0.99):
+    """A deterministic policy of greatest return from every start; -R gives a worst one. -> (S, A)"""
+    R = checked_reward(R)
+    T = checked_probabilities(T, R.shape, "T")
+    return improved(mean_reward(R, T), T, checked_discount(discount))
+
+
+def return_range(R, T, *, discount=0.99, start=None):
+    """(least J, greatest J) over all policies."""
+    worst, best = (optimal_policy(sign * np.asarray(R), T, discount=discount) for sign in (-1, 1))
+    how = dict(discount=discount, start=start)
+    return policy_return(R, T, worst, **how), policy_return(R, T, best, **how)
+
+
+# Two rewards
+
+
+def regret(R1, R2, T, *, discount=0.99, start=None):
+    """(max J1 - J1(pi2)) / (max J1 - min J1), pi2 optimal for R2; 0 where R1 has no range.
+
+    Where several policies are optimal for R2, it is the one that policy iteration ends with.
+    """
+    R1, R2 = pair_of_rewards(R1, R2)
+    least, greatest = return_range(R1, T, discount=discount, start=start)
+    pi2 = optimal_policy(R2, T, discount=discount)
+    lost = greatest - policy_return(R1, T, pi2, discount=discount, start=start)
+    return share(lost, greatest - least, max(abs(least), abs(greatest)))
+
+
+def share(lost, width, size):
+    """lost / width in [0, 1]; 0 where the width is round-off beside returns of that size."""
+    return float(np.clip(lost / width, 0, 1)) if width > 1e-10 * size else 0.0
+
+
+def mean_regret(R1, R2, T, *, discount=0.99, start=None):
+    """The mean of regret(R1, R2) and regret(R2, R1): each optimised, measured by the other."""
+    how = dict(discount=discount, start=start)
+    return (regret(R1, R2, T, **how) + regret(R2, R1, T, **how)) / 2
+
+
+def return_polygon(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
+    """The corners of the set of all (J1(pi), J2(pi)), a convex polygon. -> (V, 2)
+
+    Returns are linear in a policy's occupancies, which form a polytope (Puterman 1994, 6.9), so its
+    image is a polygon whose corners are deterministic policies. The corner farthest in a direction
+    c is policy iteration on c1 R1 + c2 R2; between two corners the direction normal to their edge
+    either finds a new one or shows that the edge is the border. No border lies farther out than
+    tolerance, in units of each return's range.
+    """
+    R1, R2 = pair_of_rewards(R1, R2)
+    T = checked_probabilities(T, R1.shape, "T")
+    start = checked_probabilities(start, R1.shape[:1], "start")
+    rewards = np.stack([mean_reward(R1, T), mean_reward(R2, T)])
+    checked_discount(discount)
+
+    def corner(direction):
+        pi = improved(np.tensordot(direction, rewards, 1), T, discount)
+        return np.array([start @ values_of(reward, T, pi, discount) for reward in rewards])
+
+    # in units of the ranges, so that both returns count alike
+    ends = [corner(np.array(c)) for c in ((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, -1.0))]
+    low = np.array([ends[0][0], ends[3][1]])
+    width = np.array([ends[2][0], ends[1][1]]) - low
+    width = np.where(width > 1e-12 * (1 + np.abs(low)), width, 1.0)
+    found = []
+    edges = [(ends[k], ends[(k + 1) % 4]) for k in (3, 2, 1, 0)]  # clockwise, first is popped last
+    while edges:
+        first, last = edges.pop()
+        along = (last - first) / width
+        length = np.hypot(*along)
+        outward = np.array([-along[1], along[0]])
+        if length > tolerance:
+            between = corner(outward / length / width)
+            if outward @ ((between - first) / width) > tolerance * length:
+                edges += [(between, last), (first, between)]
+                continue
+        found.append(first)
+    return np.array(found)
+
+
+def worst_of_polygon(corners):
+    """Worst-case regret from the corners (V, 2) of the returns, in order round the polygon.
+
+    With u(c) = max {J1 : J2 <= c} and l(c) = min {J1 : J2 >= c}, it is the greatest u(c) - l(c)
+    over max J1 - min J1. u is concave and l convex in c, both linear between the J2 of corners: the
+    greatest difference is at a corner's J2.
+    """
+    corners = np.asarray(corners, dtype=np.float64)
+    first, last = corners, np.roll(corners, -1, axis=0)
+    worst = 0.0
+    for level in corners[:, 1]:
+        rise = last[:, 1] - first[:, 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = (level - first[:, 1]) / rise
+        crossing = (part >= 0) & (part <= 1)  # False for the NaN of a level edge
+        at_level = first[crossing, 0] + part[crossing] * (last - first)[crossing, 0]
+        below = np.append(at_level, corners[corners[:, 1] <= level, 0])
+        above = np.append(at_level, corners[corners[:, 1] >= level, 0])
+        worst = max(worst, below.max() - above.min())
+    width = np.ptp(corners[:, 0])
+    return share(worst, width, np.abs(corners[:, 0]).max())
+
+
+def worst_regret(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
+    """max (J1(pi1) - J1(pi2)) / (max J1 - min J1) over all policies with J2(pi2) >= J2(pi1).
+
+    Skalse et al. 2024 (STARC), definition 3.1. Policies may be stochastic, so it is at least the
+    maximum over deterministic ones. 0 for rewards that order policies alike, 1 for opposite ones;
+    where R2 orders nothing it is 1, where R1 orders nothing 0. Exact up to the tolerance.
+    """
+    how = dict(discount=discount, start=start, tolerance=tolerance)
+    return worst_of_polygon(return_polygon(R1, R2, T, **how))
+
+
+# Processes and rewards drawn at random
+
+
+def random_mdp(rng, states, actions, *, spread=1.0, sparse=0.0):
+    """Dynamics (S, A, S') drawn with a NumPy generator: softmax of spread * normal draws.
+
+    sparse: share of next states, drawn for each (s, a), that cannot happen; at least one can.
+    """
+    logits = spread * rng.standard_normal((states, actions, states))
+    barred = rng.random(logits.shape) < sparse
+    barred &= logits < logits.max(-1, keepdims=True)
+    weights = np.where(barred, 0, np.exp(logits - logits.max(-1, keepdims=True)))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def random_reward(rng, states, actions, *, shaping=0.0, shift=0.0, discount=0.99):
+    """Standard normal rewards (S, A, S'), plus shaping by a normal phi and a constant, so scaled."""
+    R = rng.standard_normal((states, actions, states))
+    phi = shaping * rng.standard_normal(states)
+    return R + discount * phi[None, None, :] - phi[:, None, None] + shift * rng.standard_normal()
