@@ -1,4 +1,4 @@
-"""What it costs to optimise one reward where another was meant, exact, for small decision processes.
+"""What it costs to optimise one reward where another was meant, exact, in small worlds.
 
 J(pi) is the expected discounted return from the start distribution. Regret is measured by R1, as a
 share of its range, max J1 - min J1, so it lies in [0, 1]. Shapes and errors as in distances.py;
@@ -53,7 +53,7 @@ def improved(reward, T, discount):
 
 
 def optimal_policy(R, T, *, discount=0.99):
-    """A deterministic policy of greatest return from every start; -R gives a worst one. -> (S, A)"""
+    """A deterministic policy of greatest return from every start; -R: a worst one. -> (S, A)"""
     R = checked_reward(R)
     T = checked_probabilities(T, R.shape, "T")
     return improved(mean_reward(R, T), T, checked_discount(discount))
@@ -182,7 +182,7 @@ def random_mdp(rng, states, actions, *, spread=1.0, sparse=0.0):
 
 
 def random_reward(rng, states, actions, *, shaping=0.0, shift=0.0, discount=0.99):
-    """Standard normal rewards (S, A, S'), plus shaping by a normal phi and a constant, so scaled."""
+    """Normal rewards (S, A, S'), plus shaping * a normal phi and shift * a normal constant."""
     R = rng.standard_normal((states, actions, states))
     phi = shaping * rng.standard_normal(states)
     return R + discount * phi[None, None, :] - phi[:, None, None] + shift * rng.standard_normal()
