@@ -29,6 +29,7 @@ from minirlhf.rewards.regret import (
 # name in the table: canonicalisation, whether Pearson's distance (else L2 norms), weights by T
 ROWS = {
     "none": ("none", False, False),
+    "none, Pearson": ("none", True, False),
     "EPIC": ("epic", True, False),
     "DARD": ("dard", True, True),
     "minimal-L2": ("minimal", False, False),
@@ -88,9 +89,9 @@ def one_seed(rng, discount, args):
     parts = parts_of_walk(args.steps, args.by_angle)
     distances, means, worsts = {name: [] for name in ROWS}, [], []
     for _ in range(args.processes):
-        T = random_mdp(rng, *size, spread=args.spread, sparse=args.sparse)
-        drawn = dict(shaping=args.shaping, shift=args.shift, discount=discount)
-        R1, R2 = (random_reward(rng, *size, **drawn) for _ in range(2))
+        T = random_mdp(rng, *size, least=-np.inf if args.dense else 1.0)
+        how = dict(discount=discount, varied=not args.plain)
+        R1, R2 = (random_reward(rng, *size, **how) for _ in range(2))
         for name, values in walk_distances(R1, R2, T, discount, parts).items():
             distances[name].extend(values)
         mean, worst = walk_regrets(R1, R2, T, discount, parts)
@@ -116,10 +117,8 @@ def flags():
     add("--processes", type=count, default=8, help="processes a seed (default %(default)s)")
     add("--seeds", type=count, default=4, help="seeds (default %(default)s)")
     add("--seed", type=int, default=0, help="the first seed (default %(default)s)")
-    add("--spread", type=float, default=1.0, help="of the dynamics' logits (default %(default)s)")
-    add("--sparse", type=float, default=0.0, help="share of barred steps (default %(default)s)")
-    add("--shaping", type=float, default=1.0, help="size of the shaping (default %(default)s)")
-    add("--shift", type=float, default=0.0, help="size of the constant (default %(default)s)")
+    add("--dense", action="store_true", help="dynamics that lead from any state to any other")
+    add("--plain", action="store_true", help="normal rewards, not sparse, shifted or shaped")
     add("--by-angle", action="store_true", help="steps of equal angle, not of equal length")
     return parser
 
