@@ -52,12 +52,21 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def parts_of_walk(steps, by_angle):
+def parts_of_walk(steps):
     """Parts (p1, p2) of the first and second reward at each step; the last is the second reward."""
     part = np.arange(1, steps + 1) / steps
-    if by_angle:
-        return np.stack([np.cos(part * np.pi / 2), np.sin(part * np.pi / 2)], axis=1)
     return np.stack([1 - part, part], axis=1)
+
+
+def reward_with_a_range(rng, T, discount, varied):
+    """A random reward that does not call all policies alike; others have no regret to measure.
+
+    A sparse reward can lie on impossible transitions alone.
+    """
+    while True:
+        R = random_reward(rng, *T.shape[:2], discount=discount, varied=varied)
+        if canonical(R, "val", discount=discount, T=T).any():
+            return R
 
 
 def walk_distances(R1, R2, T, discount, parts):
@@ -86,12 +95,11 @@ def walk_regrets(R1, R2, T, discount, parts):
 def one_seed(rng, discount, args):
     """Both correlations of each row, over all processes and steps. -> (rows, 2)"""
     size = args.states, args.actions
-    parts = parts_of_walk(args.steps, args.by_angle)
+    parts = parts_of_walk(args.steps)
     distances, means, worsts = {name: [] for name in ROWS}, [], []
     for _ in range(args.processes):
         T = random_mdp(rng, *size, least=-np.inf if args.dense else 1.0)
-        how = dict(discount=discount, varied=not args.plain)
-        R1, R2 = (random_reward(rng, *size, **how) for _ in range(2))
+        R1, R2 = (reward_with_a_range(rng, T, discount, varied=not args.plain) for _ in range(2))
         for name, values in walk_distances(R1, R2, T, discount, parts).items():
             distances[name].extend(values)
         mean, worst = walk_regrets(R1, R2, T, discount, parts)
@@ -119,7 +127,6 @@ def flags():
     add("--seed", type=int, default=0, help="the first seed (default %(default)s)")
     add("--dense", action="store_true", help="dynamics that lead from any state to any other")
     add("--plain", action="store_true", help="normal rewards, not sparse, shifted or shaped")
-    add("--by-angle", action="store_true", help="steps of equal angle, not of equal length")
     return parser
 
 
