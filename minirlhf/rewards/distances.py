@@ -89,7 +89,7 @@ def weights_of_transitions(shape, coverage=None, T=None):
 def epic_canonical(R, *, discount=0.99, state_dist=None, action_dist=None):
     """R + E[gamma R(s', A, S') - R(s, A, S') - gamma R(S, A, S')], S, S' ~ D_S, A ~ D_A.
 
-    Gleave et al. 2021 (EPIC), definition 4.1. Shaping of R changes nothing. -> (S, A, S')
+    Gleave et al. 2021 (EPIC), section 4. Shaping of R changes nothing. -> (S, A, S')
     """
     R = checked_reward(R)
     checked_discount(discount, one=True)
@@ -250,7 +250,7 @@ def centred(x, weights):
 def pearson_distance(x, y, weights=None):
     """sqrt((1 - rho) / 2) of two arrays of one shape, rho their weighted correlation; in [0, 1].
 
-    Gleave et al. 2021, definition 4.5. Taken as ½ ||u - v||_2 of the centred arrays scaled to
+    Gleave et al. 2021, section 4. Taken as ½ ||u - v||_2 of the centred arrays scaled to
     length 1, which is the same and keeps a distance of 0 at 1e-16, where the root of 1 - rho makes
     1e-8 of round-off. Convention: both constant 0, one constant ½.
     """
@@ -266,7 +266,7 @@ def pearson_distance(x, y, weights=None):
 def epic_distance(
     R1, R2, *, discount=0.99, coverage=None, T=None, state_dist=None, action_dist=None
 ):
-    """EPIC (Gleave et al. 2021, definition 4.6): Pearson distance of the canonical rewards.
+    """EPIC (Gleave et al. 2021, section 4): Pearson distance of the canonical rewards.
 
     In [0, 1]. T is read only to spread a coverage over (S, A) to next states; not needed.
     """
@@ -366,7 +366,7 @@ def epic_sample(reward1, reward2, transitions, samples, *, discount=0.99, weight
 
     transitions: (s, a, s'), three arrays of N, what is compared; samples: (A, S'), two arrays of M,
     over which every mean is taken. The last term of the canonical reward takes its S from the same
-    S', so shaping cancels exactly for any batch (Gleave et al. 2021, appendix A.1, the batch shared
+    S', so shaping cancels exactly for any batch (Gleave et al. 2021; the batch is shared
     throughout). On all transitions and all (A, S') it is the tabular value. M * (2 N + M) calls'
     worth of rewards a reward.
     """

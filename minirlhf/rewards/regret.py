@@ -30,7 +30,9 @@ def policy_return(R, T, pi, *, discount=0.99, start=None):
     T = checked_probabilities(T, R.shape, "T")
     pi = checked_probabilities(pi, R.shape[:2], "pi")
     start = checked_probabilities(start, R.shape[:1], "start")
-    return float(start @ values_of(mean_reward(R, T), T, pi, checked_discount(discount)))
+    checked_discount(discount)
+    values = values_of(mean_reward(R, T), T, pi, discount)
+    return float(start @ values)
 
 
 def improved(reward, T, discount):
@@ -56,14 +58,18 @@ def optimal_policy(R, T, *, discount=0.99):
     """A deterministic policy of greatest return from every start; -R: a worst one. -> (S, A)"""
     R = checked_reward(R)
     T = checked_probabilities(T, R.shape, "T")
-    return improved(mean_reward(R, T), T, checked_discount(discount))
+    checked_discount(discount)
+    return improved(mean_reward(R, T), T, discount)
 
 
 def return_range(R, T, *, discount=0.99, start=None):
     """(least J, greatest J) over all policies."""
-    worst, best = (optimal_policy(sign * np.asarray(R), T, discount=discount) for sign in (-1, 1))
-    how = dict(discount=discount, start=start)
-    return policy_return(R, T, worst, **how), policy_return(R, T, best, **how)
+    R = checked_reward(R)
+    worst = optimal_policy(-R, T, discount=discount)
+    best = optimal_policy(R, T, discount=discount)
+    least = policy_return(R, T, worst, discount=discount, start=start)
+    greatest = policy_return(R, T, best, discount=discount, start=start)
+    return least, greatest
 
 
 # Two rewards
@@ -88,8 +94,9 @@ def share(lost, width, size):
 
 def mean_regret(R1, R2, T, *, discount=0.99, start=None):
     """The mean of regret(R1, R2) and regret(R2, R1): each optimised, measured by the other."""
-    how = dict(discount=discount, start=start)
-    return (regret(R1, R2, T, **how) + regret(R2, R1, T, **how)) / 2
+    first = regret(R1, R2, T, discount=discount, start=start)
+    second = regret(R2, R1, T, discount=discount, start=start)
+    return (first + second) / 2
 
 
 def return_polygon(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
@@ -111,13 +118,15 @@ def return_polygon(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
         pi = improved(np.tensordot(direction, rewards, 1), T, discount)
         return np.array([start @ values_of(reward, T, pi, discount) for reward in rewards])
 
+    left, right = corner(np.array([-1.0, 0.0])), corner(np.array([1.0, 0.0]))
+    top, bottom = corner(np.array([0.0, 1.0])), corner(np.array([0.0, -1.0]))
     # in units of the ranges, so that both returns count alike
-    ends = [corner(np.array(c)) for c in ((-1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, -1.0))]
-    low = np.array([ends[0][0], ends[3][1]])
-    width = np.array([ends[2][0], ends[1][1]]) - low
-    width = np.where(width > 1e-12 * (1 + np.abs(low)), width, 1.0)
+    width = np.array([right[0] - left[0], top[1] - bottom[1]])
+    size = 1 + np.abs([left[0], bottom[1]])
+    width = np.where(width > 1e-12 * size, width, 1.0)
     found = []
-    edges = [(ends[k], ends[(k + 1) % 4]) for k in (3, 2, 1, 0)]  # clockwise, first is popped last
+    # clockwise; the first to be taken is the last of the list
+    edges = [(bottom, left), (right, bottom), (top, right), (left, top)]
     while edges:
         first, last = edges.pop()
         along = (last - first) / width
@@ -125,8 +134,10 @@ def return_polygon(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
         outward = np.array([-along[1], along[0]])
         if length > tolerance:
             between = corner(outward / length / width)
-            if outward @ ((between - first) / width) > tolerance * length:
-                edges += [(between, last), (first, between)]
+            beyond = outward @ ((between - first) / width)
+            if beyond > tolerance * length:
+                edges.append((between, last))
+                edges.append((first, between))
                 continue
         found.append(first)
     return np.array(found)
@@ -140,30 +151,37 @@ def worst_of_polygon(corners):
     greatest difference is at a corner's J2.
     """
     corners = np.asarray(corners, dtype=np.float64)
-    first, last = corners, np.roll(corners, -1, axis=0)
+    first, second = corners.T
+    edges = np.roll(corners, -1, axis=0) - corners
+    run, rise = edges.T
     worst = 0.0
-    for level in corners[:, 1]:
-        rise = last[:, 1] - first[:, 1]
+    for level in second:
         with np.errstate(divide="ignore", invalid="ignore"):
-            part = (level - first[:, 1]) / rise
+            part = (level - second) / rise
         crossing = (part >= 0) & (part <= 1)  # False for the NaN of a level edge
-        at_level = first[crossing, 0] + part[crossing] * (last - first)[crossing, 0]
-        below = np.append(at_level, corners[corners[:, 1] <= level, 0])
-        above = np.append(at_level, corners[corners[:, 1] >= level, 0])
+        at_level = first[crossing] + part[crossing] * run[crossing]
+        below = np.append(at_level, first[second <= level])
+        above = np.append(at_level, first[second >= level])
         worst = max(worst, below.max() - above.min())
-    width = np.ptp(corners[:, 0])
-    return share(worst, width, np.abs(corners[:, 0]).max())
+    return share(worst, np.ptp(first), np.abs(first).max())
 
 
 def worst_regret(R1, R2, T, *, discount=0.99, start=None, tolerance=1e-9):
     """max (J1(pi1) - J1(pi2)) / (max J1 - min J1) over all policies with J2(pi2) >= J2(pi1).
 
-    Skalse et al. 2024 (STARC), definition 3.1. Policies may be stochastic, so it is at least the
+    Skalse et al. 2024 (STARC). Policies may be stochastic, so it is at least the
     maximum over deterministic ones. 0 for rewards that order policies alike, 1 for opposite ones;
     where R2 orders nothing it is 1, where R1 orders nothing 0. Exact up to the tolerance.
     """
-    how = dict(discount=discount, start=start, tolerance=tolerance)
-    return worst_of_polygon(return_polygon(R1, R2, T, **how))
+    corners = return_polygon(
+        R1,
+        R2,
+        T,
+        discount=discount,
+        start=start,
+        tolerance=tolerance,
+    )
+    return worst_of_polygon(corners)
 
 
 # Processes and rewards drawn at random

@@ -4,7 +4,7 @@ Draws decision processes of 32 states and 4 actions and two rewards for each, wa
 reward to the second in 16 steps, and correlates the distance of each step from the first reward
 with the regret of optimising one for the other: Pearson's with the mean regret, Spearman's ranks
 with the worst-case regret. A row is a canonicalisation, with mean and standard deviation over
-seeds. The default takes about a minute on one core.
+seeds. The default takes about a minute and a half on one core.
 
 The steps lie on a line, so canonical rewards (linear) and the polygon of returns are made once a
 process and mixed. Left out: rewards that were learned, and processes with structure.
