@@ -65,9 +65,9 @@ def test_gridworld_values(first, second, epic, without_half, of_next, discount):
     R1, R2 = (R[None, None, :] if of_next else R[:, None, None] for R in (R1, R2))
     R1, R2 = (np.broadcast_to(R, (9, 5, 9)) for R in (R1, R2))
     assert D.epic_distance(R1, R2, discount=discount) == pytest.approx(epic, abs=5e-7)
-    # the known figures of this form leave out the factor ½
-    like = D.epic_like_distance(R1, R2, discount=discount)
-    assert 2 * like == pytest.approx(without_half, abs=1e-6)
+    like = {half: D.epic_like_distance(R1, R2, discount=discount, half=half) for half in (0, 1)}
+    assert like[0] == pytest.approx(without_half, abs=1e-6)
+    assert like[1] == pytest.approx(epic, abs=5e-7)
 
 
 def test_pearson_by_hand():

@@ -231,13 +231,15 @@ def norm_of(x, weights, kind="L2"):
     raise ValueError(f"norm {kind!r} is not known; expected L1, L2 or Linf")
 
 
-def scaled_distance(x, y, weights, norm="L2", metric="L2"):
+def scaled_distance(x, y, weights, norm="L2", metric="L2", half=True):
     """½ m(x / n(x), y / n(y)); what has norm 0 stays 0, so one such gives ½ and two give 0."""
     size_x, size_y = norm_of(x, weights, norm), norm_of(y, weights, norm)
     x = x / size_x if size_x > 0 else 0 * x
     y = y / size_y if size_y > 0 else 0 * y
-    half = norm_of(x - y, weights, metric) / 2
-    return float(min(half, 1.0)) if norm == metric else float(half)
+    between = norm_of(x - y, weights, metric)
+    if norm == metric:
+        between = min(between, 2.0)
+    return float(between / 2 if half else between)
 
 
 def centred(x, weights):
@@ -300,11 +302,13 @@ def epic_like_distance(
     coverage=None,
     state_dist=None,
     action_dist=None,
+    half=True,
 ):
     """½ m(c(R1) / n(c(R1)), c(R2) / n(c(R2))), Jenner, Skalse, Gleave 2022.
 
     canonicalisation c of CANONICALISATIONS; norm n and metric m each "L1", "L2" or "Linf". In
-    [0, 1] where norm and metric are the same; mixed ones can exceed 1, or not reach it.
+    [0, 1] where norm and metric are the same; mixed ones can exceed 1, or not reach it. Without
+    `half` the metric itself, in [0, 2]: twice EPIC, for its canonicalisation and L2 throughout.
     """
     R1, R2 = pair_of_rewards(R1, R2)
     how = dict(
@@ -316,7 +320,8 @@ def epic_like_distance(
         action_dist=action_dist,
     )
     C1, C2 = canonical(R1, canonicalisation, **how), canonical(R2, canonicalisation, **how)
-    return scaled_distance(C1, C2, weights_of_transitions(R1.shape, coverage, T), norm, metric)
+    weights = weights_of_transitions(R1.shape, coverage, T)
+    return scaled_distance(C1, C2, weights, norm, metric, half)
 
 
 def starc_distance(
