@@ -1,18 +1,19 @@
 """The most readable of all equivalent rewards.   python -m minirlhf.rewards.prfi RM RUN
 
     python -m minirlhf.rewards.prfi runs/rm runs/ppo                  # prfi.png, and colours here
-    python -m minirlhf.rewards.prfi runs/rm runs/sft --objective smooth --show 6
+    python -m minirlhf.rewards.prfi runs/rm runs/sft --objective log --show 6
 
 RM is a reward model, RUN what writes: an sft, ppo or dpo run, or a model. Jenner and Gleave 2022
 (Preprocessing reward functions for interpretability): among the rewards r + gamma Phi(s') - Phi(s),
 which order all policies alike, find the one that a simple objective likes best, then look at it.
 Here Phi is 0 where an episode ends and, for text, at the prompt, so every return stays as it is.
 
-Of text, a state is a prefix and Phi is linear in the reward model's hidden state. A reward model of
-tokens says what each earns. Of one that reads whole responses a token earns the score of the prefix
-that it ends less that of the prefix before it: that sums to the score less the prompt's own, which
-no choice of words changes. (To leave all on the last token is as short a sum of |r| as there is,
-and says nothing.)
+Of text, a state is a prefix. A reward model of tokens says what each earns. Of one that reads whole
+responses a token earns the score of the prefix that it ends less that of the prefix before it: that
+sums to the score less the prompt's own, which no choice of words changes. Along a single response
+the sum of |r| is as small with all on the last token; but where many ways on leave it at each of
+its tokens, what they have in common is cheapest on the token before them, and then a token earns
+what it changes of the middle (the median) of what comes of it.
 
 Left out: a learned shift, which would pay for length where an episode ends; a Phi of several
 layers; a change of scale.
@@ -82,12 +83,14 @@ def neighbours(start, end):
 # Any states
 
 
-def minimise(objective, r, start, end, features, discount=1.0, steps=2000, lr=0.02):
+def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=2000, lr=0.02):
     """(readable rewards (N,), Phi (S,), objective before, and after), float64 NumPy.
 
-    r (N,): rewards of transitions between states start and end (N,). Phi = features (S, d) times
-    learned weights, by Adam, whose rate falls to 0 and is in units of the largest reward. The best
-    of all steps, the first included. Raises ValueError for an unknown objective or without pairs.
+    r (N,): rewards of transitions between states start and end (N,). Phi is 0 where not free (S,);
+    elsewhere features (S, d) times weights, or without them a number of its own for each state. By
+    Adam, whose rate falls to 0 and is in units of the largest reward; the best of all steps, the
+    first included. Raises ValueError for an unknown objective, and for a smooth one without
+    neighbours.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
@@ -95,25 +98,29 @@ def minimise(objective, r, start, end, features, discount=1.0, steps=2000, lr=0.
     pairs = neighbours(list(start), list(end)) if smoothed else np.zeros((0, 2), int)
     if smoothed and not len(pairs):
         raise ValueError("no transition has a neighbour")
-    pairs = torch.as_tensor(pairs)
-    start, end = torch.as_tensor(start), torch.as_tensor(end)
-    r, features = (torch.as_tensor(x, dtype=torch.float64) for x in (r, features))
-    slope = discount * features[end] - features[start]  # (N, d)
-    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    pairs, start, end = (torch.as_tensor(x) for x in (pairs, start, end))
+    r, free = (torch.as_tensor(x, dtype=torch.float64) for x in (r, free))
+    many = len(free)
+    if features is not None:
+        features = torch.as_tensor(features, dtype=torch.float64) * free[:, None]
+        many = features.shape[1]
+    weights = torch.zeros(many, dtype=torch.float64, requires_grad=True)
     rate = lr * float(r.abs().max())
     optimizer = torch.optim.Adam([weights], lr=rate)
-    best, before = None, None
+    losses, best = [], None
     for step in range(steps + 1):
-        loss = OBJECTIVES[objective](r + slope @ weights, pairs)
-        before = loss.item() if before is None else before
-        if best is None or loss.item() < best[0]:
-            best = loss.item(), weights.detach().clone()
+        potential = free * weights if features is None else features @ weights  # (S,)
+        shaped = r + discount * potential[end] - potential[start]
+        loss = OBJECTIVES[objective](shaped, pairs)
+        losses.append(loss.item())
+        if best is None or losses[-1] < best[0]:
+            best = losses[-1], shaped.detach(), potential.detach()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = rate * (1 - step / (steps + 1))
         optimizer.step()
-    after, weights = best
-    return (r + slope @ weights).numpy(), (features @ weights).numpy(), before, after
+    after, shaped, potential = best
+    return shaped.numpy(), potential.numpy(), losses[0], after
 
 
 def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=2000, lr=0.02):
@@ -130,9 +137,9 @@ def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=
         shapes = f"R {R.shape}, possible {possible.shape}"
         raise ValueError(f"{shapes}: expected (S, A, S), and something possible")
     start, _, end = np.nonzero(possible)
-    features = np.delete(np.eye(S), list(terminal), axis=1)  # a weight for each other state
-    r = R[possible > 0]
-    _, potential, _, _ = minimise(objective, r, start, end, features, discount, steps, lr)
+    free = ~np.isin(np.arange(S), list(terminal))
+    options = {"discount": discount, "steps": steps, "lr": lr}
+    _, potential, _, _ = minimise(objective, R[possible > 0], start, end, free, **options)
     shaping = discount * potential - potential[:, None]  # (S, S')
     return R + shaping[:, None], potential
 
@@ -150,13 +157,14 @@ class Told(NamedTuple):
     objective: tuple  # before and after
 
 
-def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1", steps=2000,
-                    lr=0.02):  # fmt: skip
+def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1", linear=False,
+                    steps=2000, lr=0.02):  # fmt: skip
     """Told of responses in rows of tokens (N, T) by a RewardModel.
 
-    Rows with the same beginning share its states: give several responses to a prompt, as of a
-    single text the objective may leave one token alone with a reward. The objective is a mean over
-    the distinct pairs of a prefix and its next token.
+    Each pair of a prefix and its next token counts once in the objective. Phi has a number for each
+    prefix, or is `linear` in the reward model's hidden state there. Give many responses that leave
+    each other at many places: along a single one any rewards that do not cancel have the same sum
+    of |r|, and one token may keep all.
     """
     rows = tokens, prompt_lengths, response_lengths
     rewards, base, hidden = (x.double().cpu().numpy() for x in read(rm, *rows))
@@ -166,15 +174,16 @@ def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1"
     places = {node: n for n, node in enumerate(nodes)}
     for node in nodes:  # prompts come last
         places.setdefault(node[:-1], len(places))
-    start = [places[node[:-1]] for node in nodes]
+    free = np.zeros(len(places))
     features = np.zeros((len(places), hidden.shape[2]))
     for n, (node, (row, t)) in enumerate(nodes.items()):
-        if node not in ends:
-            features[n] = hidden[row, t + 1]
-    features /= np.linalg.norm(hidden, axis=2).mean()
+        free[n] = node not in ends
+        features[n] = hidden[row, t + 1]
+    features = features / np.linalg.norm(hidden, axis=2).mean() if linear else None
     r = np.array([rewards[where] for where in nodes.values()])
+    start = [places[node[:-1]] for node in nodes]
     end = list(range(len(nodes)))
-    after, _, *values = minimise(objective, r, start, end, features, 1.0, steps, lr)
+    after, _, *values = minimise(objective, r, start, end, free, features, steps=steps, lr=lr)
     told = Told([], base.tolist(), [], [], tuple(values))
     for ids, p in zip(texts, prompt_lengths.tolist(), strict=True):
         path = [places[(p, *ids[:n])] for n in range(p + 1, len(ids) + 1)]
@@ -276,6 +285,7 @@ class Knobs(cli.Checked):
     run: str = knob("", "what writes: a run, a directory, a hub name")
     objective: str = knob("l1", "what is made small", tuple(OBJECTIVES))
     prompts: int = knob(16, "held-out prompts that are answered", least=1)
+    linear: bool = knob(False, "Phi is linear in the hidden states; off: a number for each prefix")
     branches: int = knob(8, "other ways on from each prefix of a response", least=1)
     show: int = knob(3, "responses that are shown", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
@@ -316,7 +326,8 @@ def main(knobs):
     generator = torch.Generator().manual_seed(knobs.seed)
     options = {"eos": tokenizer.eos, "pad": tokenizer.pad, "generator": generator}
     rows = branching(policy.model, *batch, knobs.response_length, knobs.branches, **options)
-    told = readable_tokens(rm, *rows, knobs.objective, knobs.steps, knobs.lr)
+    options = {"linear": knobs.linear, "steps": knobs.steps, "lr": knobs.lr}
+    told = readable_tokens(rm, *rows, knobs.objective, **options)
     print_told(told, texts, tokenizer, min(knobs.show, len(texts)))
     before, after = told.objective
     print(f"{OBJECTIVES[knobs.objective].__doc__} {before:.4f} before, {after:.4f} after, over "
