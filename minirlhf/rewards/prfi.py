@@ -36,7 +36,15 @@ from minirlhf.engine.files import atomic_write
 from minirlhf.engine.rows import in_parts, pad_rows, window
 from minirlhf.feedback.labelers import load_reward_model
 from minirlhf.look.policies import held_out, open_policy, prompt_rows
-from minirlhf.look.terminal import columns, has_colour, pieces_of, print_wrapped, shown
+from minirlhf.look.terminal import (
+    columns,
+    cut,
+    escaped,
+    has_colour,
+    pieces_of,
+    print_wrapped,
+    shown,
+)
 from minirlhf.look.trace import token_text
 from minirlhf.rewards.language import continued
 from minirlhf.sampling import generate
@@ -236,36 +244,38 @@ def prefix_tree(texts, prompt_lengths):
 # The picture, the terminal, the command
 
 
-def plot(told, tokenizer, path, show=3):
-    """Writes a PNG: of the first responses the reward of each token, before and after. Raises
-    ImportError without matplotlib."""
+def plot(told, prompts, tokenizer, path):
+    """Writes a PNG: of the first responses, one to each of the prompts' texts, what each token
+    earns, before and after. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    count = min(show, len(told.responses))
+    count = len(prompts)
     figure = Figure(figsize=(10, 2.6 * count), layout="constrained")
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     for i, axes in enumerate(panels):
         places = np.arange(len(told.responses[i]))
         axes.bar(places - 0.2, told.before[i], 0.4, color="#9db4c8", label="before")
-        axes.bar(places + 0.2, told.after[i], 0.4, color="#1f4e79", label="after, equivalent")
+        axes.bar(places + 0.2, told.after[i], 0.4, color="#1f4e79", label="after")
         names = [token_text(token, tokenizer) for token in told.responses[i]]
         axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8, parse_math=False)
+        axes.tick_params(axis="y", labelsize=8)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_ylabel("reward of the token", fontsize=8)
-        total = told.before[i].sum()
-        axes.set_title(f"response {i + 1}: both sum to {total:+.2f}", fontsize=9, loc="left")
-    panels[0].legend(fontsize=8, frameon=False)
+        name = f"{cut(escaped(prompts[i]), 70)} ...   (both sum to {told.before[i].sum():+.2f})"
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+    panels[0].legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     with warnings.catch_warnings(), atomic_write(path) as tmp:
         warnings.filterwarnings("ignore", "Glyph")  # a box stands for it
         figure.savefig(tmp, format="png", dpi=110)
 
 
-def print_told(told, prompts, tokenizer, show):
-    """The first responses, their tokens coloured or marked by what they earn."""
+def print_told(told, prompts, tokenizer):
+    """The first responses, one to each of the prompts' texts, their tokens coloured or marked by
+    what they earn."""
     unit = float(np.mean(np.abs(np.concatenate(told.before)))) or 1.0
-    for i in range(min(show, len(told.responses))):
+    for i, prompt in enumerate(prompts):
         print()
-        print_wrapped("prompt", prompts[i])
+        print_wrapped("prompt", prompt)
         print(f"{'score':<8} {told.base[i] + told.before[i].sum():+.2f}, of which the tokens earn "
               f"{told.before[i].sum():+.2f}")  # fmt: skip
         for name, rewards in (("before", told.before[i]), ("after", told.after[i])):
@@ -328,12 +338,13 @@ def main(knobs):
     rows = branching(policy.model, *batch, knobs.response_length, knobs.branches, **options)
     options = {"linear": knobs.linear, "steps": knobs.steps, "lr": knobs.lr}
     told = readable_tokens(rm, *rows, knobs.objective, **options)
-    print_told(told, texts, tokenizer, min(knobs.show, len(texts)))
+    shown_texts = texts[: knobs.show]
+    print_told(told, shown_texts, tokenizer)
     before, after = told.objective
     print(f"{OBJECTIVES[knobs.objective].__doc__} {before:.4f} before, {after:.4f} after, over "
           f"all prefixes of {len(rows[0]):,} responses")  # fmt: skip
     try:
-        plot(told, tokenizer, knobs.out, min(knobs.show, len(texts)))
+        plot(told, shown_texts, tokenizer, knobs.out)
         print(f"the picture: {knobs.out}")
     except ImportError:
         print(f"{knobs.out} is left out: pip install 'minirlhf[plot]'")
