@@ -361,7 +361,7 @@ def test_a_reward_and_its_shaped_self_have_the_same_most_readable_form():
     best = least_l1(sparse, possible)
     assert least_l1(dense, possible) == pytest.approx(best)
     assert best < sparse[possible > 0].mean() - 1e-3  # "+1 at the goal" is not it
-    options = {"possible": possible, "steps": 600}
+    options = {"possible": possible, "steps": 500}
     for R in (sparse, dense):
         found, potential = prfi.prfi(R, GAMMA, terminal=[S - 1], **options)
         value = np.abs(found[possible > 0]).mean()

@@ -91,7 +91,7 @@ def neighbours(start, end):
 # Any states
 
 
-def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=2000, lr=0.02):
+def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=1000, lr=0.05):
     """(readable rewards (N,), Phi (S,), objective before, and after), float64 NumPy.
 
     r (N,): rewards of transitions between states start and end (N,). Phi is 0 where not free (S,);
@@ -131,7 +131,7 @@ def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=
     return shaped.numpy(), potential.numpy(), losses[0], after
 
 
-def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=2000, lr=0.02):
+def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=1000, lr=0.05):
     """(the most readable reward (S, A, S) equivalent to R, its potential (S,)).
 
     The objective is a mean over the `possible` transitions, (S, A, S) true or above 0: all without
@@ -166,7 +166,7 @@ class Told(NamedTuple):
 
 
 def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1", linear=False,
-                    steps=2000, lr=0.02):  # fmt: skip
+                    steps=1000, lr=0.05):  # fmt: skip
     """Told of responses in rows of tokens (N, T) by a RewardModel.
 
     Each pair of a prefix and its next token counts once in the objective. Phi has a number for each
@@ -299,8 +299,8 @@ class Knobs(cli.Checked):
     branches: int = knob(8, "other ways on from each prefix of a response", least=1)
     show: int = knob(3, "responses that are shown", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
-    steps: int = knob(2000, "of Adam", least=1)
-    lr: float = knob(0.02, "its first rate, in units of the largest reward")
+    steps: int = knob(1000, "of Adam", least=1)
+    lr: float = knob(0.05, "its first rate, in units of the largest reward")
     out: str = knob("prfi.png", "the picture")
     seed: int = knob(0, "same seed, same responses")
     device: str = knob("auto", "what computes: cpu, cuda, ...; auto: a GPU where there is one")
