@@ -489,6 +489,8 @@ def test_the_command(toy, tmp_path, capsys):
     for word in ("prompt", "score", "before", "after", "mean |r|", str(out)):
         assert word in said
     assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(prfi.UserError, match="a model of no run"):
+        prfi.main(prfi.Knobs(rm=str(toy / "rm"), run=str(toy / "sft" / "model"), **knobs))
     with pytest.raises(prfi.UserError, match="--response-length"):
         long = knobs | {"response_length": 4000}
         prfi.main(prfi.Knobs(rm=str(toy / "rm"), run=str(toy / "sft"), **long))

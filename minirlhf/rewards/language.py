@@ -237,7 +237,7 @@ def token_rewards(reward, tokens, prompt_lengths, response_lengths, width):
     if not isinstance(reward, RewardModel):
         found = reward(*rows)
         found = F.pad(found, (0, width - found.shape[1]))
-        return torch.where(mask, found, 0).double().cpu().numpy()
+        return torch.where(mask, found, 0).cpu().double().numpy()
 
     def by_token(tokens, p, r):
         return window(reward.values(tokens, p + r), p, width)
@@ -251,4 +251,4 @@ def token_rewards(reward, tokens, prompt_lengths, response_lengths, width):
         found = torch.where(mask, found, 0) + on_last_token(shift, mask)
     else:
         found = on_last_token(in_parts(by_response, 256, *rows), mask)
-    return found.double().cpu().numpy()
+    return found.cpu().double().numpy()

@@ -3,7 +3,7 @@
     python -m minirlhf.rewards.prfi runs/rm runs/ppo                  # prfi.png, and colours here
     python -m minirlhf.rewards.prfi runs/rm runs/sft --objective log --show 6
 
-RM is a reward model, RUN what writes: an sft, ppo or dpo run, or a model. Jenner and Gleave 2022
+RM is a reward model, RUN what writes: an sft, ppo or dpo run. Jenner and Gleave 2022
 (Preprocessing reward functions for interpretability): among the rewards r + gamma Phi(s') - Phi(s),
 which order all policies alike, find the one that a simple objective likes best, then look at it.
 Here Phi is 0 where an episode ends and, for text, at the prompt, so every return stays as it is.
@@ -175,7 +175,7 @@ def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1"
     of |r|, and one token may keep all.
     """
     rows = tokens, prompt_lengths, response_lengths
-    rewards, base, hidden = (x.double().cpu().numpy() for x in read(rm, *rows))
+    rewards, base, hidden = (x.cpu().double().numpy() for x in read(rm, *rows))
     lengths = (prompt_lengths + response_lengths).tolist()
     texts = [ids[:n] for ids, n in zip(tokens.tolist(), lengths, strict=True)]
     nodes, ends = prefix_tree(texts, prompt_lengths.tolist())
@@ -292,7 +292,7 @@ def print_told(told, prompts, tokenizer):
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
     rm: str = knob("", "a run or directory of a reward model")
-    run: str = knob("", "what writes: a run, a directory, a hub name")
+    run: str = knob("", "what writes: an sft, ppo or dpo run")
     objective: str = knob("l1", "what is made small", tuple(OBJECTIVES))
     prompts: int = knob(16, "held-out prompts that are answered", least=1)
     linear: bool = knob(False, "Phi is linear in the hidden states; off: a number for each prefix")
@@ -324,6 +324,8 @@ def main(knobs):
     device = machine.pick_device(knobs.device)
     machine.precision(device, "float32")
     policy = open_policy(knobs.run, device, "none")
+    if not policy.run:
+        raise UserError(f"{knobs.run}: a model of no run, so without held-out prompts: name a run")
     tokenizer = policy.tokenizer
     rm = load_reward_model(knobs.rm, tokenizer, policy.model)
     texts = held_out([policy], knobs.prompts)
