@@ -89,8 +89,12 @@ def labels_of(items, pairs):
     """(P,) the share of raters who prefer the first of each pair; 1 where it was said so."""
     if items.ratings is None:
         return np.ones(len(pairs))
-    shares = [data.outvotes([items.ratings[i], items.ratings[j]])[0, 1] for i, j in pairs]
-    return np.array(shares)
+    labels = np.zeros(len(pairs))
+    for first in np.unique(pairs[:, 0]):
+        asked = pairs[:, 0] == first
+        ratings = [items.ratings[i] for i in (first, *pairs[asked, 1])]
+        labels[asked] = data.outvotes(ratings)[0, 1:]
+    return labels
 
 
 def lengths_of(items, name):
