@@ -361,6 +361,12 @@ def test_a_rule_is_exploited_and_a_reward_model_less(toy, rule, tmp_path, capsys
     assert "pressed" in shown
 
 
+def test_names_are_short_where_they_differ():
+    sources = ["runs/a/rm,runs/b/rm", "runs/c/rm", "true", "runs/a/rm"]
+    assert overoptimisation.names_of(sources) == ["a/rm + b/rm", "c/rm", "true", "a/rm"]
+    assert overoptimisation.names_of([]) == []
+
+
 def test_mistakes_are_said(toy, rule, tmp_path):
     knobs = SimpleNamespace(gold="true", proxies=["true"], policies=[])
     with pytest.raises(UserError, match="given twice"):

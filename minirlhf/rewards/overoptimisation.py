@@ -23,6 +23,7 @@ best-of-n, of which `best_of_n_kl` is an upper bound.
 
 import argparse
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,9 @@ import numpy as np
 from minirlhf.engine import cli, machine
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.files import atomic_write, file_errors, write_lines
+from minirlhf.feedback.preferring import is_ensemble
 from minirlhf.look import judging, policies, replies
-from minirlhf.look.command import print_figures, short_names
+from minirlhf.look.command import print_figures, shortened
 
 # Best of n
 
@@ -178,7 +180,7 @@ def measure(knobs):
         pressed.append(policies.open_policy(name, device, base.name, loaded))
     against = [trained_against(policy, knobs.proxies) for policy in pressed]
     judges = [judging.load_judge(source, base) for source in (knobs.gold, *knobs.proxies)]
-    names = short_names(judges)
+    names = names_of([judge.name for judge in judges])
     for judge in judges:
         if not judge.score:
             raise UserError(f"{judge.name}: compares two responses, and gives no score of one")
@@ -198,7 +200,7 @@ def measure(knobs):
     rows = []
     for name, scores in zip(names, standard, strict=True):
         rows += [{"proxy": name, "gold": names[0]} | row for row in curve(scores, standard[0])]
-    shown = short_names(pressed) if pressed else []
+    shown = names_of([policy.name for policy in pressed])
     for policy, name, i in zip(pressed, shown, against, strict=True):
         answers = replies.replies(policy, prompts, sampling._replace(n=1))
         gains = []
@@ -210,6 +212,14 @@ def measure(knobs):
         row = {"proxy": names[i + 1], "gold": names[0], "policy": name}
         rows.append(row | point(kl, *gains))
     return rows
+
+
+def names_of(sources):
+    """Short names of sources, of an ensemble those of its members."""
+    members = [name.split(",") if is_ensemble(name) else [name] for name in sources]
+    every = list(dict.fromkeys(itertools.chain(*members)))
+    short = dict(zip(every, shortened(every), strict=True))
+    return [" + ".join(short[name] for name in some) for some in members]
 
 
 def trained_against(policy, proxies):
@@ -264,7 +274,7 @@ def draw(rows, path):
     for axes, name in zip(panels, names, strict=False):
         drawn.append(draw_proxy(axes, [row for row in rows if row["proxy"] == name], best))
         axes.set_title(f"chosen by {name}", fontsize=10)
-    panels[0].set_xlim(-0.05, 1.45 * max(row["sqrt_kl"] for row in rows))  # room for names
+    panels[0].set_xlim(-0.05, 1.6 * max(row["sqrt_kl"] for row in rows))  # room for names
     for axes, ends in drawn:
         write_names(axes, ends)
     for axes in panels[len(names) :]:
