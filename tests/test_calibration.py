@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minirlhf import data
 from minirlhf.engine.cli import UserError
 from minirlhf.rewards import calibration, ceiling, held_out, overoptimisation
 
@@ -400,6 +401,27 @@ def test_held_out_pairs_of_the_toy(toy, rule, capsys):
     shown = capsys.readouterr().out
     assert "accuracy 0.9078" in shown
     assert "ensemble of 2" in shown
+
+
+def test_a_judge_is_asked_in_both_orders(monkeypatch, capsys):
+    """A judge that knows the toy's reward and likes what comes first."""
+
+    class FirstLover:
+        def __init__(self, source):
+            pass
+
+        def first_shown(self, prompts, first, second):
+            ahead = np.subtract(data.toy_reward(prompts, first), data.toy_reward(prompts, second))
+            return 1 / (1 + np.exp(-2 * ahead - 1))
+
+    monkeypatch.setattr(held_out, "Judge", FirstLover)
+    argv = ["judge:http://x", "--data", "toy", "--pairs", "400"]
+    (found,) = held_out.main(held_out.parse(held_out.Knobs, "", argv)).values()
+    position = found["position"]
+    assert position["accuracy_better_first"] > 0.85 > position["accuracy_better_second"]
+    assert position["chance_of_first"] > 0.55
+    assert 0.85 < found["accuracy"] < 0.95
+    assert "accuracy_better_second" in capsys.readouterr().out
 
 
 def test_halves_share_no_response():
