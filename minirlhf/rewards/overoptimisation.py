@@ -26,6 +26,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -189,29 +190,38 @@ def measure(knobs):
     print(f"{base.name} answers {len(prompts)} prompts {knobs.n} times each", flush=True)
     sampling = replies.Sampling(knobs.response_length, seed=knobs.seed, n=knobs.n)
     found = replies.replies(base, prompts, sampling)
-    scales = []  # of each judge
-    for judge in judges:
-        raw = scores_of(judge, base, found)
-        if not raw.std():
-            raise UserError(f"{judge.name}: gives all {len(raw)} responses the same score")
-        scales.append((raw.mean(), raw.std(), raw.reshape(len(prompts), -1)))
-    standard = [(raw - mean) / std for mean, std, raw in scales]
-
+    scales = [scale_of(judge, scores_of(judge, base, found), len(prompts)) for judge in judges]
     rows = []
-    for name, scores in zip(names, standard, strict=True):
-        rows += [{"proxy": name, "gold": names[0]} | row for row in curve(scores, standard[0])]
+    for name, scale in zip(names, scales, strict=True):
+        found = curve(scale.base, scales[0].base)
+        rows += [{"proxy": name, "gold": names[0]} | row for row in found]
     shown = names_of([policy.name for policy in pressed])
     for policy, name, i in zip(pressed, shown, against, strict=True):
         answers = replies.replies(policy, prompts, sampling._replace(n=1))
         gains = []
         for k in (i + 1, 0):  # its proxy, and gold
-            mean, std, _ = scales[k]
-            own = (scores_of(judges[k], policy, answers) - mean) / std
-            gains.append(own - standard[k].mean(1))
+            own = (scores_of(judges[k], policy, answers) - scales[k].mean) / scales[k].std
+            gains.append(own - scales[k].base.mean(1))
         kl = replies.mean([answer.kl for answer in answers])
         row = {"proxy": names[i + 1], "gold": names[0], "policy": name}
         rows.append(row | point(kl, *gains))
     return rows
+
+
+class Scale(NamedTuple):
+    """A judge's scores of the base model's responses, and how they are standardised."""
+
+    mean: float
+    std: float
+    base: np.ndarray  # (P, N), with mean 0 and standard deviation 1 over all
+
+
+def scale_of(judge, scores, prompts):
+    """The Scale of scores (P N,). Raises UserError where they are all the same."""
+    mean, std = scores.mean(), scores.std()
+    if not std:
+        raise UserError(f"{judge.name}: gives all {len(scores)} responses the same score")
+    return Scale(mean, std, ((scores - mean) / std).reshape(prompts, -1))
 
 
 def names_of(sources):
