@@ -306,13 +306,14 @@ def test_a_gain_is_over_the_prompts_own_mean():
     """A shift of a prompt changes nothing, and n = 1 gains nothing, with no error."""
     rng = RNG(12)
     proxy, gold = rng.normal(size=(2, 20, 8))
-    rows = overoptimisation.curve(proxy, gold)
-    shifted = overoptimisation.curve(proxy, gold + rng.normal(size=(20, 1)) * 50)
+    rows = overoptimisation.curve(proxy, gold, {})
+    shifted = overoptimisation.curve(proxy, gold + rng.normal(size=(20, 1)) * 50, {"x": gold})
     assert [row["n"] for row in rows] == [1, 2, 4, 8]
     for row, other in zip(rows, shifted, strict=True):
         assert row["gold_gain"] == pytest.approx(other["gold_gain"], abs=1e-9)
         assert row["gold_error"] == pytest.approx(other["gold_error"], abs=1e-9)
     assert rows[0]["gold_gain"] == pytest.approx(0, abs=1e-12)
+    assert shifted[-1]["x"] == pytest.approx(gold[np.arange(20), proxy.argmax(1)].mean())
     best = proxy.max(1) - proxy.mean(1)
     assert rows[-1]["proxy_gain"] == pytest.approx(best.mean())
     assert rows[-1]["proxy_error"] == pytest.approx(best.std(ddof=1) / 20**0.5)
@@ -351,6 +352,7 @@ def test_a_rule_is_exploited_and_a_reward_model_less(toy, rule, tmp_path, capsys
     by_length = last["rule.py:length"]
     assert by_length["proxy_gain"] > 1
     assert by_length["gold_gain"] < 0.4
+    assert by_length["tokens"] > last["true"]["tokens"]
     assert last["true"]["gold_gain"] > last["rm"]["gold_gain"]
     (policy,) = (row for row in rows if "policy" in row)
     assert policy["proxy"] == "rm"
@@ -382,8 +384,12 @@ def test_mistakes_are_said(toy, rule, tmp_path):
 def test_the_picture_is_drawn_without_a_policy(tmp_path):
     pytest.importorskip("matplotlib")
     proxy, gold = RNG(13).normal(size=(2, 10, 4))
-    rows = [{"proxy": "gold", "gold": "gold"} | row for row in overoptimisation.curve(gold, gold)]
-    rows += [{"proxy": "a", "gold": "gold"} | row for row in overoptimisation.curve(proxy, gold)]
+    rows = [
+        {"proxy": "gold", "gold": "gold"} | row for row in overoptimisation.curve(gold, gold, {})
+    ]
+    rows += [
+        {"proxy": "a", "gold": "gold"} | row for row in overoptimisation.curve(proxy, gold, {})
+    ]
     overoptimisation.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

@@ -13,6 +13,9 @@ against a proxy answer the same prompts once. The pressure is the KL from BASE i
 the gains are over BASE in standard deviations of its responses, with the standard error over
 prompts. Prints a table; leaves overoptimisation.jsonl and, with the extra `plot`, a picture.
 
+A model scores the tokens as they were sampled; who reads texts, an ensemble, a function, a judge,
+takes a response for finished that reached its length without EOS. `ended` is the share with an EOS.
+
 GOLD and PROXIES are whatever scores: a run or directory of a reward model, RM,RM,... for the mean
 of an ensemble, FILE.py:FUNCTION, judge:URL, or `true` for the toy. No reward model is the truth: a
 gold one stands for it as far as it knows what the proxies do not, by more labels, say.
@@ -91,16 +94,20 @@ def gain(by_prompt):
     return float(by_prompt.mean()), float(error)
 
 
-def curve(proxy, gold):
-    """Rows of best-of-n by a proxy, n = 1, 2, 4, ...: dicts of n, kl, sqrt_kl, and the gains of
-    proxy and gold over the mean sample of the prompt, with their errors.
+def curve(proxy, gold, facts):
+    """Rows of best-of-n by a proxy, n = 1, 2, 4, ...: dicts of n, kl, sqrt_kl, the gains of proxy
+    and gold over the mean sample of the prompt, with their errors, and the means of facts.
 
-    proxy, gold (P, N): standardised scores of N samples a prompt.
+    proxy, gold (P, N): standardised scores of N samples a prompt. facts: {name: (P, N)}, what else
+    tells how the chosen ones differ.
     """
     rows = []
     for n in powers_up_to(proxy.shape[1]):
         gains = [best_of_n(proxy, values, n) - values.mean(1) for values in (proxy, gold)]
-        rows.append({"n": n} | point(float(best_of_n_kl(n)), *gains))
+        row = {"n": n} | point(float(best_of_n_kl(n)), *gains)
+        for name, values in facts.items():
+            row[name] = float(best_of_n(proxy, values, n).mean())
+        rows.append(row)
     return rows
 
 
@@ -191,10 +198,13 @@ def measure(knobs):
     sampling = replies.Sampling(knobs.response_length, seed=knobs.seed, n=knobs.n)
     found = replies.replies(base, prompts, sampling)
     scales = [scale_of(judge, scores_of(judge, base, found), len(prompts)) for judge in judges]
+    facts = {}
+    for key, values in facts_of(found).items():
+        facts[key] = np.reshape(values, (len(prompts), -1))
     rows = []
     for name, scale in zip(names, scales, strict=True):
-        found = curve(scale.base, scales[0].base)
-        rows += [{"proxy": name, "gold": names[0]} | row for row in found]
+        of_proxy = curve(scale.base, scales[0].base, facts)
+        rows += [{"proxy": name, "gold": names[0]} | row for row in of_proxy]
     shown = names_of([policy.name for policy in pressed])
     for policy, name, i in zip(pressed, shown, against, strict=True):
         answers = replies.replies(policy, prompts, sampling._replace(n=1))
@@ -204,8 +214,17 @@ def measure(knobs):
             gains.append(own - scales[k].base.mean(1))
         kl = replies.mean([answer.kl for answer in answers])
         row = {"proxy": names[i + 1], "gold": names[0], "policy": name}
-        rows.append(row | point(kl, *gains))
+        row |= point(kl, *gains)
+        for key, values in facts_of(answers).items():
+            row[key] = replies.mean(values)
+        rows.append(row)
     return rows
+
+
+def facts_of(answers):
+    """{name: a number of each reply}: a proxy is often exploited by what shows in these."""
+    tokens = [float(len(answer.ids)) for answer in answers]
+    return {"tokens": tokens, "ended": [float(answer.ended) for answer in answers]}
 
 
 class Scale(NamedTuple):
@@ -250,13 +269,14 @@ def scores_of(judge, policy, answers):
 
 def print_rows(rows):
     """A line for each n of each proxy, and for each policy."""
-    table = [["chosen by", "how", "KL", "sqrt(KL)", "proxy gain", "+-", "gold gain", "+-"]]
+    table = [["chosen by", "how", "sqrt(KL)", "proxy gain", "gold gain", "tokens", "ended"]]
     for row in rows:
         how = f"best of {row['n']}" if "n" in row else row["policy"]
-        cells = [row["proxy"], how, f"{row['kl']:.2f}", f"{row['sqrt_kl']:.2f}"]
-        for key in ("proxy_gain", "proxy_error", "gold_gain", "gold_error"):
-            cells.append(f"{round(row[key], 3) + 0.0:.3f}")  # no -0.000
-        table.append(cells)
+        cells = [row["proxy"], how, f"{row['sqrt_kl']:.2f}"]
+        for key in ("proxy", "gold"):
+            value = round(row[f"{key}_gain"], 2) + 0.0  # no -0.00
+            cells.append(f"{value:.2f} +- {row[f'{key}_error']:.2f}")
+        table.append([*cells, f"{row['tokens']:.1f}", f"{row['ended']:.2f}"])
     print()
     print_figures(table)
 
