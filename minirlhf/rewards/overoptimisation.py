@@ -334,7 +334,7 @@ def draw_proxy(axes, rows, best):
                 ends.append((x, y, f"{row['policy']}: {key}", colour))
     axes.axhline(0, color="black", linewidth=0.6)
     axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, labelbottom=True)
     return axes, ends
 
 
