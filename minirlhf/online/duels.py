@@ -1,0 +1,195 @@
+"""Duels between actions, backwards from the last step: PPS with a simulator, PEPS without.
+
+Xu et al. 2020. In each state of each step the actions are the arms of a dueling bandit: two
+episodes go on from there, one with each action, then both as was decided for the later steps, and a
+person says which was better. What wins is written down, and the step before can build on it.
+
+- PPS (algorithm 1) has a simulator that can be set into any state.
+- PEPS (algorithm 2) has to walk there, by policies that it learns for that alone; states that it
+  hardly ever reaches are left as they are.
+
+The paper leaves the bandit open; here it is elimination. Its routine of optimistic exploration is
+posterior sampling here, and what the duels' own episodes tell of the dynamics is not used.
+"""
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.online.environments import best_policy, earned, go_on, plan, returns_of, roll_out
+from minirlhf.online.oracle import prefers
+
+
+class Found(NamedTuple):
+    policy: np.ndarray  # (H, S)
+    best: float  # the expected return of the best policy
+    comparisons: np.ndarray  # (K,), asked until each of K decisions was made
+    episodes: np.ndarray  # (K,), played until then
+    values: np.ndarray  # (K,), the expected return of the policy as it was then
+    skipped: list  # (step, state) that PEPS took for unreachable
+
+    @property
+    def gap(self):
+        return self.best - self.values[-1]
+
+
+# The bandit
+
+
+def radius(m, arms, delta):
+    """How far from its chance a rate of m duels can be: for all pairs and all m, but for delta."""
+    return np.sqrt(np.log(4 * arms**2 * m**2 / delta) / (2 * m))
+
+
+def eliminate(duel, arms, epsilon, delta, batch=10):
+    """The best of `arms` arms but for epsilon, with probability 1 - delta.
+
+    duel(a, b, n) tells how often a won in n duels. All pairs of arms that are left are asked
+    equally often; an arm goes that another one beats for certain. One that loses to no other by
+    more than about epsilon (in probability) is left at the end, and the one of most wins taken.
+    """
+    left, m = list(range(arms)), 0
+    wins = np.zeros((arms, arms))
+    while len(left) > 1 and (m == 0 or radius(m, arms, delta) >= epsilon):
+        for a, b in combinations(left, 2):
+            won = duel(a, b, batch)
+            wins[a, b] += won
+            wins[b, a] += batch - won
+        m += batch
+        sure = m / 2 + m * radius(m, arms, delta)
+        left = [a for a in left if not (wins[left, a] > sure).any()]
+    return max(left, key=lambda a: wins[a, left].sum())
+
+
+def affordable(env, queries, delta=0.1, batch=10):
+    """The smallest epsilon that a search costs no more than so many comparisons for, for certain."""
+    arms, places = env.dynamics.shape[1], env.there.sum()
+    m = queries // (places * arms * (arms - 1) // 2) // batch * batch
+    if m < batch:
+        return np.inf
+    return 1.001 * env.horizon * radius(m, arms, delta / places)
+
+
+# With a simulator
+
+
+def pps(env, rng, epsilon, delta=0.1, beta=1.0):
+    """Algorithm 1: an epsilon-best policy, where what is preferred grows with what is gained.
+
+    epsilon is in preferences: a gap of value g shows as sigmoid(beta g) - 1/2, about beta g / 4.
+    """
+    each, slip = epsilon / env.horizon, delta / env.there.sum()
+    return backward(env, rng, beta, lambda duel, arms: eliminate(duel, arms, each, slip))
+
+
+def backward(env, rng, beta, decide):
+    """decide(duel, arms) -> the winner, in each state of each step from the last one to the first.
+
+    A Found; what is not decided yet keeps a random action.
+    """
+    arms = env.dynamics.shape[1]
+    policy = rng.integers(arms, size=env.there.shape)
+    asked, trail = 0, []
+    for step in reversed(range(env.horizon)):
+        for state in np.flatnonzero(env.there[step]):
+
+            def duel(a, b, n, step=step, state=state):
+                nonlocal asked
+                asked += n
+                returns = [simulated(env, rng, policy, step, state, arm, n) for arm in (a, b)]
+                return prefers(*returns, beta, rng).sum()
+
+            policy[step, state] = decide(duel, arms)
+            trail.append((asked, 2 * asked, returns_of(env, policy)))
+    return found(env, policy, trail, [])
+
+
+def simulated(env, rng, policy, step, state, arm, n):
+    """The returns (n,) of n episodes set into `state` at `step`, beginning with the action `arm`."""
+    following = policy.copy()
+    following[step, state] = arm
+    following = np.broadcast_to(following, (n, *policy.shape))
+    return earned(env, *go_on(env, following, np.full(n, state), step, rng))
+
+
+def found(env, policy, trail, skipped):
+    columns = [np.array(column) for column in zip(*trail, strict=True)]
+    return Found(policy, float(returns_of(env, best_policy(env))), *columns, skipped)
+
+
+# Without one
+
+
+def peps(env, rng, epsilon, delta=0.1, beta=1.0, *, tries=50, rare=0.05, directed=True):
+    """Algorithm 2: the same by whole episodes, of which only those count that come by a state.
+
+    tries: episodes that learn to reach a state; rare: a state that a smaller share of them came by
+    is left alone. directed=False walks at random instead.
+    """
+    arms = env.dynamics.shape[1]
+    each, slip = epsilon / env.horizon, delta / env.there.sum()
+    policy = rng.integers(arms, size=env.there.shape)
+    counts = np.zeros_like(env.dynamics)
+    asked, played, trail, skipped = 0, 0, [], []
+    for step in reversed(range(env.horizon)):
+        for state in np.flatnonzero(env.there[step]):
+            # 1 explore: policies that come by
+            walks, share = ways_to(env, rng, counts, step, state, tries, directed)
+            played += tries
+            if share < rare or not share:
+                skipped.append((step, int(state)))
+                continue
+
+            # 2 duels between episodes that came by
+            def duel(a, b, n, step=step, state=state, walks=walks):
+                nonlocal asked, played
+                asked += n
+                returns = []
+                for arm in (a, b):
+                    earnings, took = walked(env, rng, policy, walks, step, state, arm, n)
+                    returns.append(earnings)
+                    played += took
+                return prefers(*returns, beta, rng).sum()
+
+            # 3 what won is what is done there
+            policy[step, state] = eliminate(duel, arms, each, slip)
+            trail.append((asked, played, returns_of(env, policy)))
+    return found(env, policy, trail, skipped)
+
+
+def ways_to(env, rng, counts, step, state, tries, directed):
+    """Policies (n, H, S) by which to come by `state` at `step`, and the share of tries that did.
+
+    The reward is 1 for being there, the dynamics a draw from what `counts` (S, A, S) tell, which
+    learn from every try. Those policies are kept that got there; undirected, all of them.
+    """
+    goal = np.zeros((env.horizon, *env.dynamics.shape[:2]))
+    goal[step, state] = 1
+    policies = rng.integers(env.dynamics.shape[1], size=(tries, *env.there.shape))
+    came = np.zeros(tries, bool)
+    for i in range(tries):
+        if directed:
+            gammas = rng.standard_gamma(1 / len(env.start) + counts) + 1e-12
+            policies[i] = plan(gammas / gammas.sum(-1, keepdims=True), goal)
+        states, actions = roll_out(env, policies[i], rng)
+        np.add.at(counts, (states[:-1], actions, states[1:]), 1)
+        came[i] = states[step] == state
+    return policies[came] if directed else policies, came.mean()
+
+
+def walked(env, rng, policy, walks, step, state, arm, n):
+    """As `simulated`, by episodes from the start: the returns (n,) from `state` on, and how many
+    episodes it took until n came by."""
+    earnings, took = np.zeros(0), 0
+    following = policy.copy()
+    following[step, state] = arm
+    while len(earnings) < n:
+        episodes = walks[rng.integers(len(walks), size=4 * n)]
+        episodes[:, step:] = following[step:]
+        states, actions = roll_out(env, episodes, rng)
+        came = np.flatnonzero(states[:, step] == state)[: n - len(earnings)]
+        rest = earned(env, states[came, step:], actions[came, step:])
+        earnings = np.append(earnings, rest)
+        took += came[-1] + 1 if len(earnings) == n else len(episodes)
+    return earnings, took

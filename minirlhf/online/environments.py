@@ -1,0 +1,155 @@
+"""Small worlds whose best policy is known: tables of states, actions and a horizon.
+
+Letters: H steps of an episode, S states, A actions; `...` are axes in front, as of many runs at
+once. A policy is a table (..., H, S) of actions, another one at each step. All planning is by
+value iteration over the H steps, and is exact.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Env(NamedTuple):
+    dynamics: np.ndarray  # (S, A, S), P(next state | state, action)
+    rewards: np.ndarray  # (S, A, S), of a state, an action and where it led
+    start: np.ndarray  # (S,), P(first state)
+    there: np.ndarray  # (H, S), whether a state is one of those of a step
+
+    @property
+    def horizon(self):
+        return len(self.there)
+
+
+# Worlds
+
+
+def river_swim(states=6, horizon=50):
+    """Against the current to the far bank; actions 0 left, 1 right (Osband et al. 2013, figure 1).
+
+    The numbers are those of the release of Novoseller et al. 2020: .005 for left at the first
+    state, 1 for going right at the last one where that does not throw the swimmer back.
+    """
+    dynamics = np.zeros((states, 2, states))
+    for s in range(states):
+        dynamics[s, 0, max(s - 1, 0)] = 1
+    for s in range(1, states - 1):
+        dynamics[s, 1, s - 1 : s + 2] = 0.05, 0.6, 0.35
+    dynamics[0, 1, :2] = 0.4, 0.6
+    dynamics[-1, 1, -2:] = 0.4, 0.6
+    rewards = np.zeros_like(dynamics)
+    rewards[0, 0, 0] = 0.005
+    rewards[-1, 1, -1] = 1
+    return Env(dynamics, rewards, np.eye(states)[0], np.ones((horizon, states), bool))
+
+
+def grid(rng, size=4, treasures=3):
+    """From the upper left corner to the lower right; actions 0 right, 1 down (Xu et al. 2020, 6).
+
+    `treasures` random blocks pay 1/3 to who enters them, the way's two ends never. A step out of
+    the grid goes the other way, so 2 (size - 1) steps always end at the corner.
+    """
+    states, corner = size * size, size * size - 1
+    dynamics = np.zeros((states, 2, states))
+    dynamics[corner, :, corner] = 1
+    for s in range(corner):
+        row, column = divmod(s, size)
+        right = s + 1 if column < size - 1 else s + size
+        down = s + size if row < size - 1 else s + 1
+        dynamics[s, 0, right] = dynamics[s, 1, down] = 1
+    pays = np.zeros(states)
+    pays[rng.choice(np.arange(1, corner), treasures, replace=False)] = 1 / 3
+    rewards = np.broadcast_to(pays, dynamics.shape)
+    steps_to = np.add.outer(np.arange(size), np.arange(size)).ravel()
+    there = steps_to == np.arange(2 * (size - 1))[:, None]
+    return Env(dynamics, rewards, np.eye(states)[0], there)
+
+
+def random_mdp(rng, horizon=5, states=4, actions=5):
+    """`states` others at each of `horizon` steps, 20 in all (Xu et al. 2020, section 6).
+
+    Transitions to the next step's states are Dirichlet(0.1), rewards of state and action are
+    exponential, then shifted and scaled to least 0 and mean 1. An episode begins at any of the
+    first step's states. How many actions the paper took it does not say; 5 are those of the random
+    worlds of Novoseller et al. 2020, which it follows.
+    """
+    total = horizon * states
+    dynamics = np.zeros((total, actions, total))
+    for step in range(horizon):
+        here, there = np.arange(total).reshape(horizon, states)[[step, (step + 1) % horizon]]
+        drawn = rng.dirichlet(np.full(states, 0.1), (states, actions))
+        dynamics[here[:, None, None], np.arange(actions)[:, None], there] = drawn
+    pays = rng.exponential(5, (total, actions))
+    pays -= pays.min()
+    pays /= pays.mean()
+    rewards = np.broadcast_to(pays[:, :, None], dynamics.shape)
+    there = np.arange(total) // states == np.arange(horizon)[:, None]
+    return Env(dynamics, rewards, there[0] / states, there)
+
+
+# Planning
+
+
+def expected_rewards(env):
+    """(S, A): the mean over where an action leads."""
+    return (env.dynamics * env.rewards).sum(-1)
+
+
+def plan(dynamics, rewards):
+    """The best policy (..., H, S) for dynamics (..., S, A, S) and rewards (H, ..., S, A)."""
+    values = np.zeros(dynamics.shape[:-2])  # (..., S), of the steps that are still to come
+    policy = []
+    for now in rewards[::-1]:
+        q = now + (dynamics @ values[..., None, :, None])[..., 0]  # (..., S, A)
+        policy.append(q.argmax(-1))
+        values = q.max(-1)
+    return np.stack(policy[::-1], axis=-2)
+
+
+def best_policy(env):
+    """(H, S)"""
+    rewards = expected_rewards(env)
+    return plan(env.dynamics, np.broadcast_to(rewards, (env.horizon, *rewards.shape)))
+
+
+def returns_of(env, policies):
+    """The expected return (...) of policies (..., H, S), exact."""
+    pays, values = expected_rewards(env), np.zeros(len(env.start))
+    states = np.arange(len(env.start))
+    for step in reversed(range(env.horizon)):
+        actions = policies[..., step, :]
+        follow = env.dynamics[states, actions]  # (..., S, S)
+        values = pays[states, actions] + (follow @ values[..., None])[..., 0]
+    return values @ env.start
+
+
+# Episodes
+
+
+def pick(probabilities, rng):
+    """An index (...) for each row of probabilities (..., S)."""
+    drawn = rng.random((*probabilities.shape[:-1], 1))
+    return (drawn > probabilities.cumsum(-1)[..., :-1]).sum(-1)
+
+
+def roll_out(env, policies, rng):
+    """An episode of each policy (..., H, S): states (..., H + 1) and actions (..., H)."""
+    shape = policies.shape[:-2]
+    state = pick(np.broadcast_to(env.start, (*shape, len(env.start))), rng)
+    return go_on(env, policies, state, 0, rng)
+
+
+def go_on(env, policies, state, step, rng):
+    """The rest of episodes that are in `state` (...) at `step`: states and actions from there."""
+    states, actions = [state], []
+    for now in range(step, env.horizon):
+        action = np.take_along_axis(policies[..., now, :], state[..., None], -1)[..., 0]
+        state = pick(env.dynamics[state, action], rng)
+        states.append(state)
+        actions.append(action)
+    return np.stack(states, -1), np.stack(actions, -1)
+
+
+def earned(env, states, actions):
+    """The return (...) of episodes: states (..., H + 1), actions (..., H)."""
+    return env.rewards[states[..., :-1], actions, states[..., 1:]].sum(-1)
