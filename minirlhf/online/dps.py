@@ -12,8 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.online.environments import best_policy, earned, expected_rewards, plan
-from minirlhf.online.environments import returns_of, roll_out
+from minirlhf.online.environments import (
+    best_policy,
+    earned,
+    expected_rewards,
+    plan,
+    returns_of,
+    roll_out,
+)
 from minirlhf.online.oracle import logistic_map, prefers
 
 
@@ -71,7 +77,7 @@ def drawn_dynamics(rng, counts):
 
 
 def plan_for(env, dynamics, rewards):
-    """Policies for dynamics (..., S, A, S) and rewards of all pairs (..., D), alike at each step."""
+    """Policies (..., H, S) for dynamics (..., S, A, S) and rewards of all pairs (..., D)."""
     rewards = rewards.reshape(dynamics.shape[:-1])
     return plan(dynamics, np.broadcast_to(rewards, (env.horizon, *rewards.shape)))
 

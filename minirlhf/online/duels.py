@@ -24,7 +24,7 @@ from minirlhf.online.oracle import prefers
 class Found(NamedTuple):
     policy: np.ndarray  # (H, S)
     best: float  # the expected return of the best policy
-    comparisons: np.ndarray  # (K,), asked until each of K decisions was made
+    comparisons: np.ndarray  # (K,), asked until each decision, the first entry being before any
     episodes: np.ndarray  # (K,), played until then
     values: np.ndarray  # (K,), the expected return of the policy as it was then
     skipped: list  # (step, state) that PEPS took for unreachable
@@ -32,6 +32,11 @@ class Found(NamedTuple):
     @property
     def gap(self):
         return self.best - self.values[-1]
+
+    def regret(self, queries):
+        """(queries,): how far from the best policy it was after 1, 2, ... comparisons."""
+        last = np.searchsorted(self.comparisons, np.arange(1, queries + 1), side="right") - 1
+        return self.best - self.values[last]
 
 
 # The bandit
@@ -63,7 +68,7 @@ def eliminate(duel, arms, epsilon, delta, batch=10):
 
 
 def affordable(env, queries, delta=0.1, batch=10):
-    """The smallest epsilon that a search costs no more than so many comparisons for, for certain."""
+    """The smallest epsilon whose search never costs more than so many comparisons; inf: none."""
     arms, places = env.dynamics.shape[1], env.there.sum()
     m = queries // (places * arms * (arms - 1) // 2) // batch * batch
     if m < batch:
@@ -83,21 +88,25 @@ def pps(env, rng, epsilon, delta=0.1, beta=1.0):
     return backward(env, rng, beta, lambda duel, arms: eliminate(duel, arms, each, slip))
 
 
-def backward(env, rng, beta, decide):
+def backward(env, rng, beta, decide, afterwards=None):
     """decide(duel, arms) -> the winner, in each state of each step from the last one to the first.
 
-    A Found; what is not decided yet keeps a random action.
+    A Found; what is not decided yet has a random action. afterwards(n): policies (n, H, S) that n
+    episodes of a duel go on with, instead of what was decided.
     """
     arms = env.dynamics.shape[1]
     policy = rng.integers(arms, size=env.there.shape)
-    asked, trail = 0, []
+    asked, trail = 0, [(0, 0, returns_of(env, policy))]
     for step in reversed(range(env.horizon)):
         for state in np.flatnonzero(env.there[step]):
 
             def duel(a, b, n, step=step, state=state):
                 nonlocal asked
                 asked += n
-                returns = [simulated(env, rng, policy, step, state, arm, n) for arm in (a, b)]
+                returns = []
+                for arm in (a, b):
+                    following = afterwards(n) if afterwards else policy
+                    returns.append(simulated(env, rng, following, step, state, arm, n))
                 return prefers(*returns, beta, rng).sum()
 
             policy[step, state] = decide(duel, arms)
@@ -106,10 +115,11 @@ def backward(env, rng, beta, decide):
 
 
 def simulated(env, rng, policy, step, state, arm, n):
-    """The returns (n,) of n episodes set into `state` at `step`, beginning with the action `arm`."""
+    """The returns (n,) of n episodes set into `state` at `step`: the action `arm`, then the policy
+    (H, S), or one each (n, H, S)."""
     following = policy.copy()
-    following[step, state] = arm
-    following = np.broadcast_to(following, (n, *policy.shape))
+    following[..., step, state] = arm
+    following = np.broadcast_to(following, (n, *env.there.shape))
     return earned(env, *go_on(env, following, np.full(n, state), step, rng))
 
 
@@ -131,7 +141,8 @@ def peps(env, rng, epsilon, delta=0.1, beta=1.0, *, tries=50, rare=0.05, directe
     each, slip = epsilon / env.horizon, delta / env.there.sum()
     policy = rng.integers(arms, size=env.there.shape)
     counts = np.zeros_like(env.dynamics)
-    asked, played, trail, skipped = 0, 0, [], []
+    asked, played, skipped = 0, 0, []
+    trail = [(0, 0, returns_of(env, policy))]
     for step in reversed(range(env.horizon)):
         for state in np.flatnonzero(env.there[step]):
             # 1 explore: policies that come by

@@ -15,13 +15,17 @@ def run(env, rng, queries, runs=1, **options):
     return dps.run(env, rng, queries, runs, choose=random_policies, **options)
 
 
-def evenly(env, rng, queries, beta=1.0):
+def evenly(env, rng, queries, beta=1.0, *, build=True):
     """A duels.Found of the search of duels.py, each pair of actions asked equally often.
 
-    So many queries in all, or what of them can be divided evenly; at least one a pair.
+    So many queries in all, or what of them can be divided evenly; at least one a pair. build=False:
+    after the actions compared everyone acts at random, whatever was decided of later steps.
     """
     arms = env.dynamics.shape[1]
-    n = max(1, queries // (env.there.sum() * arms * (arms - 1) // 2))
+    n = max(1, int(queries // (env.there.sum() * arms * (arms - 1) // 2)))
+
+    def at_random(n):
+        return rng.integers(arms, size=(n, *env.there.shape))
 
     def decide(duel, arms):
         wins = np.zeros(arms)
@@ -31,4 +35,4 @@ def evenly(env, rng, queries, beta=1.0):
                 wins[[a, b]] += won, n - won
         return int(wins.argmax())
 
-    return duels.backward(env, rng, beta, decide)
+    return duels.backward(env, rng, beta, decide, None if build else at_random)
