@@ -77,8 +77,7 @@ def search_regrets(name, search, world):
 def affordable(env, name, queries):
     epsilon = duels.affordable(env, queries)
     if np.isinf(epsilon):
-        arms = env.dynamics.shape[1]
-        least = 10 * env.there.sum() * arms * (arms - 1) // 2
+        least = 10 * duels.questions(env)
         raise UserError(f"--queries {queries}: {name} asks each pair of actions in each of its "
                         f"world's states ten times at least: expected {least} or more")  # fmt: skip
     return epsilon
