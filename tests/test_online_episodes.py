@@ -168,8 +168,8 @@ def test_logistic_map():
 
 def test_steps_are_damped_where_answers_can_be_separated():
     rng = rng_of(3)
-    sizes = 10 ** rng.uniform(-2, 2, (12, 1))  # differences of very unlike sizes
-    x = sizes * rng.normal(size=(12, 3))
+    x = rng.normal(size=(12, 3))
+    x *= 10 ** rng.uniform(-2, 2, (12, 1))  # differences of very unlike sizes
     y = (x.sum(-1) > 0).astype(float)
 
     def chances(w):
