@@ -13,18 +13,20 @@ posterior sampling here, and what the duels' own episodes tell of the dynamics i
 """
 
 from itertools import combinations
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.online.environments import best_policy, earned, go_on, plan, returns_of, roll_out
+from minirlhf.online import environments as worlds
+from minirlhf.online.environments import earned, plan, random_policies, returns_of
 from minirlhf.online.oracle import prefers
 
 
 class Found(NamedTuple):
     policy: np.ndarray  # (H, S)
     best: float  # the expected return of the best policy
-    comparisons: np.ndarray  # (K,), asked until each of K decisions was made
+    comparisons: np.ndarray  # (K,), asked until each decision, the first entry being before any
     episodes: np.ndarray  # (K,), played until then
     values: np.ndarray  # (K,), the expected return of the policy as it was then
     skipped: list  # (step, state) that PEPS took for unreachable
@@ -33,13 +35,20 @@ class Found(NamedTuple):
     def gap(self):
         return self.best - self.values[-1]
 
+    def regret(self, queries):
+        """(queries,): how far from the best policy it was after 1, 2, ... comparisons."""
+        asked = np.arange(1, queries + 1)
+        made = np.searchsorted(self.comparisons, asked, side="right")  # decisions by then, and one
+        return self.best - self.values[made - 1]
+
 
 # The bandit
 
 
 def radius(m, arms, delta):
     """How far from its chance a rate of m duels can be: for all pairs and all m, but for delta."""
-    return np.sqrt(np.log(4 * arms**2 * m**2 / delta) / (2 * m))
+    misses = 4 * arms**2 * m**2 / delta
+    return np.sqrt(np.log(misses) / (2 * m))
 
 
 def eliminate(duel, arms, epsilon, delta, batch=10):
@@ -49,26 +58,33 @@ def eliminate(duel, arms, epsilon, delta, batch=10):
     equally often; an arm goes that another one beats for certain. One that loses to no other by
     more than about epsilon (in probability) is left at the end, and the one of most wins taken.
     """
-    left, m = list(range(arms)), 0
+    left = list(range(arms))
     wins = np.zeros((arms, arms))
-    while len(left) > 1 and (m == 0 or radius(m, arms, delta) >= epsilon):
+    m, width = 0, np.inf
+    while len(left) > 1 and width >= epsilon:
         for a, b in combinations(left, 2):
             won = duel(a, b, batch)
             wins[a, b] += won
             wins[b, a] += batch - won
         m += batch
-        sure = m / 2 + m * radius(m, arms, delta)
-        left = [a for a in left if not (wins[left, a] > sure).any()]
+        width = radius(m, arms, delta)
+        beaten = wins[left] / m > 1 / 2 + width
+        left = [a for a in left if not beaten[:, a].any()]
     return max(left, key=lambda a: wins[a, left].sum())
 
 
 def affordable(env, queries, delta=0.1, batch=10):
-    """The smallest epsilon that a search costs no more than so many comparisons for, for certain."""
-    arms, places = env.dynamics.shape[1], env.there.sum()
-    m = queries // (places * arms * (arms - 1) // 2) // batch * batch
+    """The smallest epsilon whose search never costs more than so many comparisons; inf: none."""
+    m = queries // questions(env) // batch * batch
     if m < batch:
         return np.inf
-    return 1.001 * env.horizon * radius(m, arms, delta / places)
+    width = radius(m, env.actions, delta / env.there.sum())
+    return 1.001 * env.horizon * width
+
+
+def questions(env):
+    """How many pairs of actions there are, in all states of all steps."""
+    return int(env.there.sum() * comb(env.actions, 2))
 
 
 # With a simulator
@@ -79,43 +95,59 @@ def pps(env, rng, epsilon, delta=0.1, beta=1.0):
 
     epsilon is in preferences: a gap of value g shows as sigmoid(beta g) - 1/2, about beta g / 4.
     """
-    each, slip = epsilon / env.horizon, delta / env.there.sum()
-    return backward(env, rng, beta, lambda duel, arms: eliminate(duel, arms, each, slip))
+    each, slip = shares(env, epsilon, delta)
+
+    def decide(duel):
+        return eliminate(duel, env.actions, each, slip)
+
+    return backward(env, rng, beta, decide)
 
 
-def backward(env, rng, beta, decide):
-    """decide(duel, arms) -> the winner, in each state of each step from the last one to the first.
+def shares(env, epsilon, delta):
+    """What a single decision may miss, and how often it may fail."""
+    return epsilon / env.horizon, delta / env.there.sum()
 
-    A Found; what is not decided yet keeps a random action.
+
+def backward(env, rng, beta, decide, afterwards=None):
+    """decide(duel) -> the winner, in each state of each step from the last one to the first.
+
+    A Found; what is not decided yet has a random action. afterwards(n): policies (n, H, S) that n
+    episodes of a duel go on with, instead of what was decided.
     """
-    arms = env.dynamics.shape[1]
-    policy = rng.integers(arms, size=env.there.shape)
-    asked, trail = 0, []
+    policy = random_policies(env, rng)
+    asked, trail = 0, [(0, 0, returns_of(env, policy))]
     for step in reversed(range(env.horizon)):
         for state in np.flatnonzero(env.there[step]):
 
             def duel(a, b, n, step=step, state=state):
                 nonlocal asked
                 asked += n
-                returns = [simulated(env, rng, policy, step, state, arm, n) for arm in (a, b)]
+                returns = []
+                for arm in (a, b):
+                    following = afterwards(n) if afterwards else policy
+                    returns.append(simulated(env, rng, following, step, state, arm, n))
                 return prefers(*returns, beta, rng).sum()
 
-            policy[step, state] = decide(duel, arms)
+            policy[step, state] = decide(duel)
             trail.append((asked, 2 * asked, returns_of(env, policy)))
     return found(env, policy, trail, [])
 
 
 def simulated(env, rng, policy, step, state, arm, n):
-    """The returns (n,) of n episodes set into `state` at `step`, beginning with the action `arm`."""
+    """The returns (n,) of n episodes set into `state` at `step`: the action `arm`, then the policy
+    (H, S), or one each (n, H, S)."""
     following = policy.copy()
-    following[step, state] = arm
-    following = np.broadcast_to(following, (n, *policy.shape))
-    return earned(env, *go_on(env, following, np.full(n, state), step, rng))
+    following[..., step, state] = arm
+    following = np.broadcast_to(following, (n, *env.there.shape))
+    set_into = np.full(n, state)
+    states, actions = worlds.go_on(env, following, set_into, step, rng)
+    return earned(env, states, actions)
 
 
 def found(env, policy, trail, skipped):
-    columns = [np.array(column) for column in zip(*trail, strict=True)]
-    return Found(policy, float(returns_of(env, best_policy(env))), *columns, skipped)
+    comparisons, episodes, values = np.array(trail).T
+    best = worlds.best_return(env)
+    return Found(policy, best, comparisons, episodes, values, skipped)
 
 
 # Without one
@@ -127,11 +159,11 @@ def peps(env, rng, epsilon, delta=0.1, beta=1.0, *, tries=50, rare=0.05, directe
     tries: episodes that learn to reach a state; rare: a state that a smaller share of them came by
     is left alone. directed=False walks at random instead.
     """
-    arms = env.dynamics.shape[1]
-    each, slip = epsilon / env.horizon, delta / env.there.sum()
-    policy = rng.integers(arms, size=env.there.shape)
+    each, slip = shares(env, epsilon, delta)
+    policy = random_policies(env, rng)
     counts = np.zeros_like(env.dynamics)
-    asked, played, trail, skipped = 0, 0, [], []
+    asked, played, skipped = 0, 0, []
+    trail = [(0, 0, returns_of(env, policy))]
     for step in reversed(range(env.horizon)):
         for state in np.flatnonzero(env.there[step]):
             # 1 explore: policies that come by
@@ -153,7 +185,7 @@ def peps(env, rng, epsilon, delta=0.1, beta=1.0, *, tries=50, rare=0.05, directe
                 return prefers(*returns, beta, rng).sum()
 
             # 3 what won is what is done there
-            policy[step, state] = eliminate(duel, arms, each, slip)
+            policy[step, state] = eliminate(duel, env.actions, each, slip)
             trail.append((asked, played, returns_of(env, policy)))
     return found(env, policy, trail, skipped)
 
@@ -164,15 +196,16 @@ def ways_to(env, rng, counts, step, state, tries, directed):
     The reward is 1 for being there, the dynamics a draw from what `counts` (S, A, S) tell, which
     learn from every try. Those policies are kept that got there; undirected, all of them.
     """
-    goal = np.zeros((env.horizon, *env.dynamics.shape[:2]))
+    goal = np.zeros((env.horizon, env.states, env.actions))
     goal[step, state] = 1
-    policies = rng.integers(env.dynamics.shape[1], size=(tries, *env.there.shape))
+    policies = random_policies(env, rng, tries)
     came = np.zeros(tries, bool)
     for i in range(tries):
         if directed:
-            gammas = rng.standard_gamma(1 / len(env.start) + counts) + 1e-12
-            policies[i] = plan(gammas / gammas.sum(-1, keepdims=True), goal)
-        states, actions = roll_out(env, policies[i], rng)
+            gammas = rng.standard_gamma(1 / env.states + counts) + 1e-12
+            dynamics = gammas / gammas.sum(-1, keepdims=True)
+            policies[i] = plan(dynamics, goal)
+        states, actions = worlds.roll_out(env, policies[i], rng)
         np.add.at(counts, (states[:-1], actions, states[1:]), 1)
         came[i] = states[step] == state
     return policies[came] if directed else policies, came.mean()
@@ -187,9 +220,10 @@ def walked(env, rng, policy, walks, step, state, arm, n):
     while len(earnings) < n:
         episodes = walks[rng.integers(len(walks), size=4 * n)]
         episodes[:, step:] = following[step:]
-        states, actions = roll_out(env, episodes, rng)
-        came = np.flatnonzero(states[:, step] == state)[: n - len(earnings)]
-        rest = earned(env, states[came, step:], actions[came, step:])
-        earnings = np.append(earnings, rest)
+        states, actions = worlds.roll_out(env, episodes, rng)
+        came = np.flatnonzero(states[:, step] == state)
+        came = came[: n - len(earnings)]
+        rest = earned(env, states[:, step:], actions[:, step:])
+        earnings = np.append(earnings, rest[came])
         took += came[-1] + 1 if len(earnings) == n else len(episodes)
     return earnings, took

@@ -20,6 +20,14 @@ class Env(NamedTuple):
     def horizon(self):
         return len(self.there)
 
+    @property
+    def states(self):
+        return len(self.start)
+
+    @property
+    def actions(self):
+        return self.dynamics.shape[1]
+
 
 # Worlds
 
@@ -40,7 +48,9 @@ def river_swim(states=6, horizon=50):
     rewards = np.zeros_like(dynamics)
     rewards[0, 0, 0] = 0.005
     rewards[-1, 1, -1] = 1
-    return Env(dynamics, rewards, np.eye(states)[0], np.ones((horizon, states), bool))
+    start = np.eye(states)[0]
+    there = np.ones((horizon, states), bool)
+    return Env(dynamics, rewards, start, there)
 
 
 def grid(rng, size=4, treasures=3):
@@ -58,11 +68,14 @@ def grid(rng, size=4, treasures=3):
         down = s + size if row < size - 1 else s + 1
         dynamics[s, 0, right] = dynamics[s, 1, down] = 1
     pays = np.zeros(states)
-    pays[rng.choice(np.arange(1, corner), treasures, replace=False)] = 1 / 3
+    blocks = 1 + rng.choice(corner - 1, treasures, replace=False)
+    pays[blocks] = 1 / 3
     rewards = np.broadcast_to(pays, dynamics.shape)
-    steps_to = np.add.outer(np.arange(size), np.arange(size)).ravel()
-    there = steps_to == np.arange(2 * (size - 1))[:, None]
-    return Env(dynamics, rewards, np.eye(states)[0], there)
+    start = np.eye(states)[0]
+    step = np.arange(2 * (size - 1))
+    row, column = np.divmod(np.arange(states), size)
+    there = row + column == step[:, None]
+    return Env(dynamics, rewards, start, there)
 
 
 def random_mdp(rng, horizon=5, states=4, actions=5):
@@ -75,19 +88,27 @@ def random_mdp(rng, horizon=5, states=4, actions=5):
     """
     total = horizon * states
     dynamics = np.zeros((total, actions, total))
-    for step in range(horizon):
-        here, there = np.arange(total).reshape(horizon, states)[[step, (step + 1) % horizon]]
-        drawn = rng.dirichlet(np.full(states, 0.1), (states, actions))
-        dynamics[here[:, None, None], np.arange(actions)[:, None], there] = drawn
+    concentration = np.full(states, 0.1)
+    for s in range(total):
+        first = states * (s // states + 1) % total  # the last step's lead back, and are never taken
+        following = slice(first, first + states)
+        dynamics[s, :, following] = rng.dirichlet(concentration, actions)
     pays = rng.exponential(5, (total, actions))
     pays -= pays.min()
     pays /= pays.mean()
     rewards = np.broadcast_to(pays[:, :, None], dynamics.shape)
-    there = np.arange(total) // states == np.arange(horizon)[:, None]
-    return Env(dynamics, rewards, there[0] / states, there)
+    step_of = np.arange(total) // states
+    there = step_of == np.arange(horizon)[:, None]
+    start = there[0] / states
+    return Env(dynamics, rewards, start, there)
 
 
 # Planning
+
+
+def times(matrix, vector):
+    """(..., I, J) by (..., J): (..., I)"""
+    return (matrix @ vector[..., None])[..., 0]
 
 
 def expected_rewards(env):
@@ -100,26 +121,38 @@ def plan(dynamics, rewards):
     values = np.zeros(dynamics.shape[:-2])  # (..., S), of the steps that are still to come
     policy = []
     for now in rewards[::-1]:
-        q = now + (dynamics @ values[..., None, :, None])[..., 0]  # (..., S, A)
+        q = now + times(dynamics, values[..., None, :])  # (..., S, A)
         policy.append(q.argmax(-1))
         values = q.max(-1)
     return np.stack(policy[::-1], axis=-2)
 
 
-def best_policy(env):
-    """(H, S)"""
-    rewards = expected_rewards(env)
-    return plan(env.dynamics, np.broadcast_to(rewards, (env.horizon, *rewards.shape)))
+def plan_alike(env, dynamics, rewards):
+    """The same for rewards (..., S, A) that are alike at each of the world's steps."""
+    shape = (env.horizon, *rewards.shape)
+    return plan(dynamics, np.broadcast_to(rewards, shape))
+
+
+def best_return(env):
+    """What the best policy can expect."""
+    policy = plan_alike(env, env.dynamics, expected_rewards(env))
+    return float(returns_of(env, policy))
+
+
+def random_policies(env, rng, *shape):
+    """(*shape, H, S) of actions at random: to follow one is to act at random at each step."""
+    return rng.integers(env.actions, size=(*shape, env.horizon, env.states))
 
 
 def returns_of(env, policies):
     """The expected return (...) of policies (..., H, S), exact."""
-    pays, values = expected_rewards(env), np.zeros(len(env.start))
-    states = np.arange(len(env.start))
+    pays = expected_rewards(env)
+    values = np.zeros(env.states)
+    states = np.arange(env.states)
     for step in reversed(range(env.horizon)):
         actions = policies[..., step, :]
         follow = env.dynamics[states, actions]  # (..., S, S)
-        values = pays[states, actions] + (follow @ values[..., None])[..., 0]
+        values = pays[states, actions] + times(follow, values)
     return values @ env.start
 
 
@@ -128,14 +161,15 @@ def returns_of(env, policies):
 
 def pick(probabilities, rng):
     """An index (...) for each row of probabilities (..., S)."""
-    drawn = rng.random((*probabilities.shape[:-1], 1))
-    return (drawn > probabilities.cumsum(-1)[..., :-1]).sum(-1)
+    edges = probabilities.cumsum(-1)[..., :-1]
+    drawn = rng.random(edges.shape[:-1])
+    return (drawn[..., None] > edges).sum(-1)
 
 
 def roll_out(env, policies, rng):
     """An episode of each policy (..., H, S): states (..., H + 1) and actions (..., H)."""
-    shape = policies.shape[:-2]
-    state = pick(np.broadcast_to(env.start, (*shape, len(env.start))), rng)
+    shape = (*policies.shape[:-2], env.states)
+    state = pick(np.broadcast_to(env.start, shape), rng)
     return go_on(env, policies, state, 0, rng)
 
 
@@ -143,7 +177,8 @@ def go_on(env, policies, state, step, rng):
     """The rest of episodes that are in `state` (...) at `step`: states and actions from there."""
     states, actions = [state], []
     for now in range(step, env.horizon):
-        action = np.take_along_axis(policies[..., now, :], state[..., None], -1)[..., 0]
+        asked = policies[..., now, :]  # (..., S)
+        action = np.take_along_axis(asked, state[..., None], -1)[..., 0]
         state = pick(env.dynamics[state, action], rng)
         states.append(state)
         actions.append(action)
@@ -152,4 +187,5 @@ def go_on(env, policies, state, step, rng):
 
 def earned(env, states, actions):
     """The return (...) of episodes: states (..., H + 1), actions (..., H)."""
-    return env.rewards[states[..., :-1], actions, states[..., 1:]].sum(-1)
+    before, after = states[..., :-1], states[..., 1:]
+    return env.rewards[before, actions, after].sum(-1)

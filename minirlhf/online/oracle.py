@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from minirlhf.online.environments import times
+
 
 def sigmoid(x):
     return (1 + np.tanh(x / 2)) / 2  # without overflow
@@ -15,7 +17,8 @@ def prefers(return_a, return_b, beta, rng):
     gap = np.asarray(return_a) - np.asarray(return_b)
     if np.isinf(beta):
         return (1 + np.sign(gap)) / 2
-    return (rng.random(gap.shape) < sigmoid(beta * gap)).astype(float)
+    chance = sigmoid(beta * gap)
+    return (rng.random(gap.shape) < chance).astype(float)
 
 
 def logistic_loss(weights, x, y, precision):
@@ -24,25 +27,28 @@ def logistic_loss(weights, x, y, precision):
     x (..., N, D) differences of features, y (..., N) in 0..1 how far the first was preferred, and
     a prior N(0, 1 / precision) of each weight.
     """
-    scores = (x @ weights[..., None])[..., 0]  # (..., N)
+    scores = times(x, weights)  # (..., N)
     losses = np.logaddexp(0, scores) - y * scores
-    return losses.sum(-1) + precision / 2 * (weights**2).sum(-1)
+    prior = precision / 2 * (weights**2).sum(-1)
+    return losses.sum(-1) + prior
 
 
-def logistic_map(x, y, precision, start=None, tolerance=1e-8, steps=100):
+def logistic_map(x, y, precision, tolerance=1e-8):
     """The most probable weights (..., D) and the Hessian (..., D, D) of logistic_loss there.
 
     Newton's method, each step halved until the loss has fallen (Armijo): where the preferences can
     be separated, whole steps overshoot, and what follows is noise. Its inverse Hessian is Laplace's
     covariance.
     """
-    weights = np.zeros((*x.shape[:-2], x.shape[-1])) if start is None else start
-    for _ in range(steps):
-        chances = sigmoid((x @ weights[..., None])[..., 0])  # (..., N)
-        gradient = ((chances - y)[..., None, :] @ x)[..., 0, :] + precision * weights
-        curvature = (chances * (1 - chances))[..., None] * x
-        hessian = x.swapaxes(-1, -2) @ curvature + precision * np.eye(x.shape[-1])
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+    turned = x.swapaxes(-1, -2)  # (..., D, N)
+    weights = np.zeros(turned.shape[:-1])
+    prior = precision * np.eye(x.shape[-1])
+    for _ in range(100):
+        chances = sigmoid(times(x, weights))  # (..., N)
+        gradient = times(turned, chances - y) + precision * weights
+        curvature = chances * (1 - chances)
+        hessian = turned @ (curvature[..., None] * x) + prior
+        step = times(np.linalg.inv(hessian), gradient)
         promise = (gradient * step).sum(-1)  # twice what a quadratic would fall by
         if (promise < tolerance).all():
             break
@@ -56,7 +62,8 @@ def damped(weights, step, promise, x, y, precision):
     t = np.ones_like(loss)
     for _ in range(40):
         moved = weights - t[..., None] * step
-        short = logistic_loss(moved, x, y, precision) > loss - t * promise / 4 + 1e-12
+        fallen = loss - logistic_loss(moved, x, y, precision)
+        short = fallen < t * promise / 4 - 1e-12
         if not short.any():
             break
         t = np.where(short, t / 2, t)
