@@ -19,8 +19,10 @@ from minirlhf.engine import cli
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.files import atomic_write, file_errors
 from minirlhf.engine.terminal import progress_bar
-from minirlhf.online import dps, duels, uniform
+from minirlhf.online import dps, duels, lpbrl, parl, pbop, pools, uniform
 from minirlhf.online.environments import grid, random_mdp, river_swim
+from minirlhf.online.policies import menus
+from minirlhf.online.select import METHODS
 
 AT_ONCE = 10  # runs between two steps of the progress bar
 
@@ -83,6 +85,26 @@ def affordable(env, name, queries):
     return epsilon
 
 
+def lpbrl_regrets(rng, runs, queries):
+    menu = menus(rng, runs)
+    return {n: lpbrl.run(menu, rng, queries, one).regret for n, one in lpbrl.CHOICES.items()}
+
+
+def pbop_regrets(rng, runs, queries):
+    problem = pbop.tables(rng, runs)
+    return {n: pbop.run(problem, rng, queries, one).regret for n, one in pbop.CHOICES.items()}
+
+
+def parl_regrets(rng, runs, queries):
+    problem = parl.candidates(rng, runs)
+    return {form: parl.run(problem, queries, form).greedy for form in parl.FORMS}
+
+
+def pool_regrets(rng, runs, queries):
+    problems = [pools.people(rng) for _ in range(runs)]
+    return {one: pools.run(problems, rng, queries, one).regret for one in METHODS}
+
+
 ALGORITHMS = {
     "dps": Algorithm(
         "dueling posterior sampling, linear credit; RiverSwim (Novoseller et al. 2020)",
@@ -99,6 +121,22 @@ ALGORITHMS = {
     "peps": Algorithm(
         "the same without one, which walks there; 4 x 4 grid (Xu et al. 2020)",
         4000, search_regrets("peps", duels.peps, grid), False,
+    ),
+    "lpbrl": Algorithm(
+        "the most uncertain pair of all that may be best; 100 policies (Saha et al. 2023)",
+        300, lpbrl_regrets, True,
+    ),
+    "pbop": Algorithm(
+        "the same without rewards; 30 policies, circles allowed (Chen et al. 2022)",
+        300, pbop_regrets, True,
+    ),
+    "parl": Algorithm(
+        "a reward judged by its policy, on other prompts (Chakraborty et al. 2023)",
+        200, parl_regrets, False,
+    ),
+    "pool": Algorithm(
+        "which of 64 prompts' 8 responses to show, as a language model would ask",
+        160, pool_regrets, True,
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ mean; the projection of w into a ball, whose place the prior takes.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +22,30 @@ from minirlhf.online.policies import Record, any_two, of_runs, widest
 PRIOR = 1.0  # lambda: precision of a weight, and what V begins with
 
 
+class Estimate(NamedTuple):
+    weights: np.ndarray  # (N, D), the likeliest
+    hessian: np.ndarray  # (N, D, D), of the negative log posterior there
+    design: np.ndarray  # (N, D, D), V: how well each direction has been asked
+
+
+def estimate(x, y):
+    """Of differences of features x (N, T, D) and answers y (N, T)."""
+    weights, hessian = logistic_map(x, y, PRIOR)
+    design = PRIOR * np.eye(x.shape[-1])
+    return Estimate(weights, hessian, design + x.swapaxes(1, 2) @ x)
+
+
+def values_of(features, weights):
+    """(N, P)"""
+    return (features @ weights[..., None])[..., 0]
+
+
 def widths(features, design):
     """||phi(a) - phi(b)|| in the norm of the inverse of design (N, D, D), of all pairs: (N, P, P).
 
     By products of single features: |a - b|^2 = aa + bb - 2 ab.
     """
-    products = features @ np.linalg.solve(design, features.swapaxes(-1, -2))
+    products = features @ np.linalg.inv(design) @ features.swapaxes(-1, -2)
     squares = np.diagonal(products, axis1=-2, axis2=-1)
     apart = squares[:, :, None] + squares[:, None] - 2 * products
     return np.sqrt(apart.clip(min=0))
@@ -38,32 +57,34 @@ def plausible(values, width, gamma):
     return (gaps + gamma * width >= 0).all(2)
 
 
-# Ways to choose a pair (N, 2): of features, the estimate, its Hessian, V and chance
+# Ways to choose a pair (N, 2): of the features (N, P, D), an Estimate and chance
 
 
-def lpbrl(features, weights, hessian, design, rng, gamma=2.0):
-    width = widths(features, design)
-    values = (features @ weights[..., None])[..., 0]
+def lpbrl(features, known, rng, gamma=2.0):
+    width = widths(features, known.design)
+    values = values_of(features, known.weights)
     return widest(width, plausible(values, width, gamma))
 
 
-def thompson(features, weights, hessian, design, rng):
-    root = np.linalg.cholesky(np.linalg.inv(hessian))  # of Laplace's covariance
-    drawn = weights[..., None] + root @ rng.standard_normal((*weights.shape, 2))
+def thompson(features, known, rng):
+    covariance = np.linalg.inv(known.hessian)  # Laplace's
+    noise = rng.standard_normal((*known.weights.shape, 2))
+    drawn = known.weights[..., None] + np.linalg.cholesky(covariance) @ noise
     return (features @ drawn).argmax(1)
 
 
-def most_uncertain(features, weights, hessian, design, rng):
-    return widest(widths(features, design), np.ones(features.shape[:2], bool))
+def most_uncertain(features, known, rng):
+    width = widths(features, known.design)
+    return widest(width, np.ones(features.shape[:2], bool))
 
 
-def evenly(features, weights, hessian, design, rng):
+def evenly(features, known, rng):
     return any_two(rng, *features.shape[:2])
 
 
 CHOICES = {
-    "gamma 2": lpbrl,
-    "gamma 1": partial(lpbrl, gamma=1.0),
+    "lpbrl, gamma 2": lpbrl,
+    "lpbrl, gamma 1": partial(lpbrl, gamma=1.0),
     "thompson": thompson,
     "uncertainty": most_uncertain,
     "uniform": evenly,
@@ -74,22 +95,22 @@ def run(menu, rng, queries, choose=lpbrl):
     """A Record of a Menu's N problems, a comparison of each a query."""
     features, values = menu.features, menu.values
     runs, _, d = features.shape
-    x, y = np.zeros((runs, queries, d)), np.zeros((runs, queries))
-    weights = np.zeros((runs, d))
-    regret, greedy = np.zeros_like(y), np.zeros_like(y)
+    x = np.zeros((runs, queries, d))
+    y = np.zeros((runs, queries))
+    regret = np.zeros_like(y)
+    greedy = np.zeros_like(y)
     best = values.max(1)
     for t in range(queries):
-        # 1 the likeliest weights, and how well each direction has been asked
-        weights, hessian = logistic_map(x[:, :t], y[:, :t], PRIOR, start=weights)
-        design = PRIOR * np.eye(d) + x.swapaxes(1, 2) @ x
-        favourite = (features @ weights[..., None])[..., 0].argmax(1)
-        greedy[:, t] = best - of_runs(values, favourite[:, None])[:, 0]
-        # 2 a pair of the plausible set
-        pair = choose(features, weights, hessian, design, rng)
-        shown = of_runs(values, pair)  # (N, 2)
-        regret[:, t] = best - shown.mean(1)
+        # 1 what is known after t answers
+        known = estimate(x[:, :t], y[:, :t])
+        favourite = values_of(features, known.weights).argmax(1, keepdims=True)
+        greedy[:, t] = best - of_runs(values, favourite)[:, 0]
+        # 2 a pair of policies, an episode of each
+        pair = choose(features, known, rng)
+        first, second = of_runs(values, pair).T
+        regret[:, t] = best - (first + second) / 2
         # 3 the person's answer
-        y[:, t] = prefers(shown[:, 0], shown[:, 1], 1.0, rng)
-        both = np.take_along_axis(features, pair[..., None], 1)
-        x[:, t] = both[:, 0] - both[:, 1]
+        y[:, t] = prefers(first, second, 1.0, rng)
+        shown = np.take_along_axis(features, pair[..., None], 1)  # (N, 2, D)
+        x[:, t] = shown[:, 0] - shown[:, 1]
     return Record(regret, greedy)

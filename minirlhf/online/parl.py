@@ -135,8 +135,10 @@ def candidates(rng, runs=6, prompts=564, k=8, d=4, curve=0.4):
     x = rng.standard_normal((runs, prompts, k, d))
     w = rng.standard_normal((runs, 1, d, 1))
     bend = rng.standard_normal((runs, 1, d, d)) / 2
-    liked = x @ w + curve * ((x @ bend) * x).sum(-1, keepdims=True)  # (N, B, K, 1)
-    return Candidates(x, sigmoid(liked - liked.swapaxes(-1, -2)))
+    bent = ((x @ bend) * x).sum(-1, keepdims=True)
+    liked = x @ w + curve * bent  # (N, B, K, 1)
+    gaps = liked - liked.swapaxes(-1, -2)
+    return Candidates(x, sigmoid(gaps))
 
 
 def rewards_of(features, nu):
@@ -146,8 +148,9 @@ def rewards_of(features, nu):
 
 def utility_of(problem, nu, beta):
     """(N,): the mean utility of the policy that nu makes."""
-    policy = softmax(rewards_of(problem.features, nu) / beta)
-    return utility(policy, problem.chances.mean(-1)).mean(1)
+    rewards = rewards_of(problem.features, nu)
+    wins = problem.chances.mean(-1)
+    return utility(softmax(rewards / beta), wins).mean(1)
 
 
 def best_utility(problem):
@@ -163,8 +166,9 @@ def adam(gradient, start, steps, rate=0.05):
         slope = gradient(weights)
         mean = 0.9 * mean + 0.1 * slope
         square = 0.99 * square + 0.01 * slope**2
-        step = mean / (1 - 0.9**t) / np.sqrt(square / (1 - 0.99**t) + 1e-16)
-        weights = weights - rate * step
+        fair_mean = mean / (1 - 0.9**t)
+        fair_square = square / (1 - 0.99**t)
+        weights = weights - rate * fair_mean / np.sqrt(fair_square + 1e-16)
         yield weights
 
 

@@ -27,11 +27,14 @@ class Tables(NamedTuple):
 def tables(rng, runs=20, policies=30, hypotheses=300):
     """Random Tables, each with one policy that loses to none, and all else as it happens to be."""
     drawn = rng.random((hypotheses, policies, policies))
-    upper = np.triu(drawn, 1)
-    chances = upper + np.tril(1 - upper.swapaxes(1, 2), -1) + np.eye(policies) / 2
-    for table, winner in zip(chances, rng.integers(policies, size=hypotheses), strict=True):
-        table[winner] = np.maximum(table[winner], 1 - table[winner])
-        table[:, winner] = 1 - table[winner]
+    above = np.triu(drawn, 1)
+    below = np.tril(1 - above.swapaxes(1, 2), -1)
+    chances = above + below + np.eye(policies) / 2
+    for table in chances:
+        winner = rng.integers(policies)
+        won = np.maximum(table[winner], 1 - table[winner])
+        table[winner] = won
+        table[:, winner] = 1 - won
     return Tables(chances, rng.integers(hypotheses, size=runs))
 
 
@@ -85,18 +88,20 @@ def run(problem, rng, queries, choose=pbop):
     chances, truth = problem
     true = chances[truth]  # (N, P, P)
     rows = np.arange(len(truth))
-    best = winners(true)
+    loses = true[rows, winners(true)] - 0.5  # (N, P), to the best one
     losses = np.zeros((len(truth), len(chances)))
     regret = np.zeros((len(truth), queries))
     greedy = np.zeros_like(regret)
     for t in range(queries):
         # 1 the table that fits the answers best, and all that fit them nearly as well
         likeliest = chances[losses.argmin(1)]
-        greedy[:, t] = true[rows, best, winners(likeliest)] - 0.5
+        unsure = bonus(chances, believed(losses))
+        greedy[:, t] = loses[rows, winners(likeliest)]
         # 2 a pair that may both be the best
-        first, second = choose(likeliest, bonus(chances, believed(losses)), rng).T
-        regret[:, t] = (true[rows, best, first] + true[rows, best, second]) / 2 - 0.5
+        first, second = choose(likeliest, unsure, rng).T
+        regret[:, t] = (loses[rows, first] + loses[rows, second]) / 2
         # 3 the person's answer, and how far each table was from it
         answer = rng.random(len(truth)) < true[rows, first, second]
-        losses += (chances[:, first, second].T - answer[:, None]) ** 2
+        said = chances[:, first, second].T  # (N, M)
+        losses += (said - answer[:, None]) ** 2
     return Record(regret, greedy)

@@ -34,7 +34,7 @@ class Menu(NamedTuple):
         return (self.features @ self.weights[..., None])[..., 0]  # (N, P)
 
 
-def menus(rng, runs=10, policies=100, d=6, size=5.0):
+def menus(rng, runs=10, policies=100, d=6, size=8.0):
     """A Menu: features of mean square length 1, the reward's weights of any direction and `size`.
 
     So one standard deviation of the values is size / sqrt(d), and by as much as that a policy is
@@ -61,8 +61,9 @@ def any_two(rng, runs, policies):
 def widest(width, allowed):
     """The pair (N, 2) of the largest width (N, P, P), both of them allowed (N, P).
 
-    A policy that is the only one allowed stands there twice.
+    A policy that is the only one allowed stands there twice. Of (a, b) and (b, a), which are as
+    wide, the first is taken, lest rounding decide.
     """
-    both = allowed[:, :, None] & allowed[:, None]
+    both = np.triu(allowed[:, :, None] & allowed[:, None])
     flat = np.where(both, width, -1).reshape(len(width), -1)
     return np.stack(np.unravel_index(flat.argmax(1), width.shape[1:]), axis=1)
