@@ -1,13 +1,13 @@
 """LPbRL: of the policies that may still be the best, compare the two that differ most surely least.
 
-Saha, Pacchiano, Lee 2023, algorithm 1, for known dynamics. P(a over b) = sigmoid((phi(a) - phi(b))
+Saha, Pacchiano, Lee 2023 (arXiv 2111.04850), for known dynamics. P(a over b) = sigmoid((phi(a) - phi(b))
 . w) of features phi, w unknown. Others choose a pair by the same estimate:
 
 - `thompson`: two draws of w, the favourite of each (double Thompson sampling)
 - `most_uncertain`: the pair that differs most uncertainly, be it good or bad
 - `evenly`: any pair
 
-Left out: the bonus for unknown dynamics (algorithm 2); episodes that differ from their policy's
+Left out: the bonus for unknown dynamics; episodes that differ from their policy's
 mean; the projection of w into a ball, whose place the prior takes.
 """
 

@@ -1,19 +1,20 @@
 """PARL: a reward that is judged by the policy it makes.
 
-Chakraborty et al. 2023. The lower problem is RL under the reward r of weights nu; the upper one is
-what people say of the policy that comes out. Here the lower one is solved at once: of K candidates
-that the reference wrote, the policy that maximises E r - beta KL(pi, reference) takes one by
+Chakraborty et al. 2023 (arXiv 2308.02585). The lower problem is RL under the reward r of weights
+nu; the upper one is what people say of the policy that comes out. Here the lower one is solved at
+once: of K candidates that the reference wrote, the policy that maximises E r - beta KL(pi,
+reference) takes one by
 
     pi_i = exp(r_i / beta) / sum_j exp(r_j / beta).
 
-So no Hessian need be inverted (the paper's equation 5): the derivative goes through the softmax.
-Of the upper problem G there are four forms, all to be made small:
+So the derivative goes through the softmax, where the paper has to invert a Hessian. Of the upper
+problem there are four forms, all to be made small:
 
 - utility: - E_pi [win rate against the reference] + kl_weight KL(pi, reference)
-- nll:     E_pi,pi [- P(i over j) log sigmoid(r_i - r_j)], pairs drawn by the policy; its gradient
-           has a direct term, as r stands in it, and one of distribution, as pi moves with r
+- nll: the mean of - log P(what people say) over pairs that the policy drew; its gradient has a
+  direct term, as r stands in it, and one of distribution, as pi moves with r
 - iterated: the direct term alone, which is RLHF with ever new pairs
-- one-shot: the same for pairs of the reference: RLHF
+- one-shot: the direct term for pairs of the reference, which is RLHF
 
 Left out: noise, as all chances are taken for known and no sample is drawn; A-PARL's steps of a
 policy that lags behind. Letters: N runs, B prompts, K candidates, D features, `...` axes in front.
@@ -112,7 +113,8 @@ def bilevel_loss(rewards, wins, beta, kl_weight=KL_WEIGHT):
     """The utility form as a scalar of torch: its autograd is PARL's gradient.
 
     rewards (B, K) of candidates that the reference wrote, with a gradient; wins (B, K), how often
-    each is preferred to another of the reference; beta > 0, the price of a nat in the policy's RL.
+    each is preferred to what the reference writes (a mean over all K: to itself 1/2); beta > 0, the
+    price of a nat in the policy's RL.
     """
     logprobs = (rewards / beta).log_softmax(-1)  # gathered over candidates, not tokens
     log_ratios = logprobs + np.log(rewards.shape[-1])

@@ -1,6 +1,6 @@
 """PbOP: preferences that no reward explains, by optimism over all that may still be true.
 
-Chen et al. 2022. f(a, b) is how often policy a is preferred to b: any table with f(b, a) =
+Chen et al. 2022 (arXiv 2205.11140). f(a, b) is how often policy a is preferred to b: any table with f(b, a) =
 1 - f(a, b), circles allowed, of which M are thought of. All that fit the answers about as well as
 the best one are believed; policies that some of them might let win are asked about where they
 differ most.
