@@ -1,14 +1,16 @@
-"""LPbRL: of the policies that may still be the best, compare the two that differ most surely least.
+"""LPbRL: of the policies that may still be the best, compare the two whose gap is least known.
 
-Saha, Pacchiano, Lee 2023 (arXiv 2111.04850), for known dynamics. P(a over b) = sigmoid((phi(a) - phi(b))
-. w) of features phi, w unknown. Others choose a pair by the same estimate:
+Saha, Pacchiano, Lee 2023 (arXiv 2111.04850), for known dynamics. P(a over b) is the sigmoid of
+(phi(a) - phi(b)) . w, of known features phi and unknown w. Other ways to choose a pair by the same
+estimate stand beside it:
 
 - `thompson`: two draws of w, the favourite of each (double Thompson sampling)
-- `most_uncertain`: the pair that differs most uncertainly, be it good or bad
+- `most_uncertain`: the pair whose gap is least known, be it good or bad
 - `evenly`: any pair
 
-Left out: the bonus for unknown dynamics; episodes that differ from their policy's
-mean; the projection of w into a ball, whose place the prior takes.
+The paper's gamma grows with log T and is proven; 2 is what works here, and may lose the best policy
+for good. Left out: the bonus for unknown dynamics; episodes that differ from their policy's mean;
+the projection of w into a ball, whose place the prior takes.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """PbOP: preferences that no reward explains, by optimism over all that may still be true.
 
-Chen et al. 2022 (arXiv 2205.11140). f(a, b) is how often policy a is preferred to b: any table with f(b, a) =
-1 - f(a, b), circles allowed, of which M are thought of. All that fit the answers about as well as
-the best one are believed; policies that some of them might let win are asked about where they
-differ most.
+Chen et al. 2022 (arXiv 2205.11140). f(a, b) is how often policy a is preferred to b: any table with
+f(b, a) = 1 - f(a, b), circles allowed, of which M are thought of. All that fit the answers about as
+well as the best one are believed; policies that some of them might let win are asked about where
+they differ most.
 
 The bonus of a pair is as Sim-OPRL's authors describe it (Pace et al. 2024): set, then most
 uncertain. Left out: transitions, which the paper learns by value-targeted regression, with a bonus
