@@ -22,8 +22,6 @@ from minirlhf.engine.terminal import progress_bar
 from minirlhf.online import dps, duels, uniform
 from minirlhf.online.environments import grid, random_mdp, river_swim
 
-AT_ONCE = 10  # runs between two steps of the progress bar
-
 
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
@@ -39,6 +37,7 @@ class Algorithm(NamedTuple):
     queries: int  # by default
     regrets: object  # of (rng, runs, queries): {curve: (runs, queries)}, the algorithm's own first
     pays: bool  # whether what is shown is what counts, so that regret adds up
+    at_once: int  # runs from one step of the progress bar to the next
 
 
 # Experiments
@@ -86,19 +85,19 @@ def affordable(env, name, queries):
 ALGORITHMS = {
     "dps": Algorithm(
         "dueling posterior sampling, linear credit; RiverSwim (Novoseller et al. 2020)",
-        200, dps_regrets(dps.linear_posterior), True,
+        200, dps_regrets(dps.linear_posterior), True, 10,
     ),
     "dps-logistic": Algorithm(
         "the same, logistic credit",
-        200, dps_regrets(dps.logistic_posterior), True,
+        200, dps_regrets(dps.logistic_posterior), True, 10,
     ),
     "pps": Algorithm(
         "duels of actions backwards, with a simulator; random world (Xu et al. 2020)",
-        20000, search_regrets("pps", duels.pps, random_mdp), False,
+        20000, search_regrets("pps", duels.pps, random_mdp), False, 1,
     ),
     "peps": Algorithm(
         "the same without one, which walks there; 4 x 4 grid (Xu et al. 2020)",
-        4000, search_regrets("peps", duels.peps, grid), False,
+        4000, search_regrets("peps", duels.peps, grid), False, 1,
     ),
 }  # fmt: skip
 
@@ -135,11 +134,11 @@ def listed():
 def gather(knobs, algorithm, queries):
     """{curve: (runs, queries)}, a few runs at a time."""
     parts = []
-    seeds = np.random.SeedSequence(knobs.seed).spawn(-(-knobs.runs // AT_ONCE))
+    rng = np.random.default_rng(knobs.seed)
     with progress_bar(knobs.algorithm, knobs.runs, 0) as bar:
-        for seed in seeds:
-            runs = min(AT_ONCE, knobs.runs - bar.n)
-            parts.append(algorithm.regrets(np.random.default_rng(seed), runs, queries))
+        while bar.n < knobs.runs:
+            runs = min(algorithm.at_once, knobs.runs - bar.n)
+            parts.append(algorithm.regrets(rng, runs, queries))
             bar.update(runs)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
