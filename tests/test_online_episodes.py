@@ -352,11 +352,14 @@ def test_a_picture_needs_the_extra(tmp_path, capsys, monkeypatch):
     assert "minirlhf[plot]" in capsys.readouterr().out
 
 
-def test_what_the_user_can_mend():
+def test_what_the_user_can_mend(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'ppo' is no algorithm: expected one of dps"):
         command.main(command.Knobs(algorithm="ppo"))
     with pytest.raises(UserError, match="--queries 100: peps asks .* expected 150 or more"):
         command.main(command.Knobs(algorithm="peps", queries=100, runs=2))
+    with pytest.raises(UserError, match="train.py: expected a name that ends in .png"):
+        command.main(command.Knobs(algorithm="dps", out="train.py"))
 
 
 def test_means_and_their_errors():

@@ -114,6 +114,10 @@ def main(knobs):
     algorithm = ALGORITHMS[knobs.algorithm]
     queries = knobs.queries or algorithm.queries
     out = Path(knobs.out or f"runs/online/{knobs.algorithm}.png")
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a name that ends in .png")
+    with file_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     curves = gather(knobs, algorithm, queries)
     print(table(curves, algorithm.pays))
     try:
@@ -182,7 +186,5 @@ def draw(curves, algorithm, title, path):
     panels[0].legend(fontsize=8)
     runs = len(next(iter(curves.values())))
     figure.suptitle(f"{title}, {runs} runs", fontsize=10)
-    with file_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="png", dpi=110)
