@@ -24,8 +24,6 @@ from minirlhf.online.environments import grid, random_mdp, river_swim
 from minirlhf.online.policies import menus
 from minirlhf.online.select import METHODS
 
-AT_ONCE = 10  # runs between two steps of the progress bar
-
 
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
@@ -41,6 +39,7 @@ class Algorithm(NamedTuple):
     queries: int  # by default
     regrets: object  # of (rng, runs, queries): {curve: (runs, queries)}, the algorithm's own first
     pays: bool  # whether what is shown is what counts, so that regret adds up
+    at_once: int  # runs from one step of the progress bar to the next
 
 
 # Experiments
@@ -108,19 +107,19 @@ def pool_regrets(rng, runs, queries):
 ALGORITHMS = {
     "dps": Algorithm(
         "dueling posterior sampling, linear credit; RiverSwim (Novoseller et al. 2020)",
-        200, dps_regrets(dps.linear_posterior), True,
+        200, dps_regrets(dps.linear_posterior), True, 10,
     ),
     "dps-logistic": Algorithm(
         "the same, logistic credit",
-        200, dps_regrets(dps.logistic_posterior), True,
+        200, dps_regrets(dps.logistic_posterior), True, 10,
     ),
     "pps": Algorithm(
         "duels of actions backwards, with a simulator; random world (Xu et al. 2020)",
-        20000, search_regrets("pps", duels.pps, random_mdp), False,
+        20000, search_regrets("pps", duels.pps, random_mdp), False, 1,
     ),
     "peps": Algorithm(
         "the same without one, which walks there; 4 x 4 grid (Xu et al. 2020)",
-        4000, search_regrets("peps", duels.peps, grid), False,
+        4000, search_regrets("peps", duels.peps, grid), False, 1,
     ),
     "lpbrl": Algorithm(
         "the most uncertain pair of all that may be best; 100 policies (Saha et al. 2023)",
@@ -153,6 +152,10 @@ def main(knobs):
     algorithm = ALGORITHMS[knobs.algorithm]
     queries = knobs.queries or algorithm.queries
     out = Path(knobs.out or f"runs/online/{knobs.algorithm}.png")
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: expected a name that ends in .png")
+    with file_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     curves = gather(knobs, algorithm, queries)
     print(table(curves, algorithm.pays))
     try:
@@ -173,11 +176,11 @@ def listed():
 def gather(knobs, algorithm, queries):
     """{curve: (runs, queries)}, a few runs at a time."""
     parts = []
-    seeds = np.random.SeedSequence(knobs.seed).spawn(-(-knobs.runs // AT_ONCE))
+    rng = np.random.default_rng(knobs.seed)
     with progress_bar(knobs.algorithm, knobs.runs, 0) as bar:
-        for seed in seeds:
-            runs = min(AT_ONCE, knobs.runs - bar.n)
-            parts.append(algorithm.regrets(np.random.default_rng(seed), runs, queries))
+        while bar.n < knobs.runs:
+            runs = min(algorithm.at_once, knobs.runs - bar.n)
+            parts.append(algorithm.regrets(rng, runs, queries))
             bar.update(runs)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -221,7 +224,5 @@ def draw(curves, algorithm, title, path):
     panels[0].legend(fontsize=8)
     runs = len(next(iter(curves.values())))
     figure.suptitle(f"{title}, {runs} runs", fontsize=10)
-    with file_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="png", dpi=110)

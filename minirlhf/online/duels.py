@@ -8,8 +8,10 @@ person says which was better. What wins is written down, and the step before can
 - PEPS (algorithm 2) has to walk there, by policies that it learns for that alone; states that it
   hardly ever reaches are left as they are.
 
-The paper leaves the bandit open; here it is elimination. Its routine of optimistic exploration is
-posterior sampling here, and what the duels' own episodes tell of the dynamics is not used.
+The paper leaves the bandit open; here it is elimination, which did not do better than to ask all
+pairs equally often (uniform.evenly): what helps is to build on what was decided. For the paper's
+optimistic exploration stands posterior sampling, and what the duels' own episodes tell of the
+dynamics is not used.
 """
 
 from itertools import combinations

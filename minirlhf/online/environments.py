@@ -53,12 +53,23 @@ def river_swim(states=6, horizon=50):
     return Env(dynamics, rewards, start, there)
 
 
-def grid(rng, size=4, treasures=3):
+def grid(rng, size=4):
     """From the upper left corner to the lower right; actions 0 right, 1 down (Xu et al. 2020, 6).
 
-    `treasures` random blocks pay 1/3 to who enters them, the way's two ends never. A step out of
-    the grid goes the other way, so 2 (size - 1) steps always end at the corner.
+    Three random blocks pay 1/3 to who enters them, of which the best way takes two; never the two
+    corners. A step out of the grid goes the other way, so 2 (size - 1) steps always end there.
     """
+    env = without_pay(size)
+    while not np.isclose(best_return(env), 2 / 3):
+        pays = np.zeros(env.states)
+        blocks = 1 + rng.choice(env.states - 2, 3, replace=False)
+        pays[blocks] = 1 / 3
+        env = env._replace(rewards=np.broadcast_to(pays, env.dynamics.shape))
+    return env
+
+
+def without_pay(size):
+    """The ways of `grid`."""
     states, corner = size * size, size * size - 1
     dynamics = np.zeros((states, 2, states))
     dynamics[corner, :, corner] = 1
@@ -67,10 +78,7 @@ def grid(rng, size=4, treasures=3):
         right = s + 1 if column < size - 1 else s + size
         down = s + size if row < size - 1 else s + 1
         dynamics[s, 0, right] = dynamics[s, 1, down] = 1
-    pays = np.zeros(states)
-    blocks = 1 + rng.choice(corner - 1, treasures, replace=False)
-    pays[blocks] = 1 / 3
-    rewards = np.broadcast_to(pays, dynamics.shape)
+    rewards = np.zeros_like(dynamics)
     start = np.eye(states)[0]
     step = np.arange(2 * (size - 1))
     row, column = np.divmod(np.arange(states), size)
