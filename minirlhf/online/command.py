@@ -123,19 +123,19 @@ ALGORITHMS = {
     ),
     "lpbrl": Algorithm(
         "the most uncertain pair of all that may be best; 100 policies (Saha et al. 2023)",
-        300, lpbrl_regrets, True,
+        300, lpbrl_regrets, True, 10,
     ),
     "pbop": Algorithm(
         "the same without rewards; 30 policies, circles allowed (Chen et al. 2022)",
-        300, pbop_regrets, True,
+        300, pbop_regrets, True, 10,
     ),
     "parl": Algorithm(
         "a reward judged by its policy, on other prompts (Chakraborty et al. 2023)",
-        200, parl_regrets, False,
+        200, parl_regrets, False, 5,
     ),
     "pool": Algorithm(
         "which of 64 prompts' 8 responses to show, as a language model would ask",
-        160, pool_regrets, True,
+        160, pool_regrets, True, 1,
     ),
 }  # fmt: skip
 

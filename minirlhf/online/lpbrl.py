@@ -8,9 +8,9 @@ estimate stand beside it:
 - `most_uncertain`: the pair whose gap is least known, be it good or bad
 - `evenly`: any pair
 
-The paper's gamma grows with log T and is proven; 2 is what works here, and may lose the best policy
-for good. Left out: the bonus for unknown dynamics; episodes that differ from their policy's mean;
-the projection of w into a ball, whose place the prior takes.
+gamma = 2 is what works here and no bound: a run may lose its best policy for good, and the smaller
+gamma is, the more of them do. Left out: the bonus for unknown dynamics; episodes that differ from
+their policy's mean; the projection of w into a ball, whose place the prior takes.
 """
 
 from functools import partial
