@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.online.oracle import logistic_map, prefers
-from minirlhf.online.policies import Record, any_two, of_runs, widest
+from minirlhf.online.policies import Record, any_two, distances, of_runs, widest
 
 PRIOR = 1.0  # lambda: precision of a weight, and what V begins with
 
@@ -43,14 +43,8 @@ def values_of(features, weights):
 
 
 def widths(features, design):
-    """||phi(a) - phi(b)|| in the norm of the inverse of design (N, D, D), of all pairs: (N, P, P).
-
-    By products of single features: |a - b|^2 = aa + bb - 2 ab.
-    """
-    products = features @ np.linalg.inv(design) @ features.swapaxes(-1, -2)
-    squares = np.diagonal(products, axis1=-2, axis2=-1)
-    apart = squares[:, :, None] + squares[:, None] - 2 * products
-    return np.sqrt(apart.clip(min=0))
+    """||phi(a) - phi(b)|| of all pairs (N, P, P), in the norm of the inverse of V (N, D, D)."""
+    return distances(features @ np.linalg.inv(design) @ features.swapaxes(-1, -2))
 
 
 def plausible(values, width, gamma):

@@ -67,3 +67,10 @@ def widest(width, allowed):
     both = np.triu(allowed[:, :, None] & allowed[:, None])
     flat = np.where(both, width, -1).reshape(len(width), -1)
     return np.stack(np.unravel_index(flat.argmax(1), width.shape[1:]), axis=1)
+
+
+def distances(products):
+    """|a - b| of all pairs (..., P, P), by their products: |a - b|^2 = aa + bb - 2 ab."""
+    squares = np.diagonal(products, axis1=-2, axis2=-1)
+    apart = squares[..., :, None] + squares[..., None, :] - 2 * products
+    return np.sqrt(apart.clip(min=0))

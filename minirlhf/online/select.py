@@ -27,6 +27,7 @@ import numpy as np
 
 from minirlhf.engine.cli import UserError
 from minirlhf.online.oracle import logistic_map, sigmoid
+from minirlhf.online.policies import distances
 
 PRECISION = 1.0  # of the prior of a weight: features should be of length about 1
 GAMMA = 2.0  # standard deviations by which a response may be better than it seems
@@ -93,10 +94,7 @@ def believe(pool, labelled, rng):
 
 def deviations(factors):
     """Of the differences of any two scores of a prompt: (B, K, K)."""
-    products = factors @ factors.swapaxes(-1, -2)
-    squares = np.diagonal(products, axis1=-2, axis2=-1)
-    apart = squares[:, :, None] + squares[:, None] - 2 * products
-    return np.sqrt(apart.clip(min=0))
+    return distances(factors @ factors.swapaxes(-1, -2))
 
 
 def once_asked(belief, pair):
