@@ -271,6 +271,13 @@ def test_elimination_stops_at_what_does_not_matter():
     assert duels.eliminate(duel, 4, 0.3, 0.1) == 3
 
 
+def test_preferences_in_a_circle():
+    def duel(a, b, n):  # rock, paper, scissors
+        return n * ((a - b) % 3 == 1)
+
+    assert duels.eliminate(duel, 3, 0.01, 0.1) in range(3)
+
+
 def test_a_search_costs_no_more_than_it_may():
     env = random_mdp(rng_of(0), 3, 3, 3)
     for queries in (300, 1000, 3000):

@@ -71,7 +71,10 @@ def eliminate(duel, arms, epsilon, delta, batch=10):
         m += batch
         width = radius(m, arms, delta)
         beaten = wins[left] / m > 1 / 2 + width
-        left = [a for a in left if not beaten[:, a].any()]
+        kept = [a for a in left if not beaten[:, a].any()]
+        if not kept:  # each is beaten by another: preferences can go in a circle
+            break
+        left = kept
     return max(left, key=lambda a: wins[a, left].sum())
 
 
