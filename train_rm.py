@@ -177,7 +177,6 @@ def check(knobs, items):
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",
-        "where labels are read by their kinds": of_kinds and "augment",
         "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
     })  # fmt: skip
     if of_kinds:

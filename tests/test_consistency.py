@@ -11,7 +11,7 @@ import train_rm
 from minirlhf import data
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows
-from minirlhf.feedback import preferring
+from minirlhf.feedback import preferring, simulate
 from minirlhf.gpt import GPT, RewardModel
 from minirlhf.look.command import Knobs as LookKnobs
 from minirlhf.look.command import main as look
@@ -199,11 +199,11 @@ def test_without_augment_nothing_is_touched():
     assert augment.augmented("", *given, None, None, None) == given
 
 
-def test_augment_reads_scores_alone(toy, tmp_path):
-    with pytest.raises(UserError, match="augment"):
-        path = tmp_path / "kinds.jsonl"
-        path.write_text('{"prompt": "a", "response": "b", "estop": 1}\n' * 1)
-        train_rm.main(train_rm.Knobs(data=str(path), augment="convexda", out=str(tmp_path / "rm")))
+def test_augment_is_not_for_labels_of_many_kinds(tmp_path):
+    path = str(tmp_path / "labels.jsonl")
+    simulate.main(simulate.Knobs(out=path, ask="comparison=40,estop=10"))
+    with pytest.raises(UserError, match="--augment convexda.* in labels of many kinds"):
+        train_rm.main(train_rm.Knobs(data=path, augment="convexda", out=str(tmp_path / "rm")))
 
 
 # RewardFusion
