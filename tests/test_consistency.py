@@ -108,6 +108,21 @@ def test_perturbed_consistency_against_a_loop():
     assert constant == {"one side": 0, "both sides": 0, "change": 0, "relative": 0}
 
 
+def test_on_perturbed_asks_of_the_texts_and_of_their_misspelt_copies():
+    asked = []
+
+    def score(prompts, responses):
+        asked.append((prompts, responses))
+        return [len(y) + (x == "b") for x, y in zip(prompts, responses, strict=True)]
+
+    texts = ["a film like this", "plot"]
+    found = consistency.on_perturbed(score, ["a", "b"], texts, [(0, 1)], np.random.default_rng(2))
+    noisy = consistency.perturbed(texts, np.random.default_rng(2))
+    assert asked == [(["a", "b"], texts), (["a", "b"], noisy)]
+    change = sum(abs(len(y) - len(x)) for x, y in zip(texts, noisy, strict=True)) / 2
+    assert found == {"one side": 1, "both sides": 1, "change": change, "relative": change / 5.5}
+
+
 # ConvexDA
 
 

@@ -1,12 +1,13 @@
 """ConvexDA: misspelt copies of responses as further training examples, those that differ most.
 
-Shen et al. 2023: of n noisy copies of a response, embedded and projected on their two principal
-axes, the vertices of the convex hull are kept, with the response's own label. In the authors'
-release all rows of a pair hold the last vertex, as they share one dict; here each is another text.
+Shen et al. 2023 (arXiv 2309.16155): of n noisy copies of a response, embedded and projected on
+their two principal axes, the vertices of the convex hull are kept, with the response's own label.
+In the authors' release all rows of a pair hold the last vertex, as they share one dict; here each
+is another text.
 
-Left out: a pass over all copies, which would make training several times as long. An epoch still
-meets each response once, in a form that is drawn from the original and its copies, both sides of a
-comparison alike: so do more epochs what more passes would.
+Left out: a pass over all copies, which would make training several times as long. An epoch meets
+each response once, in a form that is drawn from the original and its copies, each side of a
+comparison by itself; more epochs do what more passes would.
 """
 
 import numpy as np

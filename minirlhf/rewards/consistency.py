@@ -1,9 +1,18 @@
 """Does a reward keep its mind: between like instructions, and where a word is misspelt?
 
-Contrast Instructions (Shen et al. 2023, The Trickle-down Impact of Reward (In-)consistency on RLHF)
-takes two instructions x and x' that are much alike, with answers y and y' that are not. A reward is
-consistent over responses where it prefers an instruction's own answer to the other's, and over
-instructions where an answer earns more under its own instruction than under the other.
+Contrast Instructions (Shen et al. 2023, The Trickle-down Impact of Reward (In-)consistency on RLHF,
+arXiv 2309.16155) takes two instructions x and x' that are much alike, with answers y and y' that
+are not. A reward is consistent over responses where it prefers an instruction's own answer to the
+other's, and over instructions where an answer earns more under its own instruction than under the
+other.
+
+    from minirlhf import data
+    from minirlhf.feedback.preferring import load_preferrer
+
+    items = data.load_feedback("reviews").test
+    pairs, _ = items.comparisons(20_000, 1)
+    score = load_preferrer("runs/rm", fuse=5).score  # fuse: rewards/fusion.py
+    on_perturbed(score, items.prompts, items.responses, pairs, np.random.default_rng(0))
 
 Left out: paraphrases by a language model. Misspellings are all the noise here.
 """
@@ -103,6 +112,12 @@ def misspelt(word, rng):
         )
         found = ways[rng.integers(len(ways))]
     return found
+
+
+def on_perturbed(score, prompts, responses, pairs, rng):
+    """perturbed_consistency of score(prompts, responses) -> (n,), on pairs of these texts."""
+    noisy = perturbed(responses, rng)
+    return perturbed_consistency(score(prompts, responses), score(prompts, noisy), pairs)
 
 
 def perturbed_consistency(before, after, pairs):

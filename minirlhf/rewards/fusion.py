@@ -1,8 +1,8 @@
 """RewardFusion: a score averaged with those of the training texts that are most alike.
 
-Shen et al. 2023, at inference: of the texts that a reward model was trained on, at most K with a
-cosine of at least .9 to the prompt and response in question are retrieved; the similarities are
-their weights, 1 is that of the text itself.
+Shen et al. 2023 (arXiv 2309.16155), at inference: of the texts that a reward model was trained on,
+at most K with a cosine of at least .9 to the prompt and response in question are retrieved; the
+similarities are their weights, 1 is that of the text itself.
 
 A text's embedding is the mean of the reward model's own last hidden states over its tokens, less
 the mean of that over the training texts, without which all texts are alike (the states of a GPT
