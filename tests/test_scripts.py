@@ -68,6 +68,7 @@ CHANGES = {
         level="token",
         loss="plackett_luce",
         soft_labels=False,
+        augment="convexda",
     ),
     train_ppo: dict(
         missing_eos_penalty=5.0,
@@ -76,6 +77,7 @@ CHANGES = {
         loss_mean="response",
         entropy_coef=0.5,
         stop_kl=1e-9,
+        fuse=5,
         steps=1,
         batch_size=16,
         response_length=4,
