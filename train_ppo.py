@@ -294,8 +294,7 @@ def minibatch(episodes, index, knobs, step):
     """Some episodes; their weights become those of each token in the policy's loss, (b, 1)."""
     mb = rows.some(episodes, index)
     counts = mb.weights * (step >= knobs.critic_warmup)
-    width = knobs.response_length
-    weights = ppo.token_weights(mb.response_lengths, width, knobs.loss_mean, counts)
+    weights = ppo.token_weights(mb.response_lengths, knobs.response_length, knobs.loss_mean, counts)
     return mb._replace(weights=weights)
 
 
