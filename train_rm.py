@@ -45,12 +45,14 @@ from minirlhf.feedback.kinds import rankings
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
+from minirlhf.rewards.augment import augmented
 from minirlhf.sampling import generate
 from minirlhf.tokenizer import load_base
 
 MODELS = ("pointwise", "pairwise")
 LEVELS = ("response", "token")
 LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
+AUGMENT = ("", "convexda")
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,7 @@ class Knobs(cli.RunKnobs):
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
+    augment: str = knob("", "convexda: misspelt copies of the responses are read, too", AUGMENT)
     margin: float = knob(0.0, "how far the preferred score should lead; plus a record's own")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     kind_weights: str = knob("", 'of labels of many kinds, as in "comparison=1,estop=0.5"; else 1')
@@ -116,23 +119,22 @@ def main(knobs):
     test, test_rows = encode(feedback.test, tokenizer, base, knobs)
     test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
     epoch = partial(mixture.epoch, train) if kinds else train.epoch
-    plan = []
-    for _ in range(knobs.epochs):
-        plan += epoch(knobs.batch_size, rng)
+    plan = [batch for _ in range(knobs.epochs) for batch in epoch(knobs.batch_size, rng)]
+    read, read_rows, plan = augmented(knobs.augment, train, train_rows, plan, base, tokenizer, rng)
     prompts = sample_prompts(train, tokenizer, base, knobs)
 
-    texts = train_rows.tokens, train_rows.prompt_lengths
     parts = {"model": learned if kinds else trained, "optimizer": optimizer}
-    run = Run("rm", knobs, plan, device, tokenizer, parts, {"data": texts, "base model": source})
+    given = {"data": (read_rows.tokens, read_rows.prompt_lengths), "base model": source}
+    run = Run("rm", knobs, plan, device, tokenizer, parts, given)
     if run.first == 0 and len(gaps):
         run.say(step_0_check(model, test_rows, test_pairs, autocast))
 
     step_loss = partial(mixture.step_loss, kinds) if kinds else compared_loss
     for step, batch in run.steps():
         optim.set_lr(optimizer, step, len(plan), knobs.lr)
-        loss, stats = step_loss(knobs, model, train, train_rows, autocast, batch)
+        loss, stats = step_loss(knobs, model, read, read_rows, autocast, batch)
         trained.backward(loss)
-        nonfinite = partial(run.nonfinite, step, [train_rows.tokens[i] for i in batch.rows])
+        nonfinite = partial(run.nonfinite, step, [read_rows.tokens[i] for i in batch.rows])
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
         stats = {"loss": loss, **stats, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
@@ -175,6 +177,7 @@ def check(knobs, items):
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",
+        "where labels are read by their kinds": of_kinds and "augment",
         "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
     })  # fmt: skip
     if of_kinds:
