@@ -216,7 +216,6 @@ def all_figures(scores, misspelt, samples, held, knobs):
     units = np.array(items.units or np.arange(len(items)))
     found = compare.figures(scores, samples, contexts, pairs, units, knobs.seed)
     found |= {"scores": scores, "samples": samples, "contexts": contexts}
-    found["margins"] = scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]
     _, rest = held_out.halves(items, pairs)
     found["coin"] = float(np.mean((0.5 - held.labels[rest]) ** 2)) if rest.any() else np.nan
     found["each"] = []

@@ -8,7 +8,7 @@ import numpy as np
 from minirlhf.engine.files import atomic_write
 from minirlhf.look.page import visible
 from minirlhf.rewards import calibration, compare
-from minirlhf.rewards.pictures import Plot, dots, line, names, picture, span
+from minirlhf.rewards.pictures import Plot, dots, line, names, picture, short_name, span
 
 MARK = "minirlhf.reward_eval"  # a file without it is not ours to write over
 POINTS = 1500  # most in a picture
@@ -17,7 +17,7 @@ STYLE = """
 :root { color-scheme: light dark; --a: #0067a8; --b: #b84a00; --c: #5c5c5c; }
 @media (prefers-color-scheme: dark) { :root { --a: #62b8f2; --b: #ff9d57; --c: #b4b4b4; } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 64rem;
-  padding: 0 1rem; background: Canvas; color: CanvasText; overflow-wrap: anywhere; }
+  padding: 0 1rem; background: Canvas; color: CanvasText; overflow-wrap: break-word; }
 h1 { font-size: 1.35rem; line-height: 1.3; } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
 .A { color: var(--a); } .B { color: var(--b); }
 .note, td small { font-size: .85rem; opacity: .8; } td small { display: block; }
@@ -75,12 +75,18 @@ def write_page(path, short, facts, blocks, found, held, chosen):
 
 
 def rows_of(head, rows):
-    yield "<tr>" + "".join(f"<th>{visible(cell)}</th>" for cell in head) + "</tr>"
+    cells = head[0], *map(short_name, head[1:])
+    yield "<tr>" + "".join(f"<th>{visible(cell)}</th>" for cell in cells) + "</tr>"
     for name, one, other, means in rows:
         kind = ' class="sub"' if name.startswith(" ") else ""
         hint = f"<small>{visible(means)}</small>" if means else ""
-        cells = "".join(f"<td>{visible(cell).replace('+-', '±')}</td>" for cell in (one, other))
+        cells = "".join(f"<td>{visible(unbroken(cell))}</td>" for cell in (one, other))
         yield f"<tr><td{kind}>{visible(name.strip())}{hint}</td>{cells}</tr>"
+
+
+def unbroken(cell):
+    """A cell that a narrow page breaks before its error alone."""
+    return cell.replace(" ", "\u00a0").replace("\u00a0+-", " ±")
 
 
 def pair(i, found, held):

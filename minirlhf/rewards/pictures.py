@@ -12,7 +12,7 @@ import numpy as np
 from minirlhf.look.page import visible
 
 WIDTH, HEIGHT = 440, 340
-LEFT, RIGHT, TOP, BOTTOM = 50, 92, 58, 46  # what the marks leave free; names stand on the right
+LEFT, RIGHT, TOP, BOTTOM = 62, 92, 58, 46  # what the marks leave free; names stand on the right
 LINE = 15  # pixels from one name to the next
 
 
@@ -24,10 +24,17 @@ class Plot(NamedTuple):
 
     def at(self, x, y):
         """Numbers in pixels."""
-        across = (np.asarray(x, dtype=float) - self.x[0]) / (self.x[1] - self.x[0])
-        up = (np.asarray(y, dtype=float) - self.y[0]) / (self.y[1] - self.y[0])
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+        across = share_of(x, *self.x)
+        up = share_of(y, *self.y)
+        width = WIDTH - LEFT - RIGHT
+        height = HEIGHT - TOP - BOTTOM
         return LEFT + width * across, TOP + height * (1 - up)
+
+
+def share_of(values, low, high):
+    """How far along the way from low to high."""
+    values = np.asarray(values, dtype=float)
+    return (values - low) / (high - low)
 
 
 def span(*values, share=0.05):
@@ -40,17 +47,19 @@ def span(*values, share=0.05):
 
 def picture(title, note, plot, x_name, y_name, *marks, percent=""):
     """The svg. percent: the axes, of "xy", whose numbers are shares."""
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    centre = (TOP + HEIGHT - BOTTOM) / 2
+    turned = f'<g transform="translate(13 {centre:.0f}) rotate(-90)">'
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{visible(title)}">',
         text(8, 18, title, "title"),
         text(8, 36, note, "small"),
         axes(plot, percent),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_name, "middle"),
-        f'<g transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)">'
-        + text(0, 0, y_name, "middle") + "</g>",
+        text(middle, HEIGHT - 8, x_name, "middle"),
+        turned + text(0, 0, y_name, "middle") + "</g>",
         *marks,
         "</svg>",
-    ]  # fmt: skip
+    ]
     return "\n".join(parts)
 
 
@@ -112,10 +121,10 @@ def names(plot, ends):
     over = max(0, places[-1] - (HEIGHT - BOTTOM + 4)) if places else 0
     parts = []
     for place, (_, name, kind) in zip(places, ends, strict=True):
-        parts.append(text(WIDTH - RIGHT + 6, place - over, short(name), f"name {kind}"))
+        parts.append(text(WIDTH - RIGHT + 6, place - over, short_name(name), f"name {kind}"))
     return "\n".join(parts)
 
 
-def short(name, most=13):
+def short_name(name, most=13):
     """A name in the room that a picture has for it, its end kept."""
     return name if len(name) <= most else name[:2] + ".." + name[4 - most :]

@@ -37,7 +37,7 @@ def table_of(found, names, held):
 def of_both(found):
     distance, alike, shares = found["distance"], found["alike"], found["outcomes"]
     rows = [
-        ("distance: 0 same order, .71 none, 1 opposite",
+        ("distance: 0 same, .71 unrelated, 1 opposite",
          plus_minus(*distance.get("samples", (math.nan, math.nan))),
          plus_minus(*distance["held-out"]),
          "root of (1 - r) / 2, r the correlation of the scores less their prompt's mean: what "
