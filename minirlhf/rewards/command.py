@@ -37,7 +37,7 @@ from minirlhf.look.terminal import columns, print_wrapped
 from minirlhf.rewards import compare, held_out
 from minirlhf.rewards.consistency import perturbed, perturbed_consistency
 from minirlhf.rewards.page import MARK, write_page
-from minirlhf.rewards.table import print_blocks, short_names, table_of
+from minirlhf.rewards.table import parts_of, print_blocks, short_names, table_of
 
 NOISE = 0.05  # of the words of a text are misspelt
 
@@ -76,11 +76,13 @@ def parse(knobs, doc, argv=None):
     parser = cli.Parser(description=doc, usage="%(prog)s A B [--flag value ...]",
                         formatter_class=argparse.RawDescriptionHelpFormatter,
                         prog="python -m minirlhf.reward_eval", allow_abbrev=False)  # fmt: skip
-    parser.add_argument("rewards", nargs=2, metavar=("A", "B"), help="what scores")
+    parser.add_argument("a", metavar="A", help="what scores")
+    parser.add_argument("b", metavar="B", help="what else scores")
     for field in dataclasses.fields(knobs):
         if field.metadata:
             cli.add_flag(parser, field)
-    return knobs(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return knobs(rewards=[given.pop("a"), given.pop("b")], **given)
 
 
 def main(knobs):
@@ -93,7 +95,7 @@ def main(knobs):
     source = knobs.data or data_of(given)
     feedback = data.load_feedback(source)
     score = [scorer(name, feedback, device) for name in given]
-    held = held_out_part(feedback, knobs, source)
+    held = held_out_part(feedback, knobs)
     base, texts = samples_of(given, feedback, knobs, device)
     notes = [*map(other_data, given, [feedback] * 2)]
 
@@ -110,6 +112,9 @@ def main(knobs):
     facts = [*zip("AB", given, strict=True)]
     facts.append(("held-out", f"{len(items):,} texts of {source}, {len(held.pairs):,} pairs"))
     facts.append(("samples", base))
+    for name, own in zip("AB", found["each"], strict=True):
+        if own["temperature"].note:
+            notes.append(f"{name} has no temperature, {own['temperature'].note}")
     facts += [("note", note) for note in notes if note]
     blocks = table_of(found, names, held)
     chosen = compare.disagreements(*found["margins"], held.pairs, max(knobs.show, 20))
@@ -146,15 +151,16 @@ def scorer(name, feedback, device):
     return score
 
 
+def directories(given):
+    """The sources that lie on this disk, of an ensemble the first member."""
+    names = [name.split(",")[0] if is_ensemble(name) else name for name in given]
+    return [name for name in names if not name.startswith("judge:") and Path(name).is_dir()]
+
+
 def runs_of(given):
-    """(run, its knobs) of each source that is one, of an ensemble the first member's."""
-    found = []
-    for name in given:
-        run = Path(name.split(",")[0] if is_ensemble(name) else name)
-        knobs = read_knobs(run) if "\0" not in name else {}
-        if knobs:
-            found.append((run, knobs))
-    return found
+    """(run, its knobs) of each source that is one."""
+    runs = map(Path, directories(given))
+    return [(run, knobs) for run in runs if (knobs := read_knobs(run))]
 
 
 def data_of(given):
@@ -174,7 +180,7 @@ def other_data(name, feedback):
     return None
 
 
-def held_out_part(feedback, knobs, source):
+def held_out_part(feedback, knobs):
     """The Held of the test part: its pairs, at most so many, and the texts in them."""
     pairs, _ = feedback.test.comparisons(knobs.pairs, held_out.SEED)
     if len(pairs) > knobs.pairs:  # given comparisons come all
@@ -183,8 +189,9 @@ def held_out_part(feedback, knobs, source):
     chosen, at = np.unique(pairs, return_inverse=True)
     items, pairs = feedback.test.take_items(chosen, []), at.reshape(-1, 2)
     labels = held_out.labels_of(items, pairs)
-    runs = [str(run) for run, _ in runs_of(knobs.rewards)]
-    lengths, unit = held_out.lengths_of(items, (runs or [source])[0])
+    lengths, unit = np.array([len(text) for text in items.responses]), "characters"
+    for name in directories(knobs.rewards)[:1]:
+        lengths, unit = held_out.lengths_of(items, name)
     return Held(items, pairs, labels, lengths, unit, data.human_ceiling(items, pairs))
 
 
@@ -220,7 +227,8 @@ def all_figures(scores, misspelt, samples, held, knobs):
     found["coin"] = float(np.mean((0.5 - held.labels[rest]) ** 2)) if rest.any() else np.nan
     found["each"] = []
     for before, after in zip(scores, misspelt, strict=True):
-        own = held_out.figures(before, items, pairs, held.labels, held.lengths, bins=10)
+        known = items, pairs, held.labels, held.lengths
+        own = held_out.figures(before, *known, parts_of(len(pairs)))
         own["spelling"] = perturbed_consistency(before, after, pairs)
         found["each"].append(own)
     return found

@@ -9,6 +9,7 @@ from minirlhf.engine.files import atomic_write
 from minirlhf.look.page import visible
 from minirlhf.rewards import calibration, compare
 from minirlhf.rewards.pictures import Plot, dots, line, names, picture, short_name, span
+from minirlhf.rewards.table import parts_of, signed
 
 MARK = "minirlhf.reward_eval"  # a file without it is not ours to write over
 POINTS = 1500  # most in a picture
@@ -40,10 +41,11 @@ svg polyline.a { stroke: var(--a); fill: none; } svg polyline.b { stroke: var(--
 svg polyline.c { stroke: var(--c); fill: none; } svg .faint { opacity: .4; }
 .pair { display: grid; gap: .6rem; margin: .3rem 0 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
+.prompt { background: rgba(128, 128, 128, .14); padding: .4rem .7rem; border-radius: .3rem;
+  white-space: pre-wrap; }
 .pair > div { border: 1px solid rgba(128, 128, 128, .45); border-radius: .3rem;
   padding: .4rem .7rem; font-family: Georgia, serif; white-space: pre-wrap; }
-.pair header { font: .85rem system-ui, sans-serif; opacity: .85; } .prompt { grid-column: 1 / -1;
-  background: rgba(128, 128, 128, .14); }
+.pair header { font: .85rem system-ui, sans-serif; opacity: .85; }
 @media (max-width: 40rem) { td, th { padding-left: .25rem; padding-right: .25rem; }
   td { white-space: normal; } }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; }
@@ -94,14 +96,14 @@ def pair(i, found, held):
     a, b = found["margins"][:, i]
     texts = [held.items.responses[item] for item in held.pairs[i]]
     prompts = {held.items.prompts[item] for item in held.pairs[i]} - {""}
-    lines = ['<div class="pair">']
-    lines += [f'<div class="prompt" dir="auto">{visible(prompt)}</div>' for prompt in prompts]
+    lines = [f'<div class="prompt" dir="auto">{visible(prompt)}</div>' for prompt in prompts]
+    lines.append('<div class="pair">')
     heads = f"{held.labels[i]:.0%} of raters prefer this one", "the other"
     for head, sign, words in zip(heads, (1, -1), texts, strict=True):
         liked = "A" if sign * a > 0 else "B"
         lead = abs(a if liked == "A" else b)
         who = f'<b class="{liked}">{liked}</b> prefers it, by {lead:.2f}'
-        lines.append(f"<div><header>{head}; {who}</header>{visible(words)}</div>")
+        lines.append(f'<div dir="auto"><header>{head}; {who}</header>{visible(words)}</div>')
     return "\n".join([*lines, "</div>"])
 
 
@@ -151,7 +153,7 @@ def reliability(short, found, key, how):
     errors = []
     for name, kind, own in zip(short, "ab", found["each"], strict=True):
         curve = own[key]["curve"]
-        sizes = 1.5 + 9 * np.sqrt(curve.count / curve.count.sum())
+        sizes = 1.5 + 6 * np.sqrt(curve.count / curve.count.sum())
         marks.append(line(plot, curve.chance, curve.label, kind))
         marks.append(dots(plot, curve.chance, curve.label, kind, sizes))
         ends.append((curve.label[-1], name, kind))
@@ -164,10 +166,11 @@ def reliability(short, found, key, how):
 def by_margin(short, found, held):
     """Accuracy in tenths of the pairs by a reward's own margin."""
     curves = []
+    edges = np.linspace(0, 1, 1 + parts_of(len(held.pairs)))
     for z in found["margins"]:
         size = np.abs(z)
         right = calibration.is_right(z, np.ones(len(z)))
-        parts = calibration.accuracy_by(compare_rank(size), right, np.linspace(0, 1, 11))
+        parts = calibration.accuracy_by(rank_share(size), right, edges)
         curves.append([((part.low + part.high) / 2, part.accuracy) for part in parts])
     values = [y for curve in curves for _, y in curve]
     low = min(0.5, *values)
@@ -187,14 +190,14 @@ def by_margin(short, found, held):
                    *marks, names(plot, ends), percent="xy")  # fmt: skip
 
 
-def compare_rank(values):
+def rank_share(values):
     """(n,) ranks from 0 to 1, equal ones sharing theirs."""
     return calibration.ranks(values) / max(1, len(values) - 1)
 
 
 def by_raters(short, found, held):
     """Accuracy by how much raters agree on a pair."""
-    edges = calibration.equal_counts(held.labels, 10)
+    edges = calibration.equal_counts(held.labels, parts_of(len(held.pairs)))
     middle = [held.labels[(held.labels >= low) & (held.labels <= high)].mean()
               for low, high in zip(edges, edges[1:], strict=False)]  # fmt: skip
     curves = []
@@ -210,7 +213,7 @@ def by_raters(short, found, held):
     for name, kind, ys in zip(short, "ab", curves, strict=True):
         marks += [line(plot, middle, ys, kind), dots(plot, middle, ys, kind, 3.2)]
         ends.append((ys[-1], name, kind))
-    return picture("Which pairs does it get wrong?", "tenths of the pairs, by how raters agree",
+    return picture("Which pairs does it get wrong?", "parts of the pairs, by how far raters agree",
                    plot, "share of raters who prefer the better text", "ordered as raters do",
                    *marks, names(plot, ends), percent="xy")  # fmt: skip
 
@@ -234,7 +237,7 @@ def by_length(short, found, held):
     for name, kind, curve in curves:
         marks += [line(plot, xs, curve, kind), dots(plot, xs, curve, kind, 3.2)]
         ends.append((curve[-1], name, kind))
-    lengths = [f"{kind.upper()} {own['length']['pearson']:+.2f}"
+    lengths = [f"{kind.upper()} {signed(own['length']['pearson'])}"
                for kind, own in zip("ab", found["each"], strict=True)]  # fmt: skip
     return picture("Does it like long texts?", f"correlation with length: {', '.join(lengths)}",
                    plot, f"length in {held.unit}, eighths of the held-out texts",

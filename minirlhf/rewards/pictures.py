@@ -121,7 +121,7 @@ def names(plot, ends):
     over = max(0, places[-1] - (HEIGHT - BOTTOM + 4)) if places else 0
     parts = []
     for place, (_, name, kind) in zip(places, ends, strict=True):
-        parts.append(text(WIDTH - RIGHT + 6, place - over, short_name(name), f"name {kind}"))
+        parts.append(text(WIDTH - RIGHT + 9, place - over, short_name(name), f"name {kind}"))
     return "\n".join(parts)
 
 

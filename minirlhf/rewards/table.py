@@ -13,15 +13,23 @@ NAME, CELL = 45, 16  # columns of a terminal: 79 with the spaces between
 
 
 def short_names(given):
-    """The ends of two names, by which they differ: "A rm", "B vader"."""
-    ends = []
+    """A name for each of two, by which they differ: "A rm" and "B vader", or "A one" and "B two" of
+    runs/one/rm and runs/two/rm."""
+    parts = []
     for name in given:
-        name = name.rpartition(":")[2] if name.count(":") == 1 else name
-        ends.append(Path(name).name or name)
-    if ends[0] == ends[1]:
-        parts = [Path(name).parts[-2:] for name in given]
-        ends = ["/".join(part) for part in parts]
+        file, _, function = name.rpartition(":")
+        parts.append([*Path(file).parts, function] if file else Path(name).parts or (name,))
+    ends = [part[-1] for part in parts]
+    for pair in zip(*map(reversed, parts), strict=False):
+        if pair[0] != pair[1]:
+            ends = pair
+            break
     return [f"A {ends[0]}", f"B {ends[1]}"]
+
+
+def parts_of(pairs):
+    """How many parts so many pairs are sorted into: ten, where these are of twenty or more."""
+    return max(2, min(10, pairs // 20))
 
 
 def table_of(found, names, held):
@@ -29,7 +37,7 @@ def table_of(found, names, held):
     return [
         of_both(found),
         beside_people(found, names, held),
-        (("chances, on held-out pairs", *names), of_chances(found)),
+        (("chances, on held-out pairs", *names), of_chances(found, held)),
         (("length and spelling, held-out", *names), of_texts(found, held)),
     ]
 
@@ -41,7 +49,8 @@ def of_both(found):
          plus_minus(*distance.get("samples", (math.nan, math.nan))),
          plus_minus(*distance["held-out"]),
          "root of (1 - r) / 2, r the correlation of the scores less their prompt's mean: what "
-         "shifts or scales all scores to a prompt changes nothing"),
+         "shifts or scales all scores to a prompt changes nothing. A constant reward is at .5 of "
+         "all others"),
         ("pairs of one prompt ordered alike",
          percent(alike.get("samples", math.nan)), percent(alike["held-out"]),
          "a tie is one half, so two unrelated rewards have 50 %"),
@@ -67,20 +76,28 @@ def beside_people(found, names, held):
     return ("each beside raters", *names), rows
 
 
-def of_chances(found):
+def of_chances(found, held):
     rows = Rows(*found["each"])
     rows.add("Brier score", lambda own: own["before"]["brier"],
              "mean square of chance less share of raters, where chance = sigmoid(difference of the "
              "two scores): 0 is best")  # fmt: skip
     rows.add("  at its temperature", lambda own: own["after"]["brier"], "all differences over it")
     rows.add("  if all chances were one half", lambda own: found["coin"], "who knows nothing")
-    rows.add("calibration error", lambda own: own["before"]["ece"],
-             "mean gap between chance and share of raters, in ten bins")  # fmt: skip
+    rows.add(
+        "calibration error",
+        lambda own: own["before"]["ece"],
+        f"mean gap between chance and share of raters, in {parts_of(len(held.pairs))} bins",
+    )
     rows.add("  at its temperature", lambda own: own["after"]["ece"], "what no scale mends")
-    rows.add("temperature that mends it", lambda own: own["temperature"].value,
+    rows.add("temperature that mends it", temperature_of,
              "over 1: its differences are too large for how much raters agree. It is fit on one "
              "half of the texts; the errors above are of the other half", short_number)  # fmt: skip
     return rows.found
+
+
+def temperature_of(own):
+    found = own["temperature"]
+    return math.nan if found.note else found.value
 
 
 def of_texts(found, held):
