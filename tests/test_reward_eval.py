@@ -287,6 +287,17 @@ def test_a_page_that_texts_cannot_harm(folder, tmp_path, capsys):
     evaluate(folder, "rm", "rule.py:vowels", *base, "--html", place)  # ours is written over
 
 
+def test_a_reward_of_a_hostile_name(folder, tmp_path, capsys):
+    name = "<i>\x1b[1m.py"
+    (folder / name).write_text(RULES)
+    place = tmp_path / "page.html"
+    evaluate(folder, f"{name}:length", "rule.py:length", "--html", place)
+    written = place.read_text(encoding="utf-8")
+    assert "i" not in Strict(written).seen
+    assert "\x1b" not in written
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_the_points_of_a_picture_lie_where_they_should():
     plot = pictures.Plot((0, 10), (-1, 1))
     drawn = pictures.picture("t < u", "n & m", plot, "x", "y", pictures.dots(plot, [5], [0], "a"))

@@ -73,7 +73,7 @@ def axes(plot, percent):
     for x in ticks(*plot.x):
         at, bottom = plot.at(x, plot.y[0])
         parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{bottom:.1f}"/>')
-        parts.append(text(at, bottom + 15, tick_name(x, "x" in percent), "middle small"))
+        parts.append(text(at, bottom + 18, tick_name(x, "x" in percent), "middle small"))
     for y in ticks(*plot.y):
         left, at = plot.at(plot.x[0], y)
         parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{WIDTH - RIGHT}"/>')

@@ -131,7 +131,7 @@ class Rows:
 
 
 def number(value, digits=3, sign=""):
-    return "-" if math.isnan(value) else f"{value + 0.0:{sign}.{digits}f}"
+    return "-" if math.isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0
 
 
 def signed(value):
