@@ -17,6 +17,8 @@ means over triples of prefix, token and prefix that no text has, for which there
 Left out: responses without an end; discounts.
 """
 
+from collections import Counter
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,37 +50,55 @@ def bandit_spread(r1, r2, weights=None):
 def prompt_sums(r1, r2, weights=None):
     """Sums of x y, x^2 and y^2 over the responses of each prompt, x and y the rewards less their
     means in the prompt: (prompts, 3)."""
-    r1, r2 = np.asarray(r1, float), np.asarray(r2, float)
+    r1 = np.asarray(r1, float)
+    r2 = np.asarray(r2, float)
     weights = np.ones_like(r1) if weights is None else np.asarray(weights, float)
     if r1.ndim != 2 or not r1.shape == r2.shape == weights.shape:
         shapes = f"{r1.shape}, {r2.shape}, weights {weights.shape}"
         raise ValueError(f"rewards {shapes}: expected one shape (prompts, responses)")
-    if np.isinf(r1).any() or np.isinf(r2).any() or not (weights >= 0).all():
+    infinite = np.isinf(r1) | np.isinf(r2)
+    if infinite.any() or not (weights >= 0).all():
         raise ValueError("expected finite rewards, or NaN, and weights of at least 0")
-    weights = np.where(np.isnan(r1) | np.isnan(r2), 0, weights)
+    missing = np.isnan(r1) | np.isnan(r2)
+    weights = np.where(missing, 0, weights)
     if not weights.any():
         raise ValueError("no response has both rewards and a weight")
-    x, y = centred(r1, weights), centred(r2, weights)
-    return (weights[..., None] * np.stack([x * y, x * x, y * y], -1)).sum(1)
+    x = centred(r1, weights)
+    y = centred(r2, weights)
+    return products(x, y, weights).sum(1)
+
+
+def products(x, y, weights=1.0):
+    """x y, x^2 and y^2, weighted: (..., 3)."""
+    found = [weights * x * y, weights * x * x, weights * y * y]
+    return np.stack(found, -1)
 
 
 def centred(r, weights):
     """Rewards less their weighted mean in each prompt; 0 where only rounding is left."""
-    r = np.where(weights > 0, r, 0)
+    counts = weights > 0
+    r = np.where(counts, r, 0)
     total = weights.sum(1, keepdims=True)
-    mean = (weights * r).sum(1, keepdims=True) / np.where(total > 0, total, 1)
-    x = np.where(weights > 0, r - mean, 0)
-    return np.where(abs(x) > 1e-12 * abs(r).max(), x, 0)
+    total = np.where(total > 0, total, 1)
+    mean = (weights * r).sum(1, keepdims=True) / total
+    return without_rounding(np.where(counts, r - mean, 0), r)
+
+
+def without_rounding(x, r):
+    """x, made of rewards r, with 0 in place of what is as small as their rounding."""
+    least = 1e-12 * abs(r).max()
+    return np.where(abs(x) > least, x, 0)
 
 
 def distance_of(sums):
     """sqrt((1 - rho) / 2) of the sums (3,) of x y, x^2 and y^2; nan where noise made an estimate of
     x^2 or y^2 negative. The root would make 1e-8 of rounding: below 1e-14 the square is 0."""
     xy, xx, yy = sums
-    if min(xx, yy) < 0:
+    less, more = sorted((xx, yy))
+    if less < 0:
         return float("nan")
-    if min(xx, yy) == 0:
-        return 0.0 if max(xx, yy) == 0 else 0.5
+    if less == 0:
+        return 0.0 if more == 0 else 0.5
     rho = np.clip(xy / np.sqrt(xx) / np.sqrt(yy), -1, 1)
     square = (1 - rho) / 2
     return float(np.sqrt(square)) if square > 1e-14 else 0.0
@@ -87,11 +107,14 @@ def distance_of(sums):
 def with_error(sums):
     """(distance, standard error) of sums (n, 3) of n independent groups: the jackknife leaves out
     one after the other (Efron and Stein 1981). Near 0 and 1, where it is skewed, it says little."""
-    n, total = len(sums), sums.sum(0)
+    n = len(sums)
+    total = sums.sum(0)
+    distance = distance_of(total)
     if n < 2:
-        return distance_of(total), float("nan")
-    without = np.array([distance_of(total - some) for some in sums])
-    return distance_of(total), float(np.sqrt((n - 1) * without.var()))
+        return distance, float("nan")
+    without = [distance_of(total - some) for some in sums]
+    variance = (n - 1) * np.var(without)
+    return distance, float(np.sqrt(variance))
 
 
 # Token level, exactly, where all prefixes are known
@@ -108,30 +131,32 @@ def tree_advantages(rewards, probs):
     if rewards.keys() != probs.keys():
         raise ValueError("rewards and probs: expected the same nodes")
     nodes = sorted(probs, key=len)
-    total, value, visits = {}, {}, {}
+    total, value, visits = Counter(), Counter(), {}
     for node in nodes:
-        total[node[:-1]] = total.get(node[:-1], 0) + probs[node]
-        visits[node] = visits.get(node[:-1], 1) * probs[node]
-    wrong = [prefix for prefix, sum_ in total.items() if abs(sum_ - 1) > 1e-6]
-    if wrong:
-        raise ValueError(f"the tokens after {wrong[0]} sum to {total[wrong[0]]:g}, expected 1")
+        prefix = node[:-1]
+        total[prefix] += probs[node]
+        visits[node] = visits.get(prefix, 1) * probs[node]
+    for prefix, found in total.items():
+        if abs(found - 1) > 1e-6:
+            raise ValueError(f"the tokens after {prefix} sum to {found:g}, expected 1")
     for node in reversed(nodes):  # the longest first: V(prefix) = sum_a pi(a) (r(a) + V(prefix a))
-        earned = rewards[node] + value.get(node, 0)
-        value[node[:-1]] = value.get(node[:-1], 0) + probs[node] * earned
+        value[node[:-1]] += probs[node] * (rewards[node] + value[node])
     advantage = {}
     for node in nodes:
-        advantage[node] = rewards[node] + value.get(node, 0) - value[node[:-1]]
+        advantage[node] = rewards[node] + value[node] - value[node[:-1]]
     return advantage, visits
 
 
 def tree_distance(first, second, probs):
     """The distance of two rewards {node: float} of a tree's tokens, as in tree_advantages."""
-    x, visits = tree_advantages(first, probs)
-    y, _ = tree_advantages(second, probs)
-    x, y, w = (np.array([some[node] for node in probs]) for some in (x, y, visits))
-    scales = [max(map(abs, some.values())) for some in (first, second)]
-    x, y = (np.where(abs(a) > 1e-12 * s, a, 0) for a, s in zip((x, y), scales, strict=True))
-    return distance_of((w @ (x * y), w @ (x * x), w @ (y * y)))
+    found = []
+    for rewards in (first, second):
+        advantage, visits = tree_advantages(rewards, probs)
+        x = np.array([advantage[node] for node in probs])
+        r = np.array([rewards[node] for node in probs])
+        found.append(without_rounding(x, r))
+    weights = np.array([visits[node] for node in probs])
+    return distance_of(products(*found, weights).sum(0))
 
 
 # Token level, by samples of a model
@@ -150,11 +175,13 @@ def token_distance(first, second, policy, prompts, prompt_lengths, response_leng
     responses. Raises ValueError for an odd number of continuations, and as `generate`.
     """
     options = {"eos": eos, "pad": pad, "temperature": temperature, "generator": generator}
+    rewards, sizes = [first, second], (response_length, continuations)
     (xa, xb), (ya, yb) = sampled_advantages(
-        [first, second], policy, prompts, prompt_lengths, response_length, continuations, **options
+        rewards, policy, prompts, prompt_lengths, *sizes, **options
     )
-    products = [(xa * yb + xb * ya) / 2, xa * xb, ya * yb]  # each (B, R)
-    return with_error(np.stack(products, -1).sum(1))
+    across = (xa * yb + xb * ya) / 2  # (B, R)
+    sums = np.stack([across, xa * xb, ya * yb], -1).sum(1)
+    return with_error(sums)
 
 
 @torch.no_grad()
@@ -167,12 +194,14 @@ def sampled_advantages(rewards, policy, prompts, prompt_lengths, response_length
     R = response_length
     tokens, p, r, _ = generate(policy, prompts, prompt_lengths, R, **options)
     own = np.stack([token_rewards(reward, tokens, p, r, R) for reward in rewards])
-    values = np.zeros((len(rewards), 2, len(tokens), R + 1))  # at the end and behind it V is 0
+    shape = len(rewards), 2, len(tokens), R + 1
+    values = np.zeros(shape)  # at the end and behind it V is 0
     for t in range(int(r.max())):
         rows = (r > t).nonzero()[:, 0]
         prefixes = tokens[rows], p[rows]
         found = values_after(t, rewards, policy, *prefixes, R, continuations, **options)
-        values[:, :, rows.cpu().numpy(), t] = found
+        places = rows.cpu().numpy()
+        values[:, :, places, t] = found
     return own[:, None] + values[..., 1:] - values[..., :-1]
 
 
@@ -180,9 +209,12 @@ def values_after(t, rewards, policy, tokens, prompt_lengths, R, continuations, *
     """Two estimates of V after t response tokens: (rewards, 2, rows)."""
     n = len(tokens)
     rows = continued(t, policy, tokens, prompt_lengths, R, continuations, **options)
-    returns = [token_rewards(reward, *rows, R)[:, t:].sum(1) for reward in rewards]
-    halves = np.stack(returns).reshape(len(rewards), n, 2, -1)
-    return halves.mean(-1).swapaxes(1, 2)
+    returns = []
+    for reward in rewards:
+        earned = token_rewards(reward, *rows, R)[:, t:]
+        halves = earned.sum(1).reshape(n, 2, -1)
+        returns.append(halves.mean(2).T)
+    return np.stack(returns)
 
 
 def continued(t, policy, tokens, prompt_lengths, R, continuations, *, pad, **options):
@@ -205,7 +237,7 @@ def token_rewards(reward, tokens, prompt_lengths, response_lengths, width):
     if not isinstance(reward, RewardModel):
         found = reward(*rows)
         found = F.pad(found, (0, width - found.shape[1]))
-        return torch.where(mask, found, 0).double().cpu().numpy()
+        return torch.where(mask, found, 0).cpu().double().numpy()
 
     def by_token(tokens, p, r):
         return window(reward.values(tokens, p + r), p, width)
@@ -219,4 +251,4 @@ def token_rewards(reward, tokens, prompt_lengths, response_lengths, width):
         found = torch.where(mask, found, 0) + on_last_token(shift, mask)
     else:
         found = on_last_token(in_parts(by_response, 256, *rows), mask)
-    return found.double().cpu().numpy()
+    return found.cpu().double().numpy()

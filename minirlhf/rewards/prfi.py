@@ -3,7 +3,7 @@
     python -m minirlhf.rewards.prfi runs/rm runs/ppo                  # prfi.png, and colours here
     python -m minirlhf.rewards.prfi runs/rm runs/sft --objective log --show 6
 
-RM is a reward model, RUN what writes: an sft, ppo or dpo run, or a model. Jenner and Gleave 2022
+RM is a reward model, RUN what writes: an sft, ppo or dpo run. Jenner and Gleave 2022
 (Preprocessing reward functions for interpretability): among the rewards r + gamma Phi(s') - Phi(s),
 which order all policies alike, find the one that a simple objective likes best, then look at it.
 Here Phi is 0 where an episode ends and, for text, at the prompt, so every return stays as it is.
@@ -36,7 +36,15 @@ from minirlhf.engine.files import atomic_write
 from minirlhf.engine.rows import in_parts, pad_rows, window
 from minirlhf.feedback.labelers import load_reward_model
 from minirlhf.look.policies import held_out, open_policy, prompt_rows
-from minirlhf.look.terminal import columns, has_colour, pieces_of, print_wrapped, shown
+from minirlhf.look.terminal import (
+    columns,
+    cut,
+    escaped,
+    has_colour,
+    pieces_of,
+    print_wrapped,
+    shown,
+)
 from minirlhf.look.trace import token_text
 from minirlhf.rewards.language import continued
 from minirlhf.sampling import generate
@@ -83,7 +91,7 @@ def neighbours(start, end):
 # Any states
 
 
-def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=2000, lr=0.02):
+def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=1000, lr=0.05):
     """(readable rewards (N,), Phi (S,), objective before, and after), float64 NumPy.
 
     r (N,): rewards of transitions between states start and end (N,). Phi is 0 where not free (S,);
@@ -123,7 +131,7 @@ def minimise(objective, r, start, end, free, features=None, discount=1.0, steps=
     return shaped.numpy(), potential.numpy(), losses[0], after
 
 
-def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=2000, lr=0.02):
+def prfi(R, discount=0.99, *, possible=None, terminal=(), objective="l1", steps=1000, lr=0.05):
     """(the most readable reward (S, A, S) equivalent to R, its potential (S,)).
 
     The objective is a mean over the `possible` transitions, (S, A, S) true or above 0: all without
@@ -158,7 +166,7 @@ class Told(NamedTuple):
 
 
 def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1", linear=False,
-                    steps=2000, lr=0.02):  # fmt: skip
+                    steps=1000, lr=0.05):  # fmt: skip
     """Told of responses in rows of tokens (N, T) by a RewardModel.
 
     Each pair of a prefix and its next token counts once in the objective. Phi has a number for each
@@ -167,7 +175,7 @@ def readable_tokens(rm, tokens, prompt_lengths, response_lengths, objective="l1"
     of |r|, and one token may keep all.
     """
     rows = tokens, prompt_lengths, response_lengths
-    rewards, base, hidden = (x.double().cpu().numpy() for x in read(rm, *rows))
+    rewards, base, hidden = (x.cpu().double().numpy() for x in read(rm, *rows))
     lengths = (prompt_lengths + response_lengths).tolist()
     texts = [ids[:n] for ids, n in zip(tokens.tolist(), lengths, strict=True)]
     nodes, ends = prefix_tree(texts, prompt_lengths.tolist())
@@ -236,36 +244,38 @@ def prefix_tree(texts, prompt_lengths):
 # The picture, the terminal, the command
 
 
-def plot(told, tokenizer, path, show=3):
-    """Writes a PNG: of the first responses the reward of each token, before and after. Raises
-    ImportError without matplotlib."""
+def plot(told, prompts, tokenizer, path):
+    """Writes a PNG: of the first responses, one to each of the prompts' texts, what each token
+    earns, before and after. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    count = min(show, len(told.responses))
+    count = len(prompts)
     figure = Figure(figsize=(10, 2.6 * count), layout="constrained")
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     for i, axes in enumerate(panels):
         places = np.arange(len(told.responses[i]))
         axes.bar(places - 0.2, told.before[i], 0.4, color="#9db4c8", label="before")
-        axes.bar(places + 0.2, told.after[i], 0.4, color="#1f4e79", label="after, equivalent")
+        axes.bar(places + 0.2, told.after[i], 0.4, color="#1f4e79", label="after")
         names = [token_text(token, tokenizer) for token in told.responses[i]]
         axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8, parse_math=False)
+        axes.tick_params(axis="y", labelsize=8)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_ylabel("reward of the token", fontsize=8)
-        total = told.before[i].sum()
-        axes.set_title(f"response {i + 1}: both sum to {total:+.2f}", fontsize=9, loc="left")
-    panels[0].legend(fontsize=8, frameon=False)
+        name = f"{cut(escaped(prompts[i]), 70)} ...   (both sum to {told.before[i].sum():+.2f})"
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+    panels[0].legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     with warnings.catch_warnings(), atomic_write(path) as tmp:
         warnings.filterwarnings("ignore", "Glyph")  # a box stands for it
         figure.savefig(tmp, format="png", dpi=110)
 
 
-def print_told(told, prompts, tokenizer, show):
-    """The first responses, their tokens coloured or marked by what they earn."""
+def print_told(told, prompts, tokenizer):
+    """The first responses, one to each of the prompts' texts, their tokens coloured or marked by
+    what they earn."""
     unit = float(np.mean(np.abs(np.concatenate(told.before)))) or 1.0
-    for i in range(min(show, len(told.responses))):
+    for i, prompt in enumerate(prompts):
         print()
-        print_wrapped("prompt", prompts[i])
+        print_wrapped("prompt", prompt)
         print(f"{'score':<8} {told.base[i] + told.before[i].sum():+.2f}, of which the tokens earn "
               f"{told.before[i].sum():+.2f}")  # fmt: skip
         for name, rewards in (("before", told.before[i]), ("after", told.after[i])):
@@ -282,15 +292,15 @@ def print_told(told, prompts, tokenizer, show):
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
     rm: str = knob("", "a run or directory of a reward model")
-    run: str = knob("", "what writes: a run, a directory, a hub name")
+    run: str = knob("", "what writes: an sft, ppo or dpo run")
     objective: str = knob("l1", "what is made small", tuple(OBJECTIVES))
     prompts: int = knob(16, "held-out prompts that are answered", least=1)
     linear: bool = knob(False, "Phi is linear in the hidden states; off: a number for each prefix")
     branches: int = knob(8, "other ways on from each prefix of a response", least=1)
     show: int = knob(3, "responses that are shown", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
-    steps: int = knob(2000, "of Adam", least=1)
-    lr: float = knob(0.02, "its first rate, in units of the largest reward")
+    steps: int = knob(1000, "of Adam", least=1)
+    lr: float = knob(0.05, "its first rate, in units of the largest reward")
     out: str = knob("prfi.png", "the picture")
     seed: int = knob(0, "same seed, same responses")
     device: str = knob("auto", "what computes: cpu, cuda, ...; auto: a GPU where there is one")
@@ -314,6 +324,8 @@ def main(knobs):
     device = machine.pick_device(knobs.device)
     machine.precision(device, "float32")
     policy = open_policy(knobs.run, device, "none")
+    if not policy.run:
+        raise UserError(f"{knobs.run}: a model of no run, so without held-out prompts: name a run")
     tokenizer = policy.tokenizer
     rm = load_reward_model(knobs.rm, tokenizer, policy.model)
     texts = held_out([policy], knobs.prompts)
@@ -328,12 +340,13 @@ def main(knobs):
     rows = branching(policy.model, *batch, knobs.response_length, knobs.branches, **options)
     options = {"linear": knobs.linear, "steps": knobs.steps, "lr": knobs.lr}
     told = readable_tokens(rm, *rows, knobs.objective, **options)
-    print_told(told, texts, tokenizer, min(knobs.show, len(texts)))
+    shown_texts = texts[: knobs.show]
+    print_told(told, shown_texts, tokenizer)
     before, after = told.objective
     print(f"{OBJECTIVES[knobs.objective].__doc__} {before:.4f} before, {after:.4f} after, over "
           f"all prefixes of {len(rows[0]):,} responses")  # fmt: skip
     try:
-        plot(told, tokenizer, knobs.out, min(knobs.show, len(texts)))
+        plot(told, shown_texts, tokenizer, knobs.out)
         print(f"the picture: {knobs.out}")
     except ImportError:
         print(f"{knobs.out} is left out: pip install 'minirlhf[plot]'")
