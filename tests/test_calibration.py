@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minirlhf import data
 from minirlhf.engine.cli import UserError
 from minirlhf.rewards import calibration, ceiling, held_out, overoptimisation
 
@@ -305,13 +306,14 @@ def test_a_gain_is_over_the_prompts_own_mean():
     """A shift of a prompt changes nothing, and n = 1 gains nothing, with no error."""
     rng = RNG(12)
     proxy, gold = rng.normal(size=(2, 20, 8))
-    rows = overoptimisation.curve(proxy, gold)
-    shifted = overoptimisation.curve(proxy, gold + rng.normal(size=(20, 1)) * 50)
+    rows = overoptimisation.curve(proxy, gold, {})
+    shifted = overoptimisation.curve(proxy, gold + rng.normal(size=(20, 1)) * 50, {"x": gold})
     assert [row["n"] for row in rows] == [1, 2, 4, 8]
     for row, other in zip(rows, shifted, strict=True):
         assert row["gold_gain"] == pytest.approx(other["gold_gain"], abs=1e-9)
         assert row["gold_error"] == pytest.approx(other["gold_error"], abs=1e-9)
     assert rows[0]["gold_gain"] == pytest.approx(0, abs=1e-12)
+    assert shifted[-1]["x"] == pytest.approx(gold[np.arange(20), proxy.argmax(1)].mean())
     best = proxy.max(1) - proxy.mean(1)
     assert rows[-1]["proxy_gain"] == pytest.approx(best.mean())
     assert rows[-1]["proxy_error"] == pytest.approx(best.std(ddof=1) / 20**0.5)
@@ -350,6 +352,7 @@ def test_a_rule_is_exploited_and_a_reward_model_less(toy, rule, tmp_path, capsys
     by_length = last["rule.py:length"]
     assert by_length["proxy_gain"] > 1
     assert by_length["gold_gain"] < 0.4
+    assert by_length["tokens"] > last["true"]["tokens"]
     assert last["true"]["gold_gain"] > last["rm"]["gold_gain"]
     (policy,) = (row for row in rows if "policy" in row)
     assert policy["proxy"] == "rm"
@@ -359,6 +362,12 @@ def test_a_rule_is_exploited_and_a_reward_model_less(toy, rule, tmp_path, capsys
     shown = capsys.readouterr().out
     assert "best of 8" in shown
     assert "pressed" in shown
+
+
+def test_names_are_short_where_they_differ():
+    sources = ["runs/a/rm,runs/b/rm", "runs/c/rm", "true", "runs/a/rm"]
+    assert overoptimisation.names_of(sources) == ["a/rm + b/rm", "c/rm", "true", "a/rm"]
+    assert overoptimisation.names_of([]) == []
 
 
 def test_mistakes_are_said(toy, rule, tmp_path):
@@ -375,8 +384,12 @@ def test_mistakes_are_said(toy, rule, tmp_path):
 def test_the_picture_is_drawn_without_a_policy(tmp_path):
     pytest.importorskip("matplotlib")
     proxy, gold = RNG(13).normal(size=(2, 10, 4))
-    rows = [{"proxy": "gold", "gold": "gold"} | row for row in overoptimisation.curve(gold, gold)]
-    rows += [{"proxy": "a", "gold": "gold"} | row for row in overoptimisation.curve(proxy, gold)]
+    rows = [
+        {"proxy": "gold", "gold": "gold"} | row for row in overoptimisation.curve(gold, gold, {})
+    ]
+    rows += [
+        {"proxy": "a", "gold": "gold"} | row for row in overoptimisation.curve(proxy, gold, {})
+    ]
     overoptimisation.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -394,6 +407,27 @@ def test_held_out_pairs_of_the_toy(toy, rule, capsys):
     shown = capsys.readouterr().out
     assert "accuracy 0.9078" in shown
     assert "ensemble of 2" in shown
+
+
+def test_a_judge_is_asked_in_both_orders(monkeypatch, capsys):
+    """A judge that knows the toy's reward and likes what comes first."""
+
+    class FirstLover:
+        def __init__(self, source):
+            pass
+
+        def first_shown(self, prompts, first, second):
+            ahead = np.subtract(data.toy_reward(prompts, first), data.toy_reward(prompts, second))
+            return 1 / (1 + np.exp(-2 * ahead - 1))
+
+    monkeypatch.setattr(held_out, "Judge", FirstLover)
+    argv = ["judge:http://x", "--data", "toy", "--pairs", "400"]
+    (found,) = held_out.main(held_out.parse(held_out.Knobs, "", argv)).values()
+    position = found["position"]
+    assert position["accuracy_better_first"] > 0.85 > position["accuracy_better_second"]
+    assert position["chance_of_first"] > 0.55
+    assert 0.85 < found["accuracy"] < 0.95
+    assert "accuracy_better_second" in capsys.readouterr().out
 
 
 def test_halves_share_no_response():

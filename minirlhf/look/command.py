@@ -226,10 +226,16 @@ def shown_text(text, room):
 
 
 def short_names(policies):
-    """The ends of the runs' names, by which they differ."""
-    parts = [Path(policy.name).parts or (policy.name,) for policy in policies]
+    return shortened([policy.name for policy in policies])
+
+
+def shortened(names):
+    """The ends of the names of runs, by which they differ."""
+    parts = [Path(name).parts or (name,) for name in names]
     kept = 1
-    while kept < max(map(len, parts)) and len({part[-kept:] for part in parts}) < len(parts):
+    while kept < max(map(len, parts), default=0) and len({part[-kept:] for part in parts}) < len(
+        parts
+    ):
         kept += 1
     return ["/".join(part[-kept - (part[-1] == "model") :]) for part in parts]
 

@@ -199,12 +199,13 @@ def equal_counts(values, parts):
 
 
 def position_figures(better_first, better_second):
-    """Whether it matters which answer is given first, to a judge or a pairwise model.
+    """Whether it matters to a judge which answer is given first.
 
     (N,) chances that the answer given first is preferred, of the same pairs asked twice: with the
-    one that people prefer given first, and given second. The difference of two scores is odd, so a
-    reward model has the same accuracy in both orders, an agreement of 1 and P(first) = 1/2 by
-    construction, and so has what feedback/preferring.py makes of any judge: ask the judge itself.
+    one that people prefer given first, and given second. Where a model is a score, or log-odds that
+    change sign with the order as a PreferenceModel's do, both accuracies are the same, the
+    agreement is 1 and P(first) 1/2 by construction; so it is of whatever feedback/preferring.py
+    has made symmetric. feedback/judge.py has the plain answers in `first_shown`.
     """
     forth, back = (np.asarray(p, dtype=float) for p in (better_first, better_second))
     votes = np.sign(forth - 0.5), np.sign(0.5 - back)  # 1 for the better answer, either way

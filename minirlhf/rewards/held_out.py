@@ -3,15 +3,17 @@
     python -m minirlhf.rewards.held_out runs/rm                 # laptop: half a minute
     python -m minirlhf.rewards.held_out runs/a/rm runs/b/rm     # each, and the two as an ensemble
     python -m minirlhf.rewards.held_out rule.py:length --data reviews
+    python -m minirlhf.rewards.held_out judge:http://127.0.0.1:8000/v1 --data reviews --pairs 300
 
 Of each RM, on the fixed test pairs that train_rm has its accuracy of: calibration before and after
 a temperature, the reliability curve, accuracy by margin and by difference in length, and how far
 scores go with length. The temperature is fit on the pairs within one half of the held-out
-responses, and everything of calibration is said of the pairs within the other half. RM is whatever
-scores: a run or directory of a reward model, FILE.py:FUNCTION, judge:URL, `true` for the toy.
+responses, and everything of calibration is said of the pairs within the other half. RM is a run or
+directory of a reward or preference model, FILE.py:FUNCTION, `true` for the toy, or judge:URL. A
+judge is asked of each pair twice, in both orders, and by which of the two answers stands first is
+shown, too: give it few --pairs.
 
-Left out: who compares without a score, a pairwise model or a judge asked for pairs; for the order
-in which these read two answers there is calibration.position_figures.
+Left out: standard errors, as pairs share responses.
 """
 
 import argparse
@@ -26,19 +28,21 @@ from minirlhf.engine import cli, machine
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.terminal import printable
 from minirlhf.engine.weights import model_directory
+from minirlhf.feedback.judge import Judge
 from minirlhf.feedback.preferring import load_preferrer
 from minirlhf.look.policies import read_knobs
 from minirlhf.rewards import calibration
 from minirlhf.rewards.ceiling import toy_ceiling
 from minirlhf.tokenizer import load_tokenizer
 
-PAIRS, SEED = 20_000, 1  # of the fixed test pairs: those of train_rm
+SEED = 1  # of the fixed test pairs: that of train_rm
 
 
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
     rewards: list
     data: str = knob("", "whose held-out part: reviews, toy, a file, ... (default: the RM's own)")
+    pairs: int = knob(20_000, "most held-out pairs; the default is that of train_rm", least=2)
     bins: int = knob(10, "of the reliability curve, of equal width", least=2)
     device: str = knob("auto", "what computes: cpu, cuda, ...; auto: a GPU where there is one")
 
@@ -63,7 +67,7 @@ def main(knobs):
         raise UserError(f"--data: {knobs.rewards[0]} is no run that says it: expected reviews, ...")
     feedback = data.load_feedback(source)
     items = feedback.test
-    pairs, _ = items.comparisons(PAIRS, SEED)
+    pairs, _ = items.comparisons(knobs.pairs, SEED)
     labels = labels_of(items, pairs)
     lengths, unit = lengths_of(items, knobs.rewards[0])
     print(f"{len(pairs):,} held-out pairs of {len(items):,} responses of {printable(source)}")
@@ -73,16 +77,43 @@ def main(knobs):
               f"{best.log_loss:.4f} (exact, of all such pairs)")  # fmt: skip
     found, scores = {}, []
     for name in knobs.rewards:
-        preferrer = load_preferrer(name, feedback, device)
-        if not preferrer.score:
-            raise UserError(f"{name}: compares two responses, and gives no score of one")
-        scores.append(np.asarray(preferrer.score(items.prompts, items.responses), dtype=float))
-        found[name] = figures(scores[-1], items, pairs, labels, lengths, knobs.bins)
+        z, more = read(name, feedback, pairs, device)
+        if "scores" in more:
+            scores.append(more.pop("scores"))
+            means = items.means() if items.ratings is not None else None
+            more["length"] = calibration.length_figures(scores[-1], lengths, means)
+        longer = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
+        found[name] = more | figures(z, items, pairs, labels, longer, knobs.bins)
         print_figures(name, found[name], unit)
     if len(scores) > 1:
         found["ensemble"] = ensemble_figures(scores, pairs)
         print_ensemble(found["ensemble"], len(scores))
     return found
+
+
+def read(name, feedback, pairs, device):
+    """(log-odds (P,) for the first of each pair; {"scores": (N,) of all items}, of a judge
+    {"position": its figures}, or {})."""
+    items = feedback.test
+    prompts = [items.prompts[i] for i in pairs[:, 0]]
+    first, second = ([items.responses[i] for i in side] for side in pairs.T)
+    if name.startswith("judge:"):
+        judge = Judge(name)
+        forth = judge.first_shown(prompts, first, second)
+        back = judge.first_shown(prompts, second, first)
+        chances = (forth + 1 - back) / 2
+        return logit(chances), {"position": calibration.position_figures(forth, back)}
+    preferrer = load_preferrer(name, feedback, device)
+    if not preferrer.score:
+        return logit(preferrer.prefer(prompts, first, second)), {}
+    scores = np.asarray(preferrer.score(items.prompts, items.responses), dtype=float)
+    return scores[pairs[:, 0]] - scores[pairs[:, 1]], {"scores": scores}
+
+
+def logit(chances):
+    """Log-odds, finite: a certain chance is taken for one of 1e-6."""
+    p = np.clip(chances, 1e-6, 1 - 1e-6)
+    return np.log(p) - np.log(1 - p)
 
 
 def labels_of(items, pairs):
@@ -116,9 +147,9 @@ def halves(items, pairs):
     return (first == 0) & (second == 0), (first == 1) & (second == 1)
 
 
-def figures(scores, items, pairs, labels, lengths, bins):
-    """What is known of a reward's scores (N,) of the items, from their pairs, better one first."""
-    z = scores[pairs[:, 0]] - scores[pairs[:, 1]]
+def figures(z, items, pairs, labels, longer, bins):
+    """What is known of log-odds (P,) for the first of each pair, the better one, which is so much
+    `longer` (P,)."""
     right = calibration.is_right(z, np.ones(len(z)))  # the first has the higher mean rating
     fit, rest = halves(items, pairs)
     if not fit.any() or not rest.any():
@@ -132,11 +163,8 @@ def figures(scores, items, pairs, labels, lengths, bins):
     margin = np.abs(z)
     edges = calibration.equal_counts(margin, 4)
     found["by_margin"] = calibration.accuracy_by(margin, right, edges)
-    longer = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
     edges = calibration.equal_counts(longer, 4)
     found["by_length"] = calibration.accuracy_by(longer, right, edges)
-    means = items.means() if items.ratings is not None else None
-    found["length"] = calibration.length_figures(scores, lengths, means)
     return found
 
 
@@ -173,8 +201,10 @@ def print_figures(name, found, unit):
             print(f"{part:<20} {chance:>9.3f} {label:>9.3f} {count:>9}")
     print_accuracy("by |log-odds|", found["by_margin"])
     print_accuracy(f"by {unit} more of the better", found["by_length"])
-    shown = "  ".join(f"{key} {value:+.3f}" for key, value in found["length"].items())
-    print(f"score and length in {unit}:  {shown}")
+    for key, title in (("length", f"score and length in {unit}"), ("position", "by position")):
+        if key in found:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in found[key].items())
+            print(f"{title}:  {shown}")
 
 
 def print_accuracy(title, parts):

@@ -13,6 +13,9 @@ against a proxy answer the same prompts once. The pressure is the KL from BASE i
 the gains are over BASE in standard deviations of its responses, with the standard error over
 prompts. Prints a table; leaves overoptimisation.jsonl and, with the extra `plot`, a picture.
 
+A model scores the tokens as they were sampled; who reads texts, an ensemble, a function, a judge,
+takes a response for finished that reached its length without EOS. `ended` is the share with an EOS.
+
 GOLD and PROXIES are whatever scores: a run or directory of a reward model, RM,RM,... for the mean
 of an ensemble, FILE.py:FUNCTION, judge:URL, or `true` for the toy. No reward model is the truth: a
 gold one stands for it as far as it knows what the proxies do not, by more labels, say.
@@ -23,16 +26,19 @@ best-of-n, of which `best_of_n_kl` is an upper bound.
 
 import argparse
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minirlhf.engine import cli, machine
 from minirlhf.engine.cli import UserError, knob
 from minirlhf.engine.files import atomic_write, file_errors, write_lines
+from minirlhf.feedback.preferring import is_ensemble
 from minirlhf.look import judging, policies, replies
-from minirlhf.look.command import print_figures, short_names
+from minirlhf.look.command import print_figures, shortened
 
 # Best of n
 
@@ -88,16 +94,20 @@ def gain(by_prompt):
     return float(by_prompt.mean()), float(error)
 
 
-def curve(proxy, gold):
-    """Rows of best-of-n by a proxy, n = 1, 2, 4, ...: dicts of n, kl, sqrt_kl, and the gains of
-    proxy and gold over the mean sample of the prompt, with their errors.
+def curve(proxy, gold, facts):
+    """Rows of best-of-n by a proxy, n = 1, 2, 4, ...: dicts of n, kl, sqrt_kl, the gains of proxy
+    and gold over the mean sample of the prompt, with their errors, and the means of facts.
 
-    proxy, gold (P, N): standardised scores of N samples a prompt.
+    proxy, gold (P, N): standardised scores of N samples a prompt. facts: {name: (P, N)}, what else
+    tells how the chosen ones differ.
     """
     rows = []
     for n in powers_up_to(proxy.shape[1]):
         gains = [best_of_n(proxy, values, n) - values.mean(1) for values in (proxy, gold)]
-        rows.append({"n": n} | point(float(best_of_n_kl(n)), *gains))
+        row = {"n": n} | point(float(best_of_n_kl(n)), *gains)
+        for name, values in facts.items():
+            row[name] = float(best_of_n(proxy, values, n).mean())
+        rows.append(row)
     return rows
 
 
@@ -178,7 +188,7 @@ def measure(knobs):
         pressed.append(policies.open_policy(name, device, base.name, loaded))
     against = [trained_against(policy, knobs.proxies) for policy in pressed]
     judges = [judging.load_judge(source, base) for source in (knobs.gold, *knobs.proxies)]
-    names = short_names(judges)
+    names = names_of([judge.name for judge in judges])
     for judge in judges:
         if not judge.score:
             raise UserError(f"{judge.name}: compares two responses, and gives no score of one")
@@ -187,29 +197,58 @@ def measure(knobs):
     print(f"{base.name} answers {len(prompts)} prompts {knobs.n} times each", flush=True)
     sampling = replies.Sampling(knobs.response_length, seed=knobs.seed, n=knobs.n)
     found = replies.replies(base, prompts, sampling)
-    scales = []  # of each judge
-    for judge in judges:
-        raw = scores_of(judge, base, found)
-        if not raw.std():
-            raise UserError(f"{judge.name}: gives all {len(raw)} responses the same score")
-        scales.append((raw.mean(), raw.std(), raw.reshape(len(prompts), -1)))
-    standard = [(raw - mean) / std for mean, std, raw in scales]
-
+    scales = [scale_of(judge, scores_of(judge, base, found), len(prompts)) for judge in judges]
+    facts = {}
+    for key, values in facts_of(found).items():
+        facts[key] = np.reshape(values, (len(prompts), -1))
     rows = []
-    for name, scores in zip(names, standard, strict=True):
-        rows += [{"proxy": name, "gold": names[0]} | row for row in curve(scores, standard[0])]
-    shown = short_names(pressed) if pressed else []
+    for name, scale in zip(names, scales, strict=True):
+        of_proxy = curve(scale.base, scales[0].base, facts)
+        rows += [{"proxy": name, "gold": names[0]} | row for row in of_proxy]
+    shown = names_of([policy.name for policy in pressed])
     for policy, name, i in zip(pressed, shown, against, strict=True):
         answers = replies.replies(policy, prompts, sampling._replace(n=1))
         gains = []
         for k in (i + 1, 0):  # its proxy, and gold
-            mean, std, _ = scales[k]
-            own = (scores_of(judges[k], policy, answers) - mean) / std
-            gains.append(own - standard[k].mean(1))
+            own = (scores_of(judges[k], policy, answers) - scales[k].mean) / scales[k].std
+            gains.append(own - scales[k].base.mean(1))
         kl = replies.mean([answer.kl for answer in answers])
         row = {"proxy": names[i + 1], "gold": names[0], "policy": name}
-        rows.append(row | point(kl, *gains))
+        row |= point(kl, *gains)
+        for key, values in facts_of(answers).items():
+            row[key] = replies.mean(values)
+        rows.append(row)
     return rows
+
+
+def facts_of(answers):
+    """{name: a number of each reply}: a proxy is often exploited by what shows in these."""
+    tokens = [float(len(answer.ids)) for answer in answers]
+    return {"tokens": tokens, "ended": [float(answer.ended) for answer in answers]}
+
+
+class Scale(NamedTuple):
+    """A judge's scores of the base model's responses, and how they are standardised."""
+
+    mean: float
+    std: float
+    base: np.ndarray  # (P, N), with mean 0 and standard deviation 1 over all
+
+
+def scale_of(judge, scores, prompts):
+    """The Scale of scores (P N,). Raises UserError where they are all the same."""
+    mean, std = scores.mean(), scores.std()
+    if not std:
+        raise UserError(f"{judge.name}: gives all {len(scores)} responses the same score")
+    return Scale(mean, std, ((scores - mean) / std).reshape(prompts, -1))
+
+
+def names_of(sources):
+    """Short names of sources, of an ensemble those of its members."""
+    members = [name.split(",") if is_ensemble(name) else [name] for name in sources]
+    every = list(dict.fromkeys(itertools.chain(*members)))
+    short = dict(zip(every, shortened(every), strict=True))
+    return [" + ".join(short[name] for name in some) for some in members]
 
 
 def trained_against(policy, proxies):
@@ -230,13 +269,14 @@ def scores_of(judge, policy, answers):
 
 def print_rows(rows):
     """A line for each n of each proxy, and for each policy."""
-    table = [["chosen by", "how", "KL", "sqrt(KL)", "proxy gain", "+-", "gold gain", "+-"]]
+    table = [["chosen by", "how", "sqrt(KL)", "proxy gain", "gold gain", "tokens", "ended"]]
     for row in rows:
         how = f"best of {row['n']}" if "n" in row else row["policy"]
-        cells = [row["proxy"], how, f"{row['kl']:.2f}", f"{row['sqrt_kl']:.2f}"]
-        for key in ("proxy_gain", "proxy_error", "gold_gain", "gold_error"):
-            cells.append(f"{round(row[key], 3) + 0.0:.3f}")  # no -0.000
-        table.append(cells)
+        cells = [row["proxy"], how, f"{row['sqrt_kl']:.2f}"]
+        for key in ("proxy", "gold"):
+            value = round(row[f"{key}_gain"], 2) + 0.0  # no -0.00
+            cells.append(f"{value:.2f} +- {row[f'{key}_error']:.2f}")
+        table.append([*cells, f"{row['tokens']:.1f}", f"{row['ended']:.2f}"])
     print()
     print_figures(table)
 
@@ -264,7 +304,7 @@ def draw(rows, path):
     for axes, name in zip(panels, names, strict=False):
         drawn.append(draw_proxy(axes, [row for row in rows if row["proxy"] == name], best))
         axes.set_title(f"chosen by {name}", fontsize=10)
-    panels[0].set_xlim(-0.05, 1.45 * max(row["sqrt_kl"] for row in rows))  # room for names
+    panels[0].set_xlim(-0.05, 1.6 * max(row["sqrt_kl"] for row in rows))  # room for names
     for axes, ends in drawn:
         write_names(axes, ends)
     for axes in panels[len(names) :]:
