@@ -70,6 +70,7 @@ class Knobs(cli.RunKnobs):
     reward: str = knob("", "what scores: a run, a directory (default: rm beside --out), true, "
                            "FILE.py:FUNCTION, judge:URL, RM,RM,...", free=True)  # fmt: skip
     reward_level: str = knob("", "what a function rates: a response (default) or a token", LEVELS)
+    fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
     steps: int = knob(48, "iterations", least=1)

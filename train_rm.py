@@ -20,7 +20,8 @@ samples of the base model, and that is saved with it. Leaves runs/rm.
 With --level token every response token has a reward, and their sum is the score. With --model
 pairwise each response has an embedding instead, and two of them say which is preferred: circles,
 which no score can hold, included. PPO needs a score, so it cannot use that one. A file of labels
-of many kinds, stops and corrections, say, is read kind by kind: feedback/mixture.py.
+of many kinds, stops and corrections, say, is read kind by kind: feedback/mixture.py. With --augment
+convexda misspelt copies of the responses take part, too: rewards/augment.py.
 
 Left out: ensembles.
 """
@@ -177,7 +178,6 @@ def check(knobs, items):
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",
-        "where labels are read by their kinds": of_kinds and "augment",
         "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
     })  # fmt: skip
     if of_kinds:

@@ -67,8 +67,10 @@ CHANGES = {
         level="token",
         loss="plackett_luce",
         soft_labels=False,
+        augment="convexda",
     ),
     train_ppo: dict(
+        fuse=5,
         steps=1,
         batch_size=16,
         response_length=4,

@@ -52,7 +52,8 @@ def check(knobs, items):
         "--shard: labels of many kinds are not read where weights are spread": knobs.shard,
         f"--kind-weights {knobs.kind_weights}: nothing is left to learn": not any(weights.values()),
     })  # fmt: skip
-    cli.refuse_idle(knobs, {"in labels of many kinds": "margin center soft_labels group_size"})
+    idle = "margin center soft_labels group_size augment"
+    cli.refuse_idle(knobs, {"in labels of many kinds": idle})
     for label in items.labels:
         names = set()
         for weights in (label.said.get("weights", {}), *label.said.get("others", ())):

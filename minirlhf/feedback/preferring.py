@@ -31,6 +31,7 @@ from minirlhf.feedback.endpoint import read_settings
 from minirlhf.feedback.judge import Judge
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
+from minirlhf.rewards.fusion import fused
 from minirlhf.tokenizer import fit_vocabulary, load_tokenizer
 
 
@@ -44,10 +45,13 @@ class Preferrer(NamedTuple):
     report: Callable | None = None  # () -> a line on what was asked so far
 
 
-def load_preferrer(source, feedback=None, device="cpu"):
-    """The Preferrer that a source names; `feedback` for `true`. Raises UserError for what is none,
+def load_preferrer(source, feedback=None, device="cpu", fuse=0):
+    """The Preferrer that a source names; `feedback` for `true`. Scores of reward models are fused
+    with those of at most `fuse` training texts that are like. Raises UserError for what is none,
     before anything is asked."""
     source = str(source)
+    function = None if speaks(source) else labelers.find_function(source, feedback)
+    expect_model(source, is_ensemble(source) or not (speaks(source) or function), fuse)
     if source.startswith("judge:"):
         judge = Judge(source)
         name = f"judge {judge.settings.model}".strip()
@@ -58,10 +62,9 @@ def load_preferrer(source, feedback=None, device="cpu"):
         return Preferrer(source, partial(symmetric, people.prefer), report=people.report)
     if is_ensemble(source):
         names = source.split(",")
-        members = [score_of_model(name, device) for name in names]
+        members = [score_of_model(name, device, fuse) for name in names]
         mean, spread = partial(mean_score, members), partial(spread_of_scores, members)
         return by_scores(source, mean)._replace(spread=spread)
-    function = labelers.find_function(source, feedback)
     if function and takes_pairs(function):
         forward = partial(both_orders, function, source)
         return Preferrer(source, partial(symmetric, forward))
@@ -69,9 +72,16 @@ def load_preferrer(source, feedback=None, device="cpu"):
         return by_scores(source, partial(numbers, function, source))
     directory = local_directory(model_directory(source))
     if labelers.is_pairwise(directory):
+        expect_model(source, False, fuse)
         forward = partial(by_pairs, *load_texts_model(PreferenceModel, source, device))
         return Preferrer(source, partial(symmetric, forward))
-    return by_scores(source, score_of_model(source, device))
+    return by_scores(source, score_of_model(source, device, fuse))
+
+
+def expect_model(source, is_one, fuse):
+    """Raises UserError where scores of what is no reward model are to be fused."""
+    if fuse and not is_one:
+        raise UserError(f"--fuse: {source} is no reward model with a score and training texts")
 
 
 def is_ensemble(source):
@@ -148,15 +158,17 @@ def load_texts_model(kind, source, device):
     return model.to(device).eval(), tokenizer
 
 
-def score_of_model(source, device):
+def score_of_model(source, device, fuse=0):
     """score(prompts, responses) of a reward model: 0 on average on its base model's samples, with
-    a standard deviation of 1, as train_rm leaves it."""
-    return partial(scores_of_texts, *load_texts_model(RewardModel, source, device))
+    a standard deviation of 1, as train_rm leaves it; or fused as in rewards/fusion.py."""
+    model, tokenizer = load_texts_model(RewardModel, source, device)
+    read = partial(labelers.by_model, fused(model, source, tokenizer, fuse))
+    return partial(scores_of_texts, read, model, tokenizer)
 
 
-def scores_of_texts(model, tokenizer, prompts, responses):
+def scores_of_texts(read, model, tokenizer, prompts, responses):
     """(n,) scores of finished responses: rows `[EOS] prompt response EOS`."""
-    return of_texts(partial(labelers.by_model, model), model, tokenizer, prompts, responses).numpy()
+    return of_texts(read, model, tokenizer, prompts, responses).numpy()
 
 
 @torch.no_grad()

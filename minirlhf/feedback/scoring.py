@@ -12,6 +12,7 @@ from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import in_parts, response_mask, window
 from minirlhf.engine.weights import local_directory, read_config, read_sizes
 from minirlhf.feedback import labelers, preferring
+from minirlhf.rewards.fusion import fused
 from minirlhf.tokenizer import load_tokenizer
 
 LEVELS = ("", "response", "token")  # what a function rates; "": the default
@@ -47,7 +48,10 @@ def find_function(knobs, feedback):
     function = preferring.find_function(knobs.reward, feedback, device)
     if preferring.speaks(knobs.reward) and knobs.reward_level == "token":
         raise UserError(f"--reward-level token: {knobs.reward} scores whole responses")
-    cli.refuse_idle(knobs, {"where a model scores": not function and "reward_level"})
+    cli.refuse_idle(knobs, {
+        "where a model scores": not function and "reward_level",
+        "where no model scores": function and "fuse",
+    })  # fmt: skip
     return function
 
 
@@ -81,7 +85,8 @@ def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
     --truncate's token, behind which the scorer sees nothing.
     """
     R, stop = knobs.response_length, stop_token(knobs, tokenizer)
-    rm, level = None, knobs.reward_level or "response"
+    rm = read = None
+    level = knobs.reward_level or "response"
     if function:
         columns = {}
         if feedback:
@@ -90,7 +95,7 @@ def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
         rate = partial(labelers.ask, function, source, level, tokenizer, columns=columns)
     else:
         rm = labelers.load_reward_model(source, tokenizer, reference)
-        level = rm.level
+        read, level = fused(rm, source, tokenizer, knobs.fuse), rm.level
         if knobs.reward_level not in ("", level):
             found = f"the reward model {source} scores by the {level}"
             raise UserError(f"--reward-level {knobs.reward_level}: {found}")
@@ -105,7 +110,7 @@ def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
     def by_response(tokens, p, r):
         seen, ended = seen_part(tokens, p, r)
         if rm:
-            scores = in_parts(rm, knobs.micro_batch, tokens, p + seen).float()
+            scores = in_parts(read, knobs.micro_batch, tokens, p + seen).float()
         else:
             scores = rate(tokens, p, seen)[:, 0]
         return ppo.on_last_token(scores, response_mask(r, R)), ended

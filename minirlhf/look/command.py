@@ -58,6 +58,7 @@ class Knobs(cli.Checked):
     reward: str = knob("", "what scores and compares: a run or directory of a reward or preference "
                            "model, true, FILE.py:FUNCTION, package.module:FUNCTION; none "
                            "(default: the run's own, or rm beside it)")  # fmt: skip
+    fuse: int = knob(0, "average a score with those of at most this many like training texts")
     judge: str = knob("", "who compares, where --reward only scores: what --reward takes, or "
                           "judge:URL, people:FILE, RM,RM,... (default: --reward)")  # fmt: skip
     reference: str = knob("", "what log-ratios are to: a run, a directory, a hub name; none "
@@ -104,6 +105,8 @@ def check(knobs):
         "--trace is of one run": knobs.trace and len(knobs.runs) > 1,
         "--html is a page of replies: leave out --chat and --trace":
             knobs.html and (knobs.chat or knobs.trace),
+        "--fuse is of scores of replies: leave out --reward none, --chat and --trace":
+            knobs.fuse and (knobs.reward == "none" or knobs.chat or knobs.trace),
         f"--index {knobs.index}: is for --trace": knobs.index and not knobs.trace,
         "--judge compares runs: give a second one, and leave out --chat and --trace":
             knobs.judge and (len(knobs.runs) < 2 or knobs.chat or knobs.trace),
@@ -180,6 +183,7 @@ def judge_of(policies, knobs):
     beside = filter(None, map(reward_beside, policies))
     source = knobs.reward or next(beside, None)
     if not source:
+        cli.refuse({"--fuse: no reward model scores: name one with --reward": knobs.fuse})
         return None
     if not knobs.reward and str(source).startswith("judge:"):
         print("note: replies are not scored: the run's reward is a judge, which --reward asks")
@@ -187,9 +191,9 @@ def judge_of(policies, knobs):
     from minirlhf.look.judging import load_judge
 
     try:
-        return load_judge(source, policies[0])
+        return load_judge(source, policies[0], knobs.fuse)
     except UserError as e:
-        if knobs.reward:
+        if knobs.reward or knobs.fuse:
             raise
         print(f"note: replies are not scored: {e}")
         return None

@@ -14,6 +14,7 @@ from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 from minirlhf.look.policies import feedback_of, tokenizer_like
 from minirlhf.look.replies import mean, standard_error
+from minirlhf.rewards.fusion import fused
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -30,16 +31,18 @@ class Judge(NamedTuple):
     report: object = None  # () -> what was asked so far, in a line
 
 
-def load_judge(source, policy):
-    """The Judge that --reward or --judge names, one of those of feedback/preferring.py."""
+def load_judge(source, policy, fuse=0):
+    """The Judge that --reward or --judge names, one of those of feedback/preferring.py; `fuse`: see
+    there."""
     data = feedback_of(policy) if source == "true" else None
     device = policy.model.lm_head_weight.device
     function = None if preferring.speaks(source) else labelers.find_function(source, data)
     if preferring.speaks(source) or (function and preferring.takes_pairs(function)):
-        preferrer = preferring.load_preferrer(source, data, device)
+        preferrer = preferring.load_preferrer(source, data, device, fuse)
         both = preferring.of_rows(preferrer, policy.tokenizer)
         rows = policy.tokenizer, device, sys.maxsize
         return Judge(preferrer.name, *both, *rows, preferrer.report)
+    preferring.expect_model(source, not function, fuse)
     if function:
         rate = partial(labelers.ask, function, source, "response", policy.tokenizer)
         score = partial(labelers.first_column, rate)
@@ -47,13 +50,14 @@ def load_judge(source, policy):
         return Judge(source, score, prefer, policy.tokenizer, device, sys.maxsize)
     directory = local_directory(model_directory(source))
     pairwise = labelers.is_pairwise(directory)
+    preferring.expect_model(source, not pairwise, fuse)
     model = (PreferenceModel if pairwise else RewardModel).from_pretrained(directory)
     model = model.to(device).eval()
     tokenizer = tokenizer_like(directory, policy.directory, policy.tokenizer)
     known = tokenizer, device, model.config.n_ctx
     if pairwise:
         return Judge(source, None, partial(labelers.by_embeddings, model), *known)
-    score = partial(labelers.by_model, model)
+    score = partial(labelers.by_model, fused(model, source, tokenizer, fuse))
     return Judge(source, score, partial(labelers.by_scores, score), *known)
 
 

@@ -80,7 +80,7 @@ def print_episode(policy, index, seed, reward, episodes):
 
 def knobs_of(policy):
     """The run's knobs, as train_ppo has them."""
-    knobs = policy.knobs | {"missing_eos_score": policy.knobs.get("missing_eos_score")}
+    knobs = {"fuse": 0, "missing_eos_score": None} | policy.knobs  # of runs before these knobs
     if knobs["missing_eos_score"] is None:  # NaN is no JSON
         knobs["missing_eos_score"] = math.nan
     missing = [name for name in NEEDED if name not in knobs]

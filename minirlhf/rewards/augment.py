@@ -1,12 +1,13 @@
 """ConvexDA: misspelt copies of responses as further training examples, those that differ most.
 
-Shen et al. 2023: of n noisy copies of a response, embedded and projected on their two principal
-axes, the vertices of the convex hull are kept, with the response's own label. In the authors'
-release all rows of a pair hold the last vertex, as they share one dict; here each is another text.
+Shen et al. 2023 (arXiv 2309.16155): of n noisy copies of a response, embedded and projected on
+their two principal axes, the vertices of the convex hull are kept, with the response's own label.
+In the authors' release all rows of a pair hold the last vertex, as they share one dict; here each
+is another text.
 
-Left out: a pass over all copies, which would make training several times as long. An epoch still
-meets each response once, in a form that is drawn from the original and its copies, both sides of a
-comparison alike: so do more epochs what more passes would.
+Left out: a pass over all copies, which would make training several times as long. An epoch meets
+each response once, in a form that is drawn from the original and its copies, each side of a
+comparison by itself; more epochs do what more passes would.
 """
 
 import numpy as np
@@ -23,22 +24,26 @@ def convex_da(embeddings):
     which an SVD leaves open, do not matter.
     """
     embeddings = np.asarray(embeddings, dtype=float)
-    u, sizes, _ = np.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
-    sizes[sizes <= 1e-9 * np.abs(embeddings).max()] = 0  # rounding, which is no second dimension
+    centred = embeddings - embeddings.mean(0)
+    places, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    rounding = 1e-9 * np.abs(embeddings).max()
+    sizes[sizes <= rounding] = 0  # no second dimension
+    along_axes = places * sizes
     plane = np.zeros((len(embeddings), 2))
-    plane[:, : len(sizes[:2])] = (u * sizes)[:, :2]
+    plane[:, : len(sizes[:2])] = along_axes[:, :2]
     return hull(plane)
 
 
 def hull(points):
     """Indices, ascending, of the vertices of the convex hull of points (N, 2): the monotone chain
     of Andrew (1979)."""
-    tiny = 1e-9 * np.abs(points).max(initial=0)
+    tiny = 1e-9 * np.abs(points).max()
     rounded = np.round(points / tiny) if tiny else points
     _, first = np.unique(rounded, axis=0, return_index=True)  # by x, then by y
     if len(first) < 3:
         return sorted(first.tolist())
-    lower, upper = chain(points, first, tiny), chain(points, first[::-1], tiny)
+    lower = chain(points, first, tiny)
+    upper = chain(points, first[::-1], tiny)
     return sorted({*lower, *upper})
 
 
@@ -46,7 +51,10 @@ def chain(points, order, tiny):
     """The half of the hull on which `order` turns left only."""
     kept = []
     for i in order.tolist():
-        while len(kept) > 1 and not turns_left(*points[[*kept[-2:], i]], tiny):
+        while len(kept) > 1:
+            before, last = points[kept[-2:]]
+            if turns_left(before, last, points[i], tiny):
+                break
             kept.pop()
         kept.append(i)
     return kept
@@ -54,8 +62,13 @@ def chain(points, order, tiny):
 
 def turns_left(a, b, c, tiny):
     """Whether the way from a by b to c turns left, b more than `tiny` off the straight one."""
-    (x, y), (u, v) = b - a, c - a
-    return x * v - y * u > tiny * np.hypot(u, v)
+    x, y = b - a
+    u, v = c - a
+    area = x * v - y * u
+    return area > tiny * np.hypot(u, v)
+
+
+# In training
 
 
 def augmented(augment, items, rows, plan, base, tokenizer, rng, n=5):
@@ -68,51 +81,75 @@ def augmented(augment, items, rows, plan, base, tokenizer, rng, n=5):
     """
     if not augment:
         return items, rows, plan
-    texts = distinct_copies(items.responses, rng, n)
-    origins = np.repeat(np.arange(len(items)), [len(copies) for copies in texts])
-    texts = [copy for copies in texts for copy in copies]
+    texts, origins = distinct_copies(items.responses, rng, n)
     copies = copied_rows(rows, origins, texts, tokenizer, base.config.n_ctx)
-    kept = vertices(embed_rows(base, copies).numpy(), origins)
+    embeddings = embed_rows(base, copies).numpy()
+    kept = vertices(embeddings, origins)
     print(f"ConvexDA: {len(kept):,} misspelt copies of {len(items):,} responses")
 
+    texts = [texts[i] for i in kept]
+    copies, origins = copies.take(kept), origins[kept]
     forms = [[i] for i in range(len(items))]
-    for place, copy in enumerate(kept, start=len(items)):
-        forms[origins[copy]].append(place)
-    drawn = []
-    for batch in plan:
-        chosen = [forms[i][rng.integers(len(forms[i]))] for i in batch.rows]
-        drawn.append(batch._replace(rows=np.array(chosen)))
-    more = items.take_items([*range(len(items)), *origins[kept]], [])
-    more.responses[len(items) :] = [texts[copy] for copy in kept]
-    tokens = rows.tokens + [copies.tokens[copy] for copy in kept]
-    prompt_lengths = np.append(rows.prompt_lengths, copies.prompt_lengths[kept])
-    return more, rows._replace(tokens=tokens, prompt_lengths=prompt_lengths), drawn
+    for place, origin in enumerate(origins, start=len(items)):
+        forms[origin].append(place)
+    plan = [in_some_form(batch, forms, rng) for batch in plan]
+    return with_copies(items, origins, texts), joined(rows, copies), plan
 
 
 def distinct_copies(texts, rng, n):
-    """Of each text the misspelt copies among n that differ, a list."""
-    noisy = perturbed([text for text in texts for _ in range(n)], rng)
-    found = []
-    for i, text in enumerate(texts):
-        copies = dict.fromkeys(noisy[i * n : (i + 1) * n])
-        found.append([copy for copy in copies if copy != text])
-    return found
+    """(the misspelt copies among n of each text that differ, the index (M,) of the text of each,
+    ascending)."""
+    copies, origins = [], []
+    for origin, text in enumerate(texts):
+        found = dict.fromkeys(perturbed([text] * n, rng))
+        found.pop(text, None)
+        copies += found
+        origins += [origin] * len(found)
+    return copies, np.array(origins, dtype=int)
 
 
 def copied_rows(rows, origins, texts, tokenizer, n_ctx):
     """Rows of texts in the place of the responses of the rows `origins`, with their prompts."""
-    tokens, prompt_lengths = [], rows.prompt_lengths[origins]
+    tokens = []
+    prompt_lengths = rows.prompt_lengths[origins]
     for origin, p, text in zip(origins, prompt_lengths, texts, strict=True):
-        response = tokenizer.encode(text)[: n_ctx - p - 1]
-        tokens.append(np.array([*rows.tokens[origin][:p], *response, tokenizer.eos]))
+        prompt = rows.tokens[origin][:p]
+        room = n_ctx - p - 1  # before the EOS
+        response = tokenizer.encode(text)[:room]
+        row = np.array([*prompt, *response, tokenizer.eos])
+        tokens.append(row)
     return rows._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
 
 def vertices(embeddings, origins):
-    """Indices of the embeddings (M, C) that convex_da keeps among those of one origin; origins
-    (M,) ascend."""
+    """Indices of the embeddings (M, C) that convex_da keeps among those of one origin."""
+    starts = np.flatnonzero(np.diff(origins)) + 1
+    groups = np.split(np.arange(len(origins)), starts)
     kept = []
-    for own in np.split(np.arange(len(origins)), np.flatnonzero(np.diff(origins)) + 1):
-        if len(own):
-            kept += own[convex_da(embeddings[own])].tolist()
+    for group in filter(len, groups):
+        own = convex_da(embeddings[group])
+        kept += group[own].tolist()
     return kept
+
+
+def in_some_form(batch, forms, rng):
+    """A data.Compared with one of the forms (a list of items each) of its responses."""
+    rows = []
+    for i in batch.rows:
+        which = rng.integers(len(forms[i]))
+        rows.append(forms[i][which])
+    return batch._replace(rows=np.array(rows))
+
+
+def with_copies(items, origins, texts):
+    """The items, and behind them those of the origins with other texts."""
+    n = len(items)
+    more = items.take_items([*range(n), *origins], [])
+    more.responses[n:] = texts
+    return more
+
+
+def joined(rows, others):
+    tokens = rows.tokens + others.tokens
+    prompt_lengths = np.append(rows.prompt_lengths, others.prompt_lengths)
+    return rows._replace(tokens=tokens, prompt_lengths=prompt_lengths)

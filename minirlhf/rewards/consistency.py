@@ -1,9 +1,18 @@
 """Does a reward keep its mind: between like instructions, and where a word is misspelt?
 
-Contrast Instructions (Shen et al. 2023, The Trickle-down Impact of Reward (In-)consistency on RLHF)
-takes two instructions x and x' that are much alike, with answers y and y' that are not. A reward is
-consistent over responses where it prefers an instruction's own answer to the other's, and over
-instructions where an answer earns more under its own instruction than under the other.
+Contrast Instructions (Shen et al. 2023, The Trickle-down Impact of Reward (In-)consistency on RLHF,
+arXiv 2309.16155) takes two instructions x and x' that are much alike, with answers y and y' that
+are not. A reward is consistent over responses where it prefers an instruction's own answer to the
+other's, and over instructions where an answer earns more under its own instruction than under the
+other.
+
+    from minirlhf import data
+    from minirlhf.feedback.preferring import load_preferrer
+
+    items = data.load_feedback("reviews").test
+    pairs, _ = items.comparisons(20_000, 1)
+    score = load_preferrer("runs/rm", fuse=5).score  # fuse: rewards/fusion.py
+    on_perturbed(score, items.prompts, items.responses, pairs, np.random.default_rng(0))
 
 Left out: paraphrases by a language model. Misspellings are all the noise here.
 """
@@ -44,11 +53,13 @@ def contrast_pairs(embeddings, answers, low=0.75, high=0.95):
     pairs = set()
     for i, vector in enumerate(unit):
         cosine = unit @ vector
-        allowed = (cosine >= low) & (cosine < high) & (text != text[i])
-        allowed[i] = False
+        in_band = (cosine >= low) & (cosine < high)
+        allowed = in_band & (text != text[i])  # so not itself
         if allowed.any():
-            nearest = int(np.where(allowed, cosine, -np.inf).argmax())
-            pairs.add((min(i, nearest), max(i, nearest)))
+            cosine[~allowed] = -np.inf
+            nearest = int(cosine.argmax())
+            pair = sorted([i, nearest])
+            pairs.add(tuple(pair))
     return np.array(sorted(pairs), dtype=int).reshape(-1, 2)
 
 
@@ -76,10 +87,12 @@ def perturbed(texts, rng, share=0.05):
     noisy = []
     for text in texts:
         words = list(WORD.finditer(text))
-        count = min(len(words), max(1, int(share * len(text.split()))))
-        chosen = rng.choice(len(words), count, replace=False) if words else []
-        for word in sorted((words[i] for i in chosen), key=lambda w: -w.start()):
-            text = text[: word.start()] + misspelt(word[0], rng) + text[word.end() :]
+        count = max(1, int(share * len(text.split())))
+        chosen = rng.permutation(len(words))[:count]
+        for i in sorted(chosen, reverse=True):  # from the end, so that places before it hold
+            start, end = words[i].span()
+            wrong = misspelt(words[i][0], rng)
+            text = text[:start] + wrong + text[end:]
         noisy.append(text)
     return noisy
 
@@ -90,13 +103,21 @@ def misspelt(word, rng):
     while found == word:
         i = int(rng.integers(1, len(word)))
         before, letter, after = word[:i], word[i], word[i + 1 :]
-        found = {
-            "drop": before + after,
-            "double": before + letter * 2 + after,
-            "swap": before + after[:1] + letter + after[1:],
-            "replace": before + LETTERS[rng.integers(26)] + after,
-        }[rng.choice(["drop", "double", "swap", "replace"])]
+        other = LETTERS[rng.integers(26)]
+        ways = (
+            before + after,
+            before + letter * 2 + after,
+            before + after[:1] + letter + after[1:],
+            before + other + after,
+        )
+        found = ways[rng.integers(len(ways))]
     return found
+
+
+def on_perturbed(score, prompts, responses, pairs, rng):
+    """perturbed_consistency of score(prompts, responses) -> (n,), on pairs of these texts."""
+    noisy = perturbed(responses, rng)
+    return perturbed_consistency(score(prompts, responses), score(prompts, noisy), pairs)
 
 
 def perturbed_consistency(before, after, pairs):
