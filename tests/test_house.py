@@ -418,6 +418,9 @@ FIXED = {
     "minirlhf.ppo": "kl_estimate shaped_rewards gae whiten policy_loss value_loss group_advantages "
                     "AdaptiveKL",
     "minirlhf.dpo": "pair_loss AXES",
+    "minirlhf.reward_eval": "pearson_distance epic_distance dard_distance starc_distance "
+                            "epic_like_distance epic_sample bandit_distance worst_regret "
+                            "mean_regret prfi contrast_instructions convex_da reward_fusion",
 }  # fmt: skip
 
 

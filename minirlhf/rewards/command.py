@@ -34,7 +34,7 @@ from minirlhf.look.command import shown_text
 from minirlhf.look.policies import base_of, from_its_place, open_policy, read_knobs
 from minirlhf.look.replies import Sampling, replies
 from minirlhf.look.terminal import columns, print_wrapped
-from minirlhf.rewards import compare, held_out
+from minirlhf.rewards import calibration, compare, held_out
 from minirlhf.rewards.consistency import perturbed, perturbed_consistency
 from minirlhf.rewards.page import MARK, write_page
 from minirlhf.rewards.table import parts_of, print_blocks, short_names, table_of
@@ -52,8 +52,8 @@ class Knobs(cli.Checked):
     prompts: int = knob(128, "held-out prompts that the base model answers", least=1)
     samples: int = knob(8, "responses to each", least=2)
     response_length: int = knob(0, "most tokens of a response; 0: as in the run of the reward")
-    pairs: int = knob(held_out.PAIRS, "most held-out pairs; fewer mean fewer texts to score",
-                      least=2)  # fmt: skip
+    pairs: int = knob(20_000, "most held-out pairs; the default is that of train_rm, fewer mean "
+                              "fewer texts to score", least=2)  # fmt: skip
     show: int = knob(5, "pairs to print of those that A and B order in opposite ways")
     html: str = knob("", "write table, pictures and 20 such pairs to this file, as a page")
     seed: int = knob(0, "of samples and misspellings: same seed, same figures")
@@ -225,10 +225,12 @@ def all_figures(scores, misspelt, samples, held, knobs):
     found |= {"scores": scores, "samples": samples, "contexts": contexts}
     _, rest = held_out.halves(items, pairs)
     found["coin"] = float(np.mean((0.5 - held.labels[rest]) ** 2)) if rest.any() else np.nan
+    longer = held.lengths[pairs[:, 0]] - held.lengths[pairs[:, 1]]
+    means = items.means() if items.ratings is not None else None
     found["each"] = []
-    for before, after in zip(scores, misspelt, strict=True):
-        known = items, pairs, held.labels, held.lengths
-        own = held_out.figures(before, *known, parts_of(len(pairs)))
+    for before, after, z in zip(scores, misspelt, found["margins"], strict=True):
+        own = held_out.figures(z, items, pairs, held.labels, longer, parts_of(len(pairs)))
+        own["length"] = calibration.length_figures(before, held.lengths, means)
         own["spelling"] = perturbed_consistency(before, after, pairs)
         found["each"].append(own)
     return found
