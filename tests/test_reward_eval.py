@@ -29,6 +29,8 @@ def vowels(prompts, responses):
     return [sum(text.count(c) for c in "aeiou") for text in responses]
 def shifted(prompts, responses):
     return [7 * len(text) + 100 * len(prompt) for prompt, text in zip(prompts, responses)]
+def of_prompt(prompts, responses):
+    return [int(prompt.split()[0]) for prompt in prompts]
 def shorter(prompts, responses):
     return [-len(text) for text in responses]
 def constant(prompts, responses):
@@ -94,6 +96,8 @@ def test_figures_of_two_rules(folder, capsys):
     assert found["distance"]["held-out"][0] == pytest.approx(np.sqrt((1 - rho) / 2))
     same = [(1 + np.sign(one) * np.sign(other)) / 2 for one, other in z]
     assert found["alike"]["held-out"] == pytest.approx(np.mean(same))
+    only_a = np.mean([one * (1 - other) for one, other in credit])
+    assert found["outcomes"]["a"] == pytest.approx(only_a)
     neither = np.mean([(1 - one) * (1 - other) for one, other in credit])
     assert found["outcomes"]["neither"] == pytest.approx(neither)
     shown = capsys.readouterr().out
@@ -110,6 +114,9 @@ def test_samples_of_a_base_model(folder, capsys):
     a, b = (some - some.mean(1, keepdims=True) for some in found["samples"])
     rho = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
     assert found["distance"]["samples"][0] == pytest.approx(np.sqrt((1 - rho) / 2))
+    by_prompt = evaluate(folder, "rm", "rule.py:of_prompt", *base)["samples"][1]
+    assert (by_prompt == by_prompt[:, :1]).all()
+    assert len(set(by_prompt[:, 0])) == 6
     again = evaluate(folder, "rm", "rule.py:length", *base)
     assert (again["samples"] == found["samples"]).all()
     other = evaluate(folder, "rm", "rule.py:length", *base, "--seed", 1)
