@@ -18,7 +18,7 @@ from minirlhf import data, reward_eval
 from minirlhf.engine.cli import UserError
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
-from minirlhf.rewards import command, compare, pictures, table
+from minirlhf.rewards import command, compare, page, pictures, table
 from minirlhf.tokenizer import Tokenizer
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J \u202egnp & </svg><img src=x onerror=alert(1)>"
@@ -102,6 +102,9 @@ def test_figures_of_two_rules(folder, capsys):
     assert found["outcomes"]["neither"] == pytest.approx(neither)
     shown = capsys.readouterr().out
     assert f"{100 * credit.mean(0)[0]:.1f} +- " in shown
+    row = next(line for line in shown.splitlines() if "other is wrong" in line)
+    only_b = np.mean([other * (1 - one) for one, other in credit])
+    assert row.split()[-4:] == [f"{100 * only_a:.1f}", "%", f"{100 * only_b:.1f}", "%"]
     assert f"{np.sqrt((1 - rho) / 2):.3f} +- " in shown
 
 
@@ -292,6 +295,19 @@ def test_a_page_that_texts_cannot_harm(folder, tmp_path, capsys):
     assert "\\x1b[2J" in printed
     assert max(map(len, printed.splitlines())) <= 80
     evaluate(folder, "rm", "rule.py:vowels", *base, "--html", place)  # ours is written over
+
+
+def test_a_pair_says_who_prefers_which():
+    items = SimpleNamespace(prompts=["p", "p"], responses=["one", "two"])
+    held = SimpleNamespace(items=items, pairs=np.array([[1, 0]]), labels=[0.75])
+    shown = Strict(page.pair(0, {"margins": np.array([[-2.0], [0.5]])}, held)).text
+    assert shown.split("\n") == [
+        "p",
+        "",
+        "75% of raters prefer this one; B prefers it, by 0.50two",
+        "the other; A prefers it, by 2.00one",
+        "",
+    ]
 
 
 def test_a_reward_of_a_hostile_name(folder, tmp_path, capsys):
