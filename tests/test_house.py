@@ -20,6 +20,7 @@ LESSON = sorted(PACKAGE.glob("*.py"))
 IN_ROOMS = sorted(set(PACKAGE.rglob("*.py")) - set(LESSON))
 ROOMS = sorted(folder.parent.name for folder in PACKAGE.glob("*/__init__.py"))
 README = ROOT / "README.md"
+HANDED_ON = {PACKAGE / "reward_eval.py"}  # a room's names, under the one that others import
 
 WIDTH = 100
 README_LINES = 300
@@ -132,7 +133,8 @@ def test_files_stay_short():
 
 
 def test_the_story_stays_short():
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SCRIPTS + LESSON}
+    told = [path for path in SCRIPTS + LESSON if path not in HANDED_ON]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in told}
     long = [f"{name_of(path)} {n}" for path, n in sorted(lines.items(), key=lambda item: -item[1])]
     total = sum(lines.values())
     fail_if(total > STORY_LINES and long,
@@ -416,6 +418,9 @@ FIXED = {
     "minirlhf.ppo": "kl_estimate shaped_rewards gae whiten policy_loss value_loss group_advantages "
                     "AdaptiveKL",
     "minirlhf.dpo": "pair_loss AXES",
+    "minirlhf.reward_eval": "pearson_distance epic_distance dard_distance starc_distance "
+                            "epic_like_distance epic_sample bandit_distance worst_regret "
+                            "mean_regret prfi contrast_instructions convex_da reward_fusion",
 }  # fmt: skip
 
 
