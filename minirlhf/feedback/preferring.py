@@ -174,7 +174,7 @@ def scores_of_texts(read, model, tokenizer, prompts, responses):
 @torch.no_grad()
 def of_texts(read, model, tokenizer, prompts, responses):
     """read(tokens (B, T), prompt_lengths, response_lengths) of texts, 128 at a time: (n, ...)."""
-    texts = zip(prompts, responses, itertools.repeat("a pair"), strict=False)
+    texts = zip(prompts, responses, itertools.repeat("a text that is scored"), strict=False)
     rows, p = data.encode(texts, tokenizer, model.config.n_ctx, "truncate")
     device, found = model.score.weight.device, []
     for start in range(0, len(rows), 128):

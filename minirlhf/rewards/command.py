@@ -18,7 +18,9 @@ texts, also those that were cut.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +96,8 @@ def main(knobs):
     given = knobs.rewards
     source = knobs.data or data_of(given)
     feedback = data.load_feedback(source)
-    score = [scorer(name, feedback, device) for name in given]
+    notes = set()
+    score = [scorer(name, feedback, device, notes) for name in given]
     held = held_out_part(feedback, knobs)
     base, texts = samples_of(given, feedback, knobs, device)
     notes = [*map(other_data, given, [feedback] * 2)]
@@ -131,7 +134,19 @@ def main(knobs):
 # What is read
 
 
-def scorer(name, feedback, device):
+@contextlib.contextmanager
+def notes_once(notes):
+    """Prints only those lines that are not among the notes yet: the same texts are read often."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    for line in said.getvalue().splitlines():
+        if line not in notes:
+            print(line)
+            notes.add(line)
+
+
+def scorer(name, feedback, device, notes):
     """score(prompts, responses) -> (n,) of what a source names, checked.
 
     Raises UserError for who only compares, and for what is not a finite number.
@@ -142,7 +157,8 @@ def scorer(name, feedback, device):
         raise UserError(f"{name}: only compares, and gives no score of a response: {expected}")
 
     def score(prompts, responses):
-        found = np.asarray(preferrer.score(prompts, responses), dtype=float)
+        with notes_once(notes):
+            found = np.asarray(preferrer.score(prompts, responses), dtype=float)
         if not np.isfinite(found).all():
             wrong = np.count_nonzero(~np.isfinite(found))
             raise UserError(f"{name}: {wrong} of {len(found)} scores are not finite numbers")
