@@ -190,6 +190,20 @@ def parse(knobs, doc, argv=None):
     return knobs(**vars(parser.parse_args(argv)))
 
 
+def parser_of(knobs, doc, name, usage=None):
+    """A Parser of the flags of `knobs`, for `python -m name`, to which its caller adds what has no
+    flag: fields without help."""
+    layout = argparse.RawDescriptionHelpFormatter
+    prog, usage = f"python -m {name}", usage and f"%(prog)s {usage} [--flag value ...]"
+    parser = Parser(
+        description=doc, prog=prog, usage=usage, formatter_class=layout, allow_abbrev=False
+    )
+    for field in dataclasses.fields(knobs):
+        if field.metadata:
+            add_flag(parser, field)
+    return parser
+
+
 def add_flag(group, field):
     text = field.metadata["help"].replace("%", "%%")
     if field.default not in ("", None):

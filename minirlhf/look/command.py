@@ -16,8 +16,6 @@ there are marks under them. Replies are scored by --reward, or by the reward mod
 Left out: top-p and beam search; judging by people, who have minirlhf.feedback.
 """
 
-import argparse
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,15 +67,10 @@ class Knobs(cli.Checked):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line: flags, and runs that have none."""
-    parser = cli.Parser(description=doc, usage="%(prog)s RUN [RUN2 ...] [--flag value ...]",
-                        formatter_class=argparse.RawDescriptionHelpFormatter,
-                        prog="python -m minirlhf.look", allow_abbrev=False)  # fmt: skip
+    parser = cli.parser_of(knobs, doc, "minirlhf.look", "RUN [RUN2 ...]")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, a directory, a hub name")
     parser.add_argument("--prompt", action="append", metavar="TEXT",
                         help="complete this text; may be given several times")  # fmt: skip
-    for field in dataclasses.fields(knobs):
-        if field.metadata:
-            cli.add_flag(parser, field)
     return knobs(**vars(parser.parse_args(argv)))
 
 

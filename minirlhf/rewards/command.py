@@ -17,9 +17,7 @@ scores; rewards of single tokens, which rewards/language.py has. Responses are r
 texts, also those that were cut.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +73,9 @@ class Held(NamedTuple):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line: flags, and two rewards that have none."""
-    parser = cli.Parser(description=doc, usage="%(prog)s A B [--flag value ...]",
-                        formatter_class=argparse.RawDescriptionHelpFormatter,
-                        prog="python -m minirlhf.reward_eval", allow_abbrev=False)  # fmt: skip
+    parser = cli.parser_of(knobs, doc, "minirlhf.reward_eval", "A B")
     parser.add_argument("a", metavar="A", help="what scores")
     parser.add_argument("b", metavar="B", help="what else scores")
-    for field in dataclasses.fields(knobs):
-        if field.metadata:
-            cli.add_flag(parser, field)
     given = vars(parser.parse_args(argv))
     return knobs(rewards=[given.pop("a"), given.pop("b")], **given)
 

@@ -16,8 +16,6 @@ shown, too: give it few --pairs.
 Left out: standard errors, as pairs share responses.
 """
 
-import argparse
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +47,8 @@ class Knobs(cli.Checked):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line."""
-    parser = cli.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                        prog="python -m minirlhf.rewards.held_out", allow_abbrev=False)  # fmt: skip
+    parser = cli.parser_of(knobs, doc, "minirlhf.rewards.held_out", "RM [RM2 ...]")
     parser.add_argument("rewards", nargs="+", metavar="RM", help="what scores")
-    for field in dataclasses.fields(knobs):
-        if field.metadata:
-            cli.add_flag(parser, field)
     return knobs(**vars(parser.parse_args(argv)))
 
 

@@ -24,8 +24,6 @@ Left out: a fit of Gao's laws d (a - b d) and d (a - b log d), d = sqrt(KL), and
 best-of-n, of which `best_of_n_kl` is an upper bound.
 """
 
-import argparse
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,17 +137,12 @@ class Knobs(cli.Checked):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line."""
-    parser = cli.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                        prog="python -m minirlhf.rewards.overoptimisation",
-                        allow_abbrev=False)  # fmt: skip
+    parser = cli.parser_of(knobs, doc, "minirlhf.rewards.overoptimisation")
     parser.add_argument("base", nargs=1, metavar="BASE", help="a run whose model answers")
     parser.add_argument("--proxies", nargs="+", metavar="PROXY", required=True,
                         help="what scores: a reward model's run, FILE.py:FUNCTION")  # fmt: skip
     parser.add_argument("--policies", nargs="+", metavar="RUN", default=[],
                         help="runs that were trained against one of the proxies")  # fmt: skip
-    for field in dataclasses.fields(knobs):
-        if field.metadata:
-            cli.add_flag(parser, field)
     return knobs(**vars(parser.parse_args(argv)))
 
 

@@ -19,8 +19,6 @@ Left out: a learned shift, which would pay for length where an episode ends; a P
 layers; a change of scale.
 """
 
-import argparse
-import dataclasses
 import sys
 import warnings
 from dataclasses import dataclass
@@ -291,8 +289,8 @@ def print_told(told, prompts, tokenizer):
 
 @dataclass(kw_only=True)
 class Knobs(cli.Checked):
-    rm: str = knob("", "a run or directory of a reward model")
-    run: str = knob("", "what writes: an sft, ppo or dpo run")
+    rm: str
+    run: str
     objective: str = knob("l1", "what is made small", tuple(OBJECTIVES))
     prompts: int = knob(16, "held-out prompts that are answered", least=1)
     linear: bool = knob(False, "Phi is linear in the hidden states; off: a number for each prefix")
@@ -308,15 +306,9 @@ class Knobs(cli.Checked):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line: RM, RUN and flags."""
-    parser = cli.Parser(description=doc, usage="%(prog)s RM RUN [--flag value ...]",
-                        formatter_class=argparse.RawDescriptionHelpFormatter,
-                        allow_abbrev=False)  # fmt: skip
-    for field in dataclasses.fields(knobs):
-        if field.name in ("rm", "run"):
-            name = field.name
-            parser.add_argument(name, metavar=name.upper(), help=field.metadata["help"])
-        else:
-            cli.add_flag(parser, field)
+    parser = cli.parser_of(knobs, doc, "minirlhf.rewards.prfi", "RM RUN")
+    parser.add_argument("rm", metavar="RM", help="a run or directory of a reward model")
+    parser.add_argument("run", metavar="RUN", help="what writes: an sft, ppo or dpo run")
     return knobs(**vars(parser.parse_args(argv)))
 
 
