@@ -316,7 +316,7 @@ def draw(rows, path):
 def draw_proxy(axes, rows, best):
     """One panel: lines of best-of-n, and points of policies, each with its name at its end."""
     chosen = [row for row in rows if "n" in row]
-    ends = [line(axes, best, "gold", BEST, ":", "gold, had gold chosen")]
+    ends = [line(axes, best, "gold", BEST, ":", "chosen by gold")]
     ends.append(line(axes, chosen, "proxy", PROXY, "--", "the proxy itself"))
     ends.append(line(axes, chosen, "gold", GOLD, "-", "gold"))
     for row in rows:
