@@ -1,6 +1,7 @@
 """What to ask next of own samples: features, choice and labels of train_dpo --select, the page."""
 
 import functools
+import itertools
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ from minirlhf.feedback.page.asking import Asker, parts_of
 from minirlhf.feedback.page.command import Knobs, open_session
 from minirlhf.feedback.page.pool import Group
 from minirlhf.gpt import GPT, GPTConfig
-from minirlhf.online import asked, hidden, select
+from minirlhf.online import asked, hidden, people, select
 from minirlhf.online.select import METHODS, NOTHING, Labelled, Pool
 
 load_toy = functools.cache(functools.partial(data.load_feedback, "toy"))
@@ -119,9 +120,9 @@ def labeled(monkeypatch):
 def test_each_method_asks_for_its_budget(toy, tmp_path, labeled):
     weights = {}
     for method in METHODS:
-        rows, weights[method] = run(toy, tmp_path / method, select=method, budget=5)
-        assert [row["online/labels"] for row in rows] == [5, 10, 15, 20]
-    assert labeled == [(5, 2)] * 4 * len(METHODS)
+        rows, weights[method] = run(toy, tmp_path / method, select=method, budget=5, steps=2)
+        assert [row["online/labels"] for row in rows] == [5, 10]
+    assert labeled == [(5, 2)] * 2 * len(METHODS)
     del weights["lpbrl"]  # so early all may be best, so that it asks as uncertainty does
     sums = {sum(w.double().sum().item() for w in found.values()) for found in weights.values()}
     assert len(sums) == len(METHODS) - 1
@@ -242,3 +243,60 @@ def test_asking_needs_a_model_and_pairs(tmp_path):
                            ({"kind": "critique"}, "comparisons of two")):  # fmt: skip
         with pytest.raises(UserError, match=problem):
             session_of(path, tmp_path / "out.jsonl", ask="dps", **given)
+
+
+# On people
+
+
+def test_components_are_of_the_covariance():
+    rng = np.random.default_rng(0)
+    x, others = rng.standard_normal((50, 4)) * [5, 1, 3, 0.1], rng.standard_normal((6, 4))
+    kept, mapped = people.components(x, others, 2)
+    _, axes = np.linalg.eigh(np.cov(x.T))
+    by_hand = (x - x.mean(0)) @ axes[:, :1:-1]
+    by_hand /= np.sqrt((by_hand**2).sum(1).mean())
+    np.testing.assert_allclose(abs(kept), abs(by_hand), atol=1e-10)
+    middle = people.components(x, x.mean(0)[None], 2)[1]
+    np.testing.assert_allclose(middle, 0, atol=1e-10)
+    assert mapped.shape == (6, 2)
+
+
+def test_people_say_what_a_rater_gave():
+    rng = np.random.default_rng(0)
+    said = [people.answer(np.array([0, 2]), np.array([1, 0]), rng) for _ in range(4000)]
+    shares = [np.mean(np.array(said) == value) for value in (0, 0.5, 1)]
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=0.03)  # of 0 1, 0 0, 2 1, 2 0
+
+
+def test_what_is_shown_and_learnt_is_measured(monkeypatch):
+    """Where all know what is best and its one feature tells: 8 points from 0 to 7 a prompt."""
+    monkeypatch.setattr(people, "AT", (10, 56))
+    monkeypatch.setattr(people, "PROMPTS", 2)
+    points = np.arange(16.0) // 2
+    both = people.Rated(points[:, None] / 10, [[point] for point in points], points)
+    pairs = np.array([[8, 0], [15, 3], [4, 2], [3, 2]])
+    found = people.run_one(both, both, pairs, "uniform", 0)
+    np.testing.assert_allclose(found[:, :2], [[0.875, 0], [0.875, 0]])  # one pair is a tie
+    rng = np.random.default_rng(0)
+    dealt = points[both.dealt(rng, 2)]
+    lost = [row.max() - (a + b) / 2 for row in dealt for a, b in itertools.combinations(row, 2)]
+    assert len(lost) == 56
+    np.testing.assert_allclose(found[1, 2], np.mean(lost))  # in the end all pairs are shown
+
+
+def test_the_command_of_people(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(people, "AT", (5, 10))
+    monkeypatch.setattr(people, "PROMPTS", 9)
+    path, rng = tmp_path / "words.jsonl", np.random.default_rng(0)
+    with open(path, "w") as file:
+        for _ in range(120):
+            word = "".join(rng.choice(list("abcdefgh"), 6))
+            row = {"prompt": "", "response": word, "rating": int(rng.integers(5))}
+            file.write(json.dumps(row) + "\n")
+    given = dict(run=str(toy / "sft"), data=str(path), seeds=2, dimensions=4)
+    people.main(people.Knobs(**given))
+    said = capsys.readouterr().out
+    assert all(f"\n{name}" in said for name in (*METHODS, "accuracy", "favourite", "shown"))
+    monkeypatch.setattr(people, "PROMPTS", 90)
+    with pytest.raises(UserError, match="expected 720"):
+        people.main(people.Knobs(**given))

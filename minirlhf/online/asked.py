@@ -60,28 +60,48 @@ def asked_batch(asked, base, policy, reference, prefer, tokenizer, knobs, prompt
     Of each prompt there are --samples. The labeler is asked about these pairs alone, and the
     responses of no pair take no part in the batch.
     """
-    device, pad, K = policy.wte.weight.device, tokenizer.pad, knobs.samples
-    to, lengths = pad_rows(prompts, pad, device)  # (n, Q), (n,)
-    options = {"eos": tokenizer.eos, "pad": pad}
-    tokens, written = several(
-        policy, K, knobs.response_length, to, lengths, **options
-    )  # (n, K, ..)
-    every = tokens.flatten(0, 1), lengths.repeat_interleave(K), written.flatten()
-    rows = Rows.sampled(*every, pad)
+    K = knobs.samples
+    options = {"eos": tokenizer.eos, "pad": tokenizer.pad}
+    device = policy.wte.weight.device
+    to, lengths = pad_rows(prompts, tokenizer.pad, device)  # (n, Q), (n,)
+    sampled = several(policy, K, knobs.response_length, to, lengths, **options)
+    tokens, response_lengths = sampled  # (n, K, Q+R), (n, K)
+    rows = Rows.sampled(
+        tokens.flatten(0, 1),
+        lengths.repeat_interleave(K),
+        response_lengths.flatten(),
+        tokenizer.pad,
+    )
     features = features_of(base, rows).reshape(len(prompts), K, -1)
 
-    rng = np.random.default_rng(torch.randint(2**62, ()).item())
-    pool = pool_of(features, *asked.so_far())
-    pairs = select_all(pool, NOTHING, budget_of(knobs), knobs.select, rng)  # (P, 3)
+    pairs = chosen(asked, features, knobs)  # (P, 3)
+    labels = labels_of(pairs, prefer, tokens, lengths, response_lengths)
     prompt, first, second = pairs.T
-    across, sides = torch.as_tensor(prompt[:, None]), torch.as_tensor(pairs[:, 1:])
-    shown = tokens[across, sides], lengths[across[:, 0]], written[across, sides]
-    preferences = rowwise(partial(preferences_of, prefer), 0, *shown)  # (P, 2, 2)
-    labels = preferences[:, 0, 1].cpu().numpy()
-    asked.note(features[prompt, first] - features[prompt, second], labels)
+    differences = features[prompt, first] - features[prompt, second]
+    asked.note(differences, labels)
 
     place = prompt[:, None] * K + pairs[:, 1:]  # (P, 2) among all n K
     kept, place_in_batch = np.unique(place, return_inverse=True)
-    said = Compared(kept, place_in_batch.reshape(place.shape), labels)
+    both = place_in_batch.reshape(place.shape)
+    said = Compared(kept, both, labels)
     rows = rows.take(kept)
     return Batch(rows, all_logps(reference, rows), said, bought=len(pairs))
+
+
+def chosen(asked, features, knobs):
+    """Pairs (P, 3) of prompt, first and second response, by the step's own random numbers."""
+    seed = torch.randint(2**62, ()).item()
+    pool = pool_of(features, *asked.so_far())
+    rng = np.random.default_rng(seed)
+    return select_all(pool, NOTHING, budget_of(knobs), knobs.select, rng)
+
+
+def labels_of(pairs, prefer, tokens, prompt_lengths, response_lengths):
+    """(P,) how often the labeler prefers the first of each pair: nothing else is asked."""
+    prompt = torch.as_tensor(pairs[:, 0], device=tokens.device)
+    sides = torch.as_tensor(pairs[:, 1:], device=tokens.device)
+    across = prompt[:, None]
+    shown = tokens[across, sides], prompt_lengths[prompt], response_lengths[across, sides]
+    compare = partial(preferences_of, prefer)
+    preferences = rowwise(compare, 0, *shown)  # (P, 2, 2)
+    return preferences[:, 0, 1].cpu().numpy()
