@@ -1,7 +1,7 @@
 """How many answers of people a choice of what to ask saves.   python -m minirlhf.online.people
 
     python -m minirlhf.online.people --run runs/sft           # each method of select.py, a table
-    python -m minirlhf.online.people --run runs/dpo --seeds 10
+    python -m minirlhf.online.people --run runs/dpo --seeds 5
 
 Reviews that people have rated are dealt into prompts of eight. Asked about two of a prompt, one
 random rater of each says what they gave: the higher wins, and a tie is one half. Responses are
@@ -40,7 +40,7 @@ class Knobs(cli.Checked):
     run: str = knob("runs/sft", "whose model reads the texts: a run, a directory, a hub name")
     data: str = knob("reviews", "rated responses: reviews, a file, ...")
     dimensions: int = knob(32, "principal components that are kept", least=1)
-    seeds: int = knob(5, "experiments, over which means and standard errors are", least=2)
+    seeds: int = knob(20, "experiments, over which means and standard errors are", least=2)
     device: str = knob("auto", "what reads: cpu, cuda, ...")
 
 
