@@ -129,6 +129,9 @@ def test_each_method_asks_for_its_budget(toy, tmp_path, labeled):
     labeled.clear()
     rows, _ = run(toy, tmp_path / "default", select="uniform", steps=1)
     assert labeled == [(8, 2)] and rows[0]["online/labels"] == 8  # one a prompt
+    for loss in ("sppo", "d2o"):  # which take more than pairs
+        rows, _ = run(toy, tmp_path / loss, select="pbop", steps=1, loss=loss)
+        assert np.isfinite(rows[0]["loss"])
 
 
 def test_what_was_asked_is_learnt_from_and_survives(toy, tmp_path, monkeypatch):
