@@ -30,8 +30,10 @@ Losses without a reference load none: such a run reports no KL, and its implicit
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the
 policy as it is then to each; a labeler says how often each response is preferred to the others, and
 the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset et al.
-2024). Nash-MD sets each response against one of a mixture with the reference; d2o, online or not,
-the rejected responses against --samples answers of the policy's own, of which nothing is asked.
+2024). With --select only some pairs are asked, those that its method would learn most from, and
+they are what is learnt from. Nash-MD sets each response against one of a mixture with the
+reference; d2o, online or not, the rejected responses against --samples answers of the policy's own,
+of which nothing is asked.
 
 Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the
 defaults four do not: npo, d2o and apo_down push down most of what they see until the policy leaves
@@ -63,10 +65,11 @@ from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import kinds, preferring
 from minirlhf.feedback.checks import check_dpo
-from minirlhf.feedback.method import loss_at_start, method_of, moves
+from minirlhf.feedback.method import method_of, moves, step_0_check
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
+from minirlhf.online.select import METHODS
 from minirlhf.reward import pair_accuracy, share_positive
 from minirlhf.tokenizer import load_base
 
@@ -111,6 +114,8 @@ class Knobs(cli.RunKnobs):
     )
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
     samples: int = knob(2, "own samples to a prompt, online (nash_md: one) and for d2o", least=2)
+    select: str = knob("", "which pairs of own samples are asked; default: all", ("", *METHODS))
+    budget: int = knob(0, "--select: pairs a step, of all prompts; 0: one a prompt on average")
     mixture: float = knob(
         0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)", most=1
     )
@@ -152,17 +157,17 @@ def main(knobs):
     if knobs.online:
         prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
         plan = endless(len(prompts), knobs.batch_size // 2, knobs.steps or 100, rng)
-        supply = batches.Own(prompts, policy, reference, prefer, tokenizer, method.kind, knobs)
+        models = policy, base, reference
+        supply = batches.Own(prompts, len(plan), *models, prefer, tokenizer, method, knobs)
     else:
         train, rows = encode(feedback.train, tokenizer, knobs, policy)
         plan = kinds.plan(train, method.kind, knobs, rng)
         supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
     given = {"data": supply.texts, "base model": source, "reward": labels}
-    parts = {"policy": trained, "optimizer": optimizer}
     if moves(knobs):
         supply = batches.Moving(supply, policy, reference, knobs, len(plan))
-        parts["reference"] = reference
+    parts = {"policy": trained, "optimizer": optimizer} | supply.parts
     test, test_rows = encode(feedback.test, tokenizer, knobs, policy)
     held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     ask = partial(sample, base, scorer, held_out, tokenizer, knobs, autocast)
@@ -289,21 +294,6 @@ def implicit_rewards(logps, ref_logps, lengths, method):
     """Multiples of beta: h of each response, or a token of it; without a reference its log-prob."""
     rewards = logps if ref_logps is None else logps - ref_logps
     return rewards / lengths if method.per_token else rewards
-
-
-def step_0_check(method, knobs, loss, stats):
-    """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any
-    pair is log 2."""
-    margin = stats["rewards/margins"].item()
-    right = not abs(margin) >= 1e-4  # nan: no pair
-    known = not method.options and len(method.terms) == 1
-    expected = loss_at_start(method.kind, knobs.beta) if known else None
-    known = "no known value"
-    if expected:
-        right = right and abs(loss - expected) < 1e-4 * max(1, expected)
-        known = f"expected {expected:.6f}"
-    said = f"step-0 check: loss {loss:.6f} ({known}), reward margin {margin:.6f}: "
-    return said + ("as they should be" if right else "NOT as they should be")
 
 
 def implicit_accuracy(policy, base, items, rows, method, autocast, knobs):

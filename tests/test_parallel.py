@@ -35,6 +35,7 @@ STAGES = {
     "shared": f"ppo --steps 6 {FEW} --critic shared",
     "online": f"dpo --online --loss sppo --rounds 2 --steps 8 {FEW} --batch-size 30",
     "nash_md": f"dpo --online --loss nash_md --steps 5 {FEW}",
+    "select": f"dpo --online --select lpbrl --samples 3 --steps 5 {FEW} --batch-size 30",
     "kto": f"dpo --loss kto --steps 8 {FEW}",
     "token": "rm --level token --epochs 1 --batch-size 60 --micro-batch 7",
 }
@@ -179,7 +180,7 @@ def one(needs, tmp_path_factory):
 CASES = [("rm", False), ("dpo", True), ("ppo", True)]  # and PPO by DDP: test_torchrun_...
 LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("ppo", False)]
 LONGER += [("grpo", False), ("shared", True), ("online", False), ("nash_md", True)]
-LONGER += [("kto", True), ("token", False)]
+LONGER += [("kto", True), ("token", False), ("select", True)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONGER]
 
 

@@ -155,6 +155,8 @@ NOT_IN_WEIGHTS = {
         "labeler",  # tests/test_judges.py
         "ref_mix",  # tests/test_train_dpo.py
         "samples",
+        "select",  # tests/test_select.py
+        "budget",
         "mixture",
         "micro_batch",
         "response_length",

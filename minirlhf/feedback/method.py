@@ -135,6 +135,7 @@ def check(knobs, method):
     kind, options = method.kind, method.options
     kinds = [kind for _, kind in method.terms]
     online, rounds, smoothing = knobs.online, knobs.rounds, knobs.label_smoothing
+    pairs = knobs.batch_size // 2 * math.comb(knobs.samples, 2)
     cli.refuse({
         f"--loss {kind} learns from the policy's own samples: add --online":
             kind in GAMES and not online,
@@ -157,18 +158,23 @@ def check(knobs, method):
             kind == "d2o" and "nll_weight" in options,
         f"--batch-size {knobs.batch_size}: expected at least 2 responses":
             online and knobs.batch_size < 2,
+        f"--select {knobs.select}: loss {kind} has no reference, whose features it is made by":
+            knobs.select and not method.has_reference,
+        f"--budget {knobs.budget}: a step has {pairs} pairs of own samples":
+            knobs.select and knobs.budget > pairs,
     })  # fmt: skip
     many = kind == "d2o" or (online and kind not in GAMES)
     cli.refuse_idle(knobs, {
         f"in loss {kind}": set(kinds) <= set(NO_BETA) and "beta",
         f"in loss {kind}, whose labels are hard": not method.soft and "soft_labels",
         f"in loss {kind}, which has no ranked lists": kind not in LISTS and "group_size",
-        f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples",
+        f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples select",
         "where nothing is sampled: offline": not many and "samples",
         f"in loss {kind}, which has no mixture": kind not in GAMES and "mixture",
         "where nothing is stored: --online has --steps": online and "epochs",
         "without --ref-every": not knobs.ref_every and "ref_mix",
-        "without --online, where people have compared": not online and "labeler",
+        "without --online, where people have compared": not online and "labeler select",
+        "without --select": not knobs.select and "budget",
     })  # fmt: skip
     try:
         divergence = {name: options[name] for name in dpo.DIVERGENCE if name in options}
@@ -196,3 +202,18 @@ def loss_at_start(kind, beta):
     """The loss while policy = reference: one number, as long as no option changes it, or None."""
     of_beta = {"npo": 2 / beta * LOG2, "ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
     return (AT_START | of_beta).get(dpo.ALIASES.get(kind, kind))
+
+
+def step_0_check(method, knobs, loss, stats):
+    """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any
+    pair is log 2."""
+    margin = stats["rewards/margins"].item()
+    right = not abs(margin) >= 1e-4  # nan: no pair
+    known = not method.options and len(method.terms) == 1
+    expected = loss_at_start(method.kind, knobs.beta) if known else None
+    known = "no known value"
+    if expected:
+        right = right and abs(loss - expected) < 1e-4 * max(1, expected)
+        known = f"expected {expected:.6f}"
+    said = f"step-0 check: loss {loss:.6f} ({known}), reward margin {margin:.6f}: "
+    return said + ("as they should be" if right else "NOT as they should be")

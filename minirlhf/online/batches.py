@@ -10,6 +10,7 @@ import torch
 from minirlhf.data import all_logps
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
+from minirlhf.online.asked import asked_batch, make_asked
 from minirlhf.online.samples import own_batch
 
 
@@ -20,6 +21,7 @@ class Stored:
         self.rows, self.ref_logps = rows, ref_logps
         self.reference = None
         self.texts = rows.tokens, rows.prompt_lengths  # what a resumed run must have again
+        self.parts = {}  # what of it changes, and is saved
 
     def at(self, step, said):
         rows, ref_logps = self.rows.take(said.index), None
@@ -35,11 +37,19 @@ class Stored:
 
 
 class Own:
-    """Batches of what the policy of the moment answers to a step's prompts; see own_batch."""
+    """Batches of what the policy of the moment answers to a step's prompts.
 
-    def __init__(self, prompts, policy, reference, prefer, tokenizer, kind, knobs):
-        self.texts = prompts
-        self.answered = partial(own_batch, policy, reference, prefer, tokenizer, kind, knobs)
+    See own_batch, and with --select asked_batch, for whose `steps` the base model has the features.
+    """
+
+    def __init__(self, prompts, steps, policy, base, reference, prefer, tokenizer, method, knobs):
+        self.texts, self.parts = prompts, {}
+        models, labeler = (policy, reference), (prefer, tokenizer)
+        self.answered = partial(own_batch, *models, *labeler, method.kind, knobs)
+        if knobs.select:
+            asked = make_asked(base, steps, knobs)
+            self.parts = {"asked": asked}
+            self.answered = partial(asked_batch, asked, base, *models, *labeler, knobs)
 
     def at(self, step, chosen):
         return self.answered([self.texts[i] for i in chosen])
@@ -60,6 +70,7 @@ class Moving:
         rounds = knobs.rounds
         refuse({f"--rounds {rounds}: more than the {steps} steps": rounds > steps})
         self.supply, self.policy, self.reference = supply, policy, reference
+        self.parts = supply.parts | {"reference": reference}
         self.rounds, self.steps = rounds, steps
         self.every, self.mix = knobs.ref_every, knobs.ref_mix
         self.known = False  # whether the supply has seen the reference: not so in a resumed run

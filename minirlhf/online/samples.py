@@ -1,7 +1,7 @@
 """A policy's own responses against one another: sampled, and compared by a labeler.
 
-Left out: a pool of earlier policies as opponents; a choice of which comparison to ask for; a cache
-for the mixture, whose responses are short.
+A batch of which only some pairs are compared is asked.py's. Left out: a pool of earlier policies as
+opponents; a cache for the mixture, whose responses are short.
 """
 
 from functools import partial

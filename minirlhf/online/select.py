@@ -36,10 +36,15 @@ TRIES = 10  # at two draws that like different responses
 
 
 class Pool(NamedTuple):
-    """One of the two; where both are there, the features are taken."""
+    """One of the two; where both are there, the features are taken.
+
+    earlier: what was said of pairs that are not in it, as their differences of features (L, D) and
+    outcomes (L,).
+    """
 
     features: np.ndarray | None = None  # (B, K, D)
     scores: np.ndarray | None = None  # (M, B, K), of an ensemble
+    earlier: tuple | None = None
 
     @property
     def shape(self):
@@ -71,18 +76,20 @@ class Belief(NamedTuple):
 # What is believed
 
 
-def posterior(features, labelled):
+def posterior(features, labelled, earlier=None):
     """The most probable head (D,), and its covariance (D, D) by Laplace's approximation."""
     prompt, first, second = labelled.pairs.T
-    x = features[prompt, first] - features[prompt, second]
-    head, hessian = logistic_map(x, labelled.outcomes, PRECISION)
+    x, y = features[prompt, first] - features[prompt, second], labelled.outcomes
+    if earlier:
+        x, y = np.concatenate([earlier[0], x]), np.append(earlier[1], y)
+    head, hessian = logistic_map(x, y, PRECISION)
     return head, np.linalg.inv(hessian)
 
 
 def believe(pool, labelled, rng):
     """The Belief of a pool: of an ensemble the members are the draws."""
     if pool.features is not None:
-        head, covariance = posterior(pool.features, labelled)
+        head, covariance = posterior(pool.features, labelled, pool.earlier)
         factors = pool.features @ np.linalg.cholesky(covariance)
         z = rng.standard_normal((factors.shape[-1], DRAWS))
         return Belief(pool.features @ head, factors, z)
@@ -146,17 +153,19 @@ METHODS = ("uniform", "dps", *WORTH)
 # The choice of a batch
 
 
-def select(pool, labelled, budget, method, rng):
+def select(pool, labelled, budget, method, rng, free=None):
     """Pairs (n, 3) of prompt, first and second response to be labelled next, n <= budget.
 
-    labelled: a Labelled of what is known, whose pairs are not asked again; at first NOTHING. Fewer
+    labelled: a Labelled of what is known, whose pairs are not asked again; at first NOTHING. free:
+    (B, K, K), its smaller index first, which other pairs may be asked, where not all may. Fewer
     than the budget are there when the method has no other pair that it would learn from: that is
     when it holds the best responses for found. Which of two is the first is up to chance. Raises
     UserError for a method that is none.
     """
     if method not in METHODS:
         raise UserError(f"--select {method}: expected one of {', '.join(METHODS)}")
-    free = unasked(pool.shape, labelled)
+    unknown = unasked(pool.shape, labelled)
+    free = unknown if free is None else unknown & free
     if method == "uniform":
         chosen = any_pairs(free, budget, rng)
     elif method == "dps":
@@ -167,6 +176,14 @@ def select(pool, labelled, budget, method, rng):
     turned = rng.random(len(pairs)) < 0.5
     pairs[turned, 1:] = pairs[turned, :0:-1]
     return pairs
+
+
+def select_all(pool, labelled, budget, method, rng):
+    """As select, and where the method has fewer, any others: budget pairs, if there are as many."""
+    pairs = select(pool, labelled, budget, method, rng)
+    known = labelled.and_these(pairs, np.full(len(pairs), 0.5))  # of which no one will learn
+    others = select(pool, known, budget - len(pairs), "uniform", rng)
+    return np.concatenate([pairs, others])
 
 
 def unasked(shape, labelled):

@@ -4,6 +4,7 @@
     python -m minirlhf.feedback runs/ppo runs/dpo --reveal    # which of two runs writes better
     python -m minirlhf.feedback runs/ppo --samples 4 --kind comparison,estop,improvement
     python -m minirlhf.feedback my.jsonl --kind critique --levels 2 --guidelines RULES.md
+    python -m minirlhf.feedback runs/ppo --samples 4 --ask dps    # what tells most comes first
     python -m minirlhf.feedback runs/ppo --terminal           # no browser at hand
 
 RUN is the directory of a run, or a file that train_rm.py --data would read. Answers are lines of
@@ -27,6 +28,7 @@ from minirlhf.engine.files import file_errors, read_lines, write_lines
 from minirlhf.feedback.features import expect_feature
 from minirlhf.feedback.page.pool import load_pool, parse_kinds
 from minirlhf.feedback.page.session import Session, beside
+from minirlhf.online.select import METHODS
 
 
 @dataclass(kw_only=True)
@@ -42,6 +44,9 @@ class Knobs(cli.Checked):
     guidelines: str = knob("", "a Markdown file to show beside the questions")
     n: int = knob(2, "responses to compare, rank or sort", least=2, most=9)
     levels: int = knob(5, "of a critique: 2 are thumbs", least=2, most=9)
+    ask: str = knob("", "which comparison is asked next, of what a model reads in the texts: "
+                        "uniform, uncertainty, dps, lpbrl, pbop (default: any; after training the "
+                        "one whose answer is least certain)", ("", *METHODS))  # fmt: skip
     feature: str = knob("", "what traces sort by: words, capitals, word:good, ... (default: any)")
     again: bool = knob(True, "show one question in ten again, to see how steady answers are")
     reveal: bool = knob(False, "tell after each answer which run wrote what")
@@ -100,7 +105,10 @@ def main(knobs):
 def open_session(knobs):
     """The Session of a command. Raises UserError."""
     kinds = parse_kinds(knobs.kind)
+    pairs = kinds == ["comparison"] and knobs.n == 2
     cli.refuse({
+        f"--ask {knobs.ask}: is for comparisons of two: leave out --kind and --n":
+            knobs.ask and not pairs,
         "a run is given twice": len(set(knobs.runs)) < len(knobs.runs),
         f"--feature {knobs.feature}: is for --kind trace": knobs.feature and "trace" not in kinds,
     })  # fmt: skip
@@ -114,7 +122,15 @@ def open_session(knobs):
     draw = None
     if knobs.samples:
         draw = Drawn(knobs, beside(out, "drawn")).of
-    return Session(load_pool(knobs.runs, draw), knobs, kinds)
+    groups = load_pool(knobs.runs, draw)
+    if not knobs.ask:
+        return Session(groups, knobs, kinds)
+    from minirlhf.feedback.page.asking import make_asker, parts_of
+
+    groups = parts_of(groups)
+    session = Session(groups, knobs, kinds)
+    session.asker = make_asker(session, groups, knobs)
+    return session
 
 
 def default_out(first):

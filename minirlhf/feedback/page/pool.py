@@ -187,9 +187,11 @@ def again(asked):
 def choose(left, state, rng):
     """Which of the questions that are left to ask next: a place in `left`, a list of indices.
 
-    Uniform, or, where a model has been trained on the answers so far, the one whose answer it is
-    least certain of: state.margins is {index: how sure it is}. Other samplers go here.
+    By --ask, if it was given; else uniform, or, where a model has been trained on the answers so
+    far, the one whose answer it is least certain of: state.margins is {index: how sure it is}.
     """
+    if state.asker:
+        return state.asker.choose(left, rng)
     if state.margins:
         sure = [state.margins.get(i, math.inf) for i in left]
         if min(sure) < math.inf:

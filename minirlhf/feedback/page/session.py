@@ -56,6 +56,7 @@ class Session:
         self.left = []
         self.take_written(self.written)
         self.margins = {}  # of questions, by index: how sure a trained model is of the answer
+        self.asker = None  # of --ask: an asking.Asker
         self.shown = {}  # {tab: the Question it shows}
         self.answered = {}  # {name of a question that this rater has answered: index of the label}
         self.repeatable = []  # names of this rater's answered questions, in order
