@@ -14,7 +14,6 @@ this machine and for who has its address.
 Left out: several people at once, who start a server each, with --rater and --out.
 """
 
-import argparse
 import dataclasses
 import getpass
 import threading
@@ -62,13 +61,8 @@ class Knobs(cli.Checked):
 
 def parse(knobs, doc, argv=None):
     """The Knobs of a command line: flags, and runs that have none."""
-    parser = cli.Parser(description=doc, usage="%(prog)s RUN [RUN2 ...] [--flag value ...]",
-                        formatter_class=argparse.RawDescriptionHelpFormatter,
-                        prog="python -m minirlhf.feedback", allow_abbrev=False)  # fmt: skip
+    parser = cli.parser_of(knobs, doc, "minirlhf.feedback", "RUN [RUN2 ...]")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, or a file")
-    for field in dataclasses.fields(knobs):
-        if field.metadata:
-            cli.add_flag(parser, field)
     return knobs(**vars(parser.parse_args(argv)))
 
 
