@@ -30,8 +30,9 @@ Losses without a reference load none: such a run reports no KL, and its implicit
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the
 policy as it is then to each; a labeler says how often each response is preferred to the others, and
 the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset et al.
-2024). Nash-MD sets each response against one of a mixture with the reference; d2o, online or not,
-the rejected responses against --samples answers of the policy's own, of which nothing is asked.
+2024). Nash-MD sets each response against one of a mixture with the reference, xpo against one of
+the reference; d2o, online or not, the rejected responses against --samples answers of the policy's
+own, of which nothing is asked. After an offline run, --init runs/dpo --reference runs/sft goes on.
 
 Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the
 defaults four do not: npo, d2o and apo_down push down most of what they see until the policy leaves
@@ -53,7 +54,7 @@ import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
-from minirlhf.data import all_logps, stored_logps, total
+from minirlhf.data import stored_logps, total
 from minirlhf.engine import cli, machine, optim, parallel, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside, figures_of
@@ -63,11 +64,12 @@ from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
 from minirlhf.feedback import kinds, preferring
 from minirlhf.feedback.checks import check_dpo
-from minirlhf.feedback.method import loss_at_start, method_of, moves
+from minirlhf.feedback.method import method_of, moves, step_0_check
+from minirlhf.look.accuracy import implicit_accuracy, implicit_rewards
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
-from minirlhf.reward import pair_accuracy, share_positive
+from minirlhf.reward import share_positive
 from minirlhf.tokenizer import load_base
 
 
@@ -78,6 +80,9 @@ class Knobs(cli.RunKnobs):
     )
     init: str = knob(
         "", "base model: run, directory or hub name (default: sft beside --out)", free=True
+    )
+    reference: str = knob(
+        "", "base that log-ratios and KL are to, where --init is tuned (default: --init)", free=True
     )
     reward: str = knob(
         "", "reward or preference model that labels online samples and scores those before and "
@@ -94,11 +99,11 @@ class Knobs(cli.RunKnobs):
     )
     loss: str = knob(
         "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + ", or a sum, as sigmoid+0.2*sft; thumbs: "
-        "kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
+        "kto, una; ranked lists: rrhf, pro, lipo, rwr; online: rwr, nash_md, xpo",
     )  # fmt: skip
     loss_options: str = knob("", "of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(
-        0.1, "price of a nat of KL from the base; orpo, slic, rrhf, pro have none", least=1e-6
+        0.1, "price of a nat of KL from the base; orpo, slic, rrhf, pro, rwr have none", least=1e-6
     )
     label_smoothing: float = knob(
         0.0, "probability that a label is swapped, for losses that have it", most=1
@@ -110,7 +115,9 @@ class Knobs(cli.RunKnobs):
         4, "rated responses to a ranked list; of a file, a record is a list", least=2
     )
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
-    samples: int = knob(2, "own samples to a prompt, online (nash_md: one) and for d2o", least=2)
+    samples: int = knob(
+        2, "own samples to a prompt, online (nash_md, xpo: one) and for d2o", least=2
+    )
     mixture: float = knob(
         0.125, "nash_md: the reference's share of the opponent (Munos et al. 2023)", most=1
     )
@@ -142,7 +149,7 @@ def main(knobs):
     reward, reward_summary = find_reward(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source)
-    base, reference = copies(policy, method, knobs, device)
+    base, reference = copies(policy, tokenizer, method, knobs, device)
     scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
     optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
@@ -158,7 +165,7 @@ def main(knobs):
         plan = kinds.plan(train, method.kind, knobs, rng)
         supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
-    given = {"data": supply.texts, "base model": source, "reward": labels}
+    given = {"data": supply.texts, "base model": knobs.reference or source, "reward": labels}
     parts = {"policy": trained, "optimizer": optimizer}
     if moves(knobs):
         supply = batches.Moving(supply, policy, reference, knobs, len(plan))
@@ -175,7 +182,7 @@ def main(knobs):
             batch = supply.at(step, planned)
         with autocast:  # anew: it would use again what it cast for sampling, without a gradient
             loss, stats = batch_loss(policy, reference, batch, method, knobs)
-        if step == 0 and base:
+        if step == 0 and base and not knobs.reference:
             run.say(step_0_check(method, knobs, loss.item(), stats))
         trained.backward(loss)
         nonfinite = partial(run.nonfinite, step, batch.rows.tokens)
@@ -208,11 +215,11 @@ def find_reward(knobs, feedback):
     return beside, summary
 
 
-def copies(policy, method, knobs, device):
-    """With the policy on its device, copies of it: the base, if the loss has a reference; and that
-    reference, which is the base itself unless rounds move it."""
+def copies(policy, tokenizer, method, knobs, device):
+    """With the policy on its device, the base, if the loss has a reference: a copy, or --reference;
+    and that reference, which is the base itself unless rounds move it."""
     policy.to(device)
-    base = copy.deepcopy(policy) if method.has_reference else None
+    base = batches.base_of(knobs, policy, tokenizer) if method.has_reference else None
     reference = copy.deepcopy(base) if moves(knobs) else base
     prepare(knobs, policy, base, reference)
     return base, reference
@@ -283,43 +290,6 @@ def statistics(batch, logps, chosen, rejected, method, knobs):
         "logps/chosen": logps[chosen].mean(),
         "logps/rejected": logps[rejected].mean(),
     }
-
-
-def implicit_rewards(logps, ref_logps, lengths, method):
-    """Multiples of beta: h of each response, or a token of it; without a reference its log-prob."""
-    rewards = logps if ref_logps is None else logps - ref_logps
-    return rewards / lengths if method.per_token else rewards
-
-
-def step_0_check(method, knobs, loss, stats):
-    """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any
-    pair is log 2."""
-    margin = stats["rewards/margins"].item()
-    right = not abs(margin) >= 1e-4  # nan: no pair
-    known = not method.options and len(method.terms) == 1
-    expected = loss_at_start(method.kind, knobs.beta) if known else None
-    known = "no known value"
-    if expected:
-        right = right and abs(loss - expected) < 1e-4 * max(1, expected)
-        known = f"expected {expected:.6f}"
-    said = f"step-0 check: loss {loss:.6f} ({known}), reward margin {margin:.6f}: "
-    return said + ("as they should be" if right else "NOT as they should be")
-
-
-def implicit_accuracy(policy, base, items, rows, method, autocast, knobs):
-    """How often the policy's implicit reward orders test pairs as people do; nothing where no two
-    responses can be compared."""
-    if not items.can_compare(across=False):
-        return {}
-    pairs, _ = items.comparisons(20_000, seed=1, across=False)
-    with autocast:
-        logps = all_logps(policy, rows)
-    ref_logps = stored_logps(base, rows, autocast, knobs.dtype)
-    rewards = implicit_rewards(logps, ref_logps, rows.lengths(), method)
-    accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
-    orders = f"the policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs"
-    print(f"\n{orders} as people do")
-    return {"eval/implicit_accuracy": accuracy}
 
 
 if __name__ == "__main__":

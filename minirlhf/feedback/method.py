@@ -15,9 +15,9 @@ LOSSES = dpo.KINDS | THUMBS | LISTS | GAMES
 NAMES = (*LOSSES, *dpo.ALIASES)
 PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 SWITCHES = ("length_normalise",)  # options that are true or false, not numbers
-NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro")
+NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro", "rwr")
 BY_THEMSELVES = ("sppo", "tdpo1", "tdpo2", "d2o")  # these take more than the log-probs of pairs
-SOFT = ("sigmoid", "sppo")  # what takes shares of raters for labels
+SOFT = ("sigmoid", "sppo", "xpo")  # what takes shares of raters for labels
 
 
 class Method(NamedTuple):
@@ -139,7 +139,7 @@ def check(knobs, method):
         f"--loss {kind} learns from the policy's own samples: add --online":
             kind in GAMES and not online,
         f"--loss {kind} takes stored responses: leave out --online":
-            kind in THUMBS | LISTS and online,
+            kind in THUMBS | LISTS and kind != "rwr" and online,
         f"--rounds {rounds}: loss {kind} has no reference to move":
             rounds > 1 and not method.has_reference,
         f"--ref-every {knobs.ref_every}: loss {kind} has no reference to move":
@@ -163,9 +163,11 @@ def check(knobs, method):
         f"in loss {kind}": set(kinds) <= set(NO_BETA) and "beta",
         f"in loss {kind}, whose labels are hard": not method.soft and "soft_labels",
         f"in loss {kind}, which has no ranked lists": kind not in LISTS and "group_size",
+        "where a list is what answers a prompt, --samples": online and "group_size",
+        f"in loss {kind}, which has no reference": not method.has_reference and "reference",
         f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples",
         "where nothing is sampled: offline": not many and "samples",
-        f"in loss {kind}, which has no mixture": kind not in GAMES and "mixture",
+        f"in loss {kind}, which has no mixture": kind != "nash_md" and "mixture",
         "where nothing is stored: --online has --steps": online and "epochs",
         "without --ref-every": not knobs.ref_every and "ref_mix",
         "without --online, where people have compared": not online and "labeler",
@@ -196,3 +198,18 @@ def loss_at_start(kind, beta):
     """The loss while policy = reference: one number, as long as no option changes it, or None."""
     of_beta = {"npo": 2 / beta * LOG2, "ipo": 0.25 / beta**2, "sppo_hard": 0.5 / beta**2}
     return (AT_START | of_beta).get(dpo.ALIASES.get(kind, kind))
+
+
+def step_0_check(method, knobs, loss, stats):
+    """Before any update, policy and reference are one: rewards are 0, and the sigmoid loss of any
+    pair is log 2."""
+    margin = stats["rewards/margins"].item()
+    right = not abs(margin) >= 1e-4  # nan: no pair
+    known = not method.options and len(method.terms) == 1
+    expected = loss_at_start(method.kind, knobs.beta) if known else None
+    known = "no known value"
+    if expected:
+        right = right and abs(loss - expected) < 1e-4 * max(1, expected)
+        known = f"expected {expected:.6f}"
+    said = f"step-0 check: loss {loss:.6f} ({known}), reward margin {margin:.6f}: "
+    return said + ("as they should be" if right else "NOT as they should be")
