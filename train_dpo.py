@@ -48,21 +48,19 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
 from minirlhf.data import stored_logps, total
-from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import knob
-from minirlhf.engine.files import figures_beside, figures_of
+from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
-from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
-from minirlhf.feedback import kinds, preferring
+from minirlhf.feedback import kinds, labelers, preferring
 from minirlhf.feedback.checks import check_dpo
 from minirlhf.feedback.method import method_of, moves, step_0_check
 from minirlhf.look.accuracy import implicit_accuracy, implicit_rewards
@@ -146,7 +144,7 @@ def main(knobs):
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
     source = sft.base_model(knobs, feedback)
-    reward, reward_summary = find_reward(knobs, feedback)
+    reward, reward_summary = labelers.reward_beside(knobs, feedback, train_rm)
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source)
     base, reference = copies(policy, tokenizer, method, knobs, device)
@@ -196,23 +194,6 @@ def main(knobs):
         before, after = before or ask(base), ask(policy)
         more = implicit_accuracy(policy, base, test, test_rows, method, autocast, knobs)
         return compare(run, before, after, figures_beside(source) | reward_summary, more)
-
-
-def find_reward(knobs, feedback):
-    """(what scores samples, the summary of its training): --reward, or the reward model beside
-    --out, which --online cannot do without, unless a --labeler compares."""
-    beside = Path(knobs.out).parent / "rm"
-    expect_place(knobs.out, [beside])
-    if knobs.reward:
-        stages.note_other_data(knobs.reward, knobs, feedback)
-        return knobs.reward, figures_of(knobs.reward)
-    if knobs.online and not knobs.labeler:
-        own = train_rm.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
-        return stages.stage_before("reward model", train_rm.main, own, feedback)
-    summary = figures_of(beside)
-    if not feedback.trained(summary, knobs.data):
-        return None, {}
-    return beside, summary
 
 
 def copies(policy, tokenizer, method, knobs, device):

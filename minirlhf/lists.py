@@ -72,8 +72,10 @@ def rwr_loss(logps, lengths, rewards, mask=None, *, temperature=1.0):
     if mask is None:
         mask = torch.ones_like(rewards).bool()
     scores = rewards.to(logps) / temperature
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
-    return -(weights * logps.masked_fill(~mask, 0)).sum(1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(1)
+    losses = -logps.masked_fill(~mask, 0)
+    return (weights * losses).sum(1)
 
 
 def lipo_loss(policy_logps, ref_logps, rewards, mask=None, *, beta=0.1):
@@ -137,12 +139,19 @@ def xpo_loss(policy_logps, ref_logps, win, *, beta=0.1, alpha=1e-3):
     """
     h = policy_logps - ref_logps
     margin = beta * (h[:, 0] - h[:, 1])
-    dpo = -win * logsigmoid(margin) - (1 - win) * logsigmoid(-margin)
-    return dpo + alpha * policy_logps[:, 1]
+    first = win * logsigmoid(margin)
+    second = (1 - win) * logsigmoid(-margin)
+    optimism = alpha * policy_logps[:, 1]
+    return optimism - first - second
 
 
 THUMBS = {"kto": kto_loss, "una": una_loss}
-LISTS = {"rrhf": rrhf_loss, "pro": pro_loss, "rwr": rwr_loss, "lipo": lipo_loss}
+LISTS = {
+    "rrhf": rrhf_loss,
+    "pro": pro_loss,
+    "rwr": rwr_loss,
+    "lipo": lipo_loss,
+}
 GAMES = {"nash_md": nash_md_loss, "xpo": xpo_loss}
 OPTIONS = {  # that a command line may set, besides beta
     "kto": ("desirable_weight", "undesirable_weight"),
