@@ -36,7 +36,7 @@ FIRST = (f"{LABEL} JUDGE --out OUT/said/1.jsonl && {RM} --data OUT/said --out OU
 OWN = "minirlhf.online.best_of OUT/ppo --n 2 --prompts 800 --out OUT/own.jsonl"
 LABEL_OWN = "minirlhf.feedback.label OUT/own.jsonl --out OUT/said/2.jsonl --labeler JUDGE"
 COMMANDS = {
-    **{kind: f"{DPO} {kind}" for kind in (*KINDS, "kto", "una", "rrhf", "pro", "lipo")},
+    **{kind: f"{DPO} {kind}" for kind in (*KINDS, "kto", "una", "rrhf", "pro", "rwr", "lipo")},
     "dpo": f"{DPO} sigmoid",
     "cdpo": f"{DPO} sigmoid --label-smoothing 0.1 --no-soft-labels",
     "exo_pair": f"{DPO} exo_pair --label-smoothing 0.001",
@@ -102,6 +102,7 @@ def outcome(toy, tmp_path_factory):
             command = re.sub(rf"\b{name}\b", str(value), command)
         *before, last = command.split("&&")
         asked = []  # of the judge, when the first policy was begun
+        (folder / "said").mkdir()
         for stage in before:
             if stage.strip().startswith(POLICIES):
                 asked.append(len(server.seen))
