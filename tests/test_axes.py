@@ -74,7 +74,7 @@ COMMANDS = {
 }
 # Other losses of the same row run by default; what these differ in, tests/test_dpo.py holds.
 SLOW = "cdpo robust hinge sigmoid_norm exo_pair nca_pair bco_pair apo_zero aot_unpaired r_dpo slic "
-SLOW += "rlaif"  # cai is the same, and more
+SLOW += "rlaif iterated_rlhf"  # cai is the same as rlaif, and more
 POLICIES = ("train_ppo", "train_dpo")
 
 
