@@ -30,10 +30,10 @@ Losses without a reference load none: such a run reports no KL, and its implicit
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the
 policy as it is then to each; a labeler says how often each response is preferred to the others, and
 the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset et al.
-2024). With --select only some pairs are asked, those that its method would learn most from, and
-they are what is learnt from. Nash-MD sets each response against one of a mixture with the
-reference; d2o, online or not, the rejected responses against --samples answers of the policy's own,
-of which nothing is asked.
+2024). With --select only some pairs are asked, those that its method would learn most from. Nash-MD
+sets each response against one of a mixture with the reference, xpo against one of the reference;
+d2o, online or not, the rejected responses against --samples answers of the policy's own, of which
+nothing is asked. After an offline run, --init runs/dpo --reference runs/sft goes on.
 
 Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the
 defaults four do not: npo, d2o and apo_down push down most of what they see until the policy leaves
@@ -49,28 +49,27 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
-from minirlhf.data import all_logps, stored_logps, total
-from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.data import stored_logps, total
+from minirlhf.engine import cli, machine, optim, parallel
 from minirlhf.engine.cli import knob
-from minirlhf.engine.files import figures_beside, figures_of
+from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
-from minirlhf.engine.place import expect_place
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, endless
-from minirlhf.feedback import kinds, preferring
+from minirlhf.feedback import kinds, labelers, preferring
 from minirlhf.feedback.checks import check_dpo
 from minirlhf.feedback.method import method_of, moves, step_0_check
+from minirlhf.look.accuracy import implicit_accuracy, implicit_rewards
 from minirlhf.look.answers import answers, compare
 from minirlhf.online import batches
 from minirlhf.online.losses import OTHER_LOSSES
 from minirlhf.online.select import METHODS
-from minirlhf.reward import pair_accuracy, share_positive
+from minirlhf.reward import share_positive
 from minirlhf.tokenizer import load_base
 
 
@@ -81,6 +80,9 @@ class Knobs(cli.RunKnobs):
     )
     init: str = knob(
         "", "base model: run, directory or hub name (default: sft beside --out)", free=True
+    )
+    reference: str = knob(
+        "", "base that log-ratios and KL are to, where --init is tuned (default: --init)", free=True
     )
     reward: str = knob(
         "", "reward or preference model that labels online samples and scores those before and "
@@ -97,11 +99,11 @@ class Knobs(cli.RunKnobs):
     )
     loss: str = knob(
         "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + ", or a sum, as sigmoid+0.2*sft; thumbs: "
-        "kto, una; ranked lists: rrhf, pro, lipo; online: nash_md",
+        "kto, una; ranked lists: rrhf, pro, lipo, rwr; online: rwr, nash_md, xpo",
     )  # fmt: skip
     loss_options: str = knob("", "of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(
-        0.1, "price of a nat of KL from the base; orpo, slic, rrhf, pro have none", least=1e-6
+        0.1, "price of a nat of KL from the base; orpo, slic, rrhf, pro, rwr have none", least=1e-6
     )
     label_smoothing: float = knob(
         0.0, "probability that a label is swapped, for losses that have it", most=1
@@ -113,7 +115,9 @@ class Knobs(cli.RunKnobs):
         4, "rated responses to a ranked list; of a file, a record is a list", least=2
     )
     online: bool = knob(False, "compare the policy's own samples, not stored responses")
-    samples: int = knob(2, "own samples to a prompt, online (nash_md: one) and for d2o", least=2)
+    samples: int = knob(
+        2, "own samples to a prompt, online (nash_md, xpo: one) and for d2o", least=2
+    )
     select: str = knob("", "which pairs of own samples are asked; default: all", ("", *METHODS))
     budget: int = knob(0, "--select: pairs a step, of all prompts; 0: one a prompt on average")
     mixture: float = knob(
@@ -144,10 +148,10 @@ def main(knobs):
 
     # Models: the base, made now if it is missing, and its copies; what labels and scores samples
     source = sft.base_model(knobs, feedback)
-    reward, reward_summary = find_reward(knobs, feedback)
+    reward, reward_summary = labelers.reward_beside(knobs, feedback, train_rm)
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source)
-    base, reference = copies(policy, method, knobs, device)
+    base, reference = copies(policy, tokenizer, method, knobs, device)
     scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
     optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
@@ -164,7 +168,7 @@ def main(knobs):
         plan = kinds.plan(train, method.kind, knobs, rng)
         supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
-    given = {"data": supply.texts, "base model": source, "reward": labels}
+    given = {"data": supply.texts, "base model": knobs.reference or source, "reward": labels}
     if moves(knobs):
         supply = batches.Moving(supply, policy, reference, knobs, len(plan))
     parts = {"policy": trained, "optimizer": optimizer} | supply.parts
@@ -180,7 +184,7 @@ def main(knobs):
             batch = supply.at(step, planned)
         with autocast:  # anew: it would use again what it cast for sampling, without a gradient
             loss, stats = batch_loss(policy, reference, batch, method, knobs)
-        if step == 0 and base:
+        if step == 0 and base and not knobs.reference:
             run.say(step_0_check(method, knobs, loss.item(), stats))
         trained.backward(loss)
         nonfinite = partial(run.nonfinite, step, batch.rows.tokens)
@@ -196,28 +200,11 @@ def main(knobs):
         return compare(run, before, after, figures_beside(source) | reward_summary, more)
 
 
-def find_reward(knobs, feedback):
-    """(what scores samples, the summary of its training): --reward, or the reward model beside
-    --out, which --online cannot do without, unless a --labeler compares."""
-    beside = Path(knobs.out).parent / "rm"
-    expect_place(knobs.out, [beside])
-    if knobs.reward:
-        stages.note_other_data(knobs.reward, knobs, feedback)
-        return knobs.reward, figures_of(knobs.reward)
-    if knobs.online and not knobs.labeler:
-        own = train_rm.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
-        return stages.stage_before("reward model", train_rm.main, own, feedback)
-    summary = figures_of(beside)
-    if not feedback.trained(summary, knobs.data):
-        return None, {}
-    return beside, summary
-
-
-def copies(policy, method, knobs, device):
-    """With the policy on its device, copies of it: the base, if the loss has a reference; and that
-    reference, which is the base itself unless rounds move it."""
+def copies(policy, tokenizer, method, knobs, device):
+    """With the policy on its device, the base, if the loss has a reference: a copy, or --reference;
+    and that reference, which is the base itself unless rounds move it."""
     policy.to(device)
-    base = copy.deepcopy(policy) if method.has_reference else None
+    base = batches.base_of(knobs, policy, tokenizer) if method.has_reference else None
     reference = copy.deepcopy(base) if moves(knobs) else base
     prepare(knobs, policy, base, reference)
     return base, reference
@@ -288,28 +275,6 @@ def statistics(batch, logps, chosen, rejected, method, knobs):
         "logps/chosen": logps[chosen].mean(),
         "logps/rejected": logps[rejected].mean(),
     }
-
-
-def implicit_rewards(logps, ref_logps, lengths, method):
-    """Multiples of beta: h of each response, or a token of it; without a reference its log-prob."""
-    rewards = logps if ref_logps is None else logps - ref_logps
-    return rewards / lengths if method.per_token else rewards
-
-
-def implicit_accuracy(policy, base, items, rows, method, autocast, knobs):
-    """How often the policy's implicit reward orders test pairs as people do; nothing where no two
-    responses can be compared."""
-    if not items.can_compare(across=False):
-        return {}
-    pairs, _ = items.comparisons(20_000, seed=1, across=False)
-    with autocast:
-        logps = all_logps(policy, rows)
-    ref_logps = stored_logps(base, rows, autocast, knobs.dtype)
-    rewards = implicit_rewards(logps, ref_logps, rows.lengths(), method)
-    accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
-    orders = f"the policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs"
-    print(f"\n{orders} as people do")
-    return {"eval/implicit_accuracy": accuracy}
 
 
 if __name__ == "__main__":

@@ -260,14 +260,17 @@ COLUMNS = "RM1 RM2 RM3 RM4 F RL1 RL2 O"
 ROWS = {
     " ".join(["dpo", "cdpo", *KINDS, "kto", "una", "lipo"]):
         "implicit point response positive human reference off offline",
-    "simpo orpo cpo slic sft rrhf pro": "implicit point response positive human free off offline",
+    "simpo orpo cpo slic sft rrhf pro rwr":
+        "implicit point response positive human free off offline",
     "ipo sppo_hard": "implicit preference response positive human reference off offline",
     "tdpo tdpo1 tdpo2 dpo_as_q": "implicit point token positive human reference off offline",
     "npo d2o": "implicit point response negative human reference off offline",
     "ppo rloo grpo reinforce": "explicit point response positive human reference on offline",
-    "iterative_dpo oaif": "implicit point response positive AI reference on online",
+    "iterative_dpo oaif xpo hybrid": "implicit point response positive AI reference on online",
     "sppo dno": "implicit preference response positive AI reference on online",
     "nash_md": "explicit preference response positive AI reference on online",
+    "best_of_n raft": "explicit point response positive human free on offline",
+    "iterated_rlhf": "explicit point response positive human reference on online",
     "rlaif cai": "explicit point response positive AI reference on offline",
     "direct_rlaif": "explicit point response positive AI reference on online",
 }  # fmt: skip

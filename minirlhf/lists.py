@@ -64,6 +64,20 @@ def pro_loss(logps, lengths, rewards, mask=None, *, lam=1.0):
     return losses.sum(1) - lam * best
 
 
+def rwr_loss(logps, lengths, rewards, mask=None, *, temperature=1.0):
+    """Reward-weighted regression (Peters and Schaal 2007; Peng et al. 2019), (B,): each response's
+    next-token loss by its share in softmax(rewards / temperature) of its list. Arguments as in
+    rrhf_loss; no reference, and lengths have no say: of samples of pi_ref it is, but for a
+    constant, KL(p || pi) with p = pi_ref exp(rewards / temperature) / Z."""
+    if mask is None:
+        mask = torch.ones_like(rewards).bool()
+    scores = rewards.to(logps) / temperature
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(1)
+    losses = -logps.masked_fill(~mask, 0)
+    return (weights * losses).sum(1)
+
+
 def lipo_loss(policy_logps, ref_logps, rewards, mask=None, *, beta=0.1):
     """LiPO-lambda (Liu et al. 2024): DPO on a list's pairs, weights from DCG after a swap: (B,).
 
@@ -117,10 +131,31 @@ def nash_md_loss(policy_logps, ref_logps, win, *, beta=0.1):
     return cost * policy_logps
 
 
+def xpo_loss(policy_logps, ref_logps, win, *, beta=0.1, alpha=1e-3):
+    """XPO (Xie et al. 2024, algorithm 1): (n,), of log-probs (n, 2): pi's sample, pi_ref's sample.
+
+    DPO with win (n,), P(the first is preferred), plus alpha log pi of the second: what the
+    reference writes gets less likely, as if what it seldom writes were good until it is tried.
+    """
+    h = policy_logps - ref_logps
+    margin = beta * (h[:, 0] - h[:, 1])
+    first = win * logsigmoid(margin)
+    second = (1 - win) * logsigmoid(-margin)
+    optimism = alpha * policy_logps[:, 1]
+    return optimism - first - second
+
+
 THUMBS = {"kto": kto_loss, "una": una_loss}
-LISTS = {"rrhf": rrhf_loss, "pro": pro_loss, "lipo": lipo_loss}
-GAMES = {"nash_md": nash_md_loss}
+LISTS = {
+    "rrhf": rrhf_loss,
+    "pro": pro_loss,
+    "rwr": rwr_loss,
+    "lipo": lipo_loss,
+}
+GAMES = {"nash_md": nash_md_loss, "xpo": xpo_loss}
 OPTIONS = {  # that a command line may set, besides beta
     "kto": ("desirable_weight", "undesirable_weight"),
     "pro": ("lam",),
+    "rwr": ("temperature",),
+    "xpo": ("alpha",),
 }

@@ -26,8 +26,17 @@ RM = ("train_rm.py --data OUT/labels.jsonl --out OUT/rm --init SFT --epochs 4 --
       "--embedding-lr 1 --delete 0 --dropout 0")  # fmt: skip
 MEND = "minirlhf.feedback.constitution toy --limit 150 --out OUT/mended.jsonl --judge"
 SFT = "minirlhf.sft --data OUT/mended.jsonl --init SFT --epochs 1 --lr 3e-4 --out OUT/sft"
+# A policy by offline DPO; the best answers of the base model; two rounds of labels
+GIVEN = "--data toy --init SFT --response-length 8"
+OFFLINE = f"{GIVEN} --reward true --eval-samples 8 --out OUT/dpo"
+BEST = "minirlhf.online.best_of SFT --reward true --n 8 --out OUT/best.jsonl"
+RAFT = "minirlhf.sft --data OUT/best.jsonl --init SFT --epochs 2 --lr 1e-3"
+FIRST = (f"{LABEL} JUDGE --out OUT/said/1.jsonl && {RM} --data OUT/said --out OUT/rm1 && "
+         f"{PPO} gae {GIVEN} --reward OUT/rm1 --eval-samples 8 --out OUT/ppo")  # fmt: skip
+OWN = "minirlhf.online.best_of OUT/ppo --n 2 --prompts 800 --out OUT/own.jsonl"
+LABEL_OWN = "minirlhf.feedback.label OUT/own.jsonl --out OUT/said/2.jsonl --labeler JUDGE"
 COMMANDS = {
-    **{kind: f"{DPO} {kind}" for kind in (*KINDS, "kto", "una", "rrhf", "pro", "lipo")},
+    **{kind: f"{DPO} {kind}" for kind in (*KINDS, "kto", "una", "rrhf", "pro", "rwr", "lipo")},
     "dpo": f"{DPO} sigmoid",
     "cdpo": f"{DPO} sigmoid --label-smoothing 0.1 --no-soft-labels",
     "exo_pair": f"{DPO} exo_pair --label-smoothing 0.001",
@@ -47,6 +56,12 @@ COMMANDS = {
     "iterative_dpo": f"{ONLINE} sigmoid --rounds 3",
     "dno": f"{ONLINE} sigmoid --rounds 3 --samples 4",
     "nash_md": f"{ONLINE} nash_md",
+    "xpo": f"{ONLINE} xpo",
+    "hybrid": f"{DPO} sigmoid {OFFLINE} && {ONLINE} sigmoid --init OUT/dpo --reference SFT",
+    "best_of_n": BEST,
+    "raft": f"{BEST} && {RAFT}",
+    "iterated_rlhf": f"{FIRST} && {OWN} && {LABEL_OWN} && {RM} --data OUT/said && "
+    f"{PPO} gae --reward OUT/rm",
     "ppo": f"{PPO} gae",
     "rloo": f"{PPO} rloo --group-size 4",
     "grpo": f"{PPO} grpo --group-size 4",
@@ -59,7 +74,8 @@ COMMANDS = {
 }
 # Other losses of the same row run by default; what these differ in, tests/test_dpo.py holds.
 SLOW = "cdpo robust hinge sigmoid_norm exo_pair nca_pair bco_pair apo_zero aot_unpaired r_dpo slic "
-SLOW += "rlaif"  # cai is the same, and more
+SLOW += "rlaif iterated_rlhf"  # cai is the same as rlaif, and more
+POLICIES = ("train_ppo", "train_dpo")
 
 
 def test_every_method_has_its_command():
@@ -68,8 +84,8 @@ def test_every_method_has_its_command():
 
 @pytest.fixture(scope="module")
 def outcome(toy, tmp_path_factory):
-    """command -> (summary, last metrics, whether labels were bought in the last of its stages, mean
-    true reward before, after); each is run once."""
+    """command -> (summary, whether labels were bought once a policy was in training, mean true
+    reward before, after); each is run once."""
     given = f"--data toy --init {toy / 'sft'} --reward {toy / 'rm'} --response-length 8"
     server = JudgeServer(judge_toy)
 
@@ -85,20 +101,27 @@ def outcome(toy, tmp_path_factory):
         for name, value in names.items():
             command = re.sub(rf"\b{name}\b", str(value), command)
         *before, last = command.split("&&")
+        asked = []  # of the judge, when the first policy was begun
+        (folder / "said").mkdir()
         for stage in before:
+            if stage.strip().startswith(POLICIES):
+                asked.append(len(server.seen))
             run(stage)
         script, flags = last.strip().split(" ", 1)
-        out, asked = folder / "out", len(server.seen)
-        summary = run(f"{script} {given} --eval-samples 96 {flags} --out {out}")
-        metrics = read_lines(out / "metrics.jsonl")[-1]
-        bought = "online/labels" in metrics or len(server.seen) > asked
-        answered = read_lines(out / "samples.jsonl")
-        prompts = [row["prompt"] for row in answered]
-        rewards = []
-        for when in ("before", "after"):
-            worth = data.toy_reward(prompts, [row[when] for row in answered])
-            rewards.append(sum(worth) / len(worth))
-        return summary, bought, *rewards
+        asked.append(len(server.seen))
+        out = folder / "out"
+        if script.startswith(POLICIES):
+            summary = run(f"{script} {given} --eval-samples 96 {flags} --out {out}")
+            first = second = read_lines(out / "samples.jsonl")
+            bought = "online/labels" in read_lines(out / "metrics.jsonl")[-1]
+        else:  # the base model's answers, and the best of them or of who has learnt these
+            summary = run(last if script.endswith("best_of") else f"{last} --out {out}")
+            first = read_lines(toy / "sft" / "samples.jsonl")
+            learnt = out / "samples.jsonl"
+            second = read_lines(learnt if learnt.exists() else folder / "best.jsonl")
+            bought = False
+        bought = bought or len(server.seen) > asked[0]
+        return summary, bought, worth(first, "before"), worth(second, "after")
 
     with server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "plot", lambda *_: None)
@@ -126,6 +149,12 @@ def judge_toy(talk):
     score = 5.5 + 4.5 * worth / 4
     low, up = math.floor(score), score - math.floor(score)
     return completion(str(low), tokens(**{str(low): 1 - up + 1e-9, str(low + 1): up + 1e-9}))
+
+
+def worth(rows, when):
+    """The mean true reward of a run's samples, before or after where it says so."""
+    found = data.toy_reward(rows, [row.get(when, row.get("response")) for row in rows])
+    return sum(found) / len(found)
 
 
 def read_lines(path):

@@ -27,6 +27,7 @@ from minirlhf.engine.rows import Rows
 from minirlhf.feedback import kinds
 from minirlhf.feedback.kinds import Batch, Compared
 from minirlhf.feedback.method import method_of
+from minirlhf.look import accuracy
 from minirlhf.look.accuracy import accuracy_figures
 from minirlhf.look.ridge import ridge_scores
 from minirlhf.tokenizer import Tokenizer
@@ -602,8 +603,8 @@ def test_accuracy_of_a_policy(name, scorer, expected, soft, monkeypatch):
     rows = Rows(tokens, np.ones(len(items), dtype=int), 9, torch.device("cpu"))
     knobs = train_dpo.Knobs(soft_labels=soft)
     method = method_of(knobs)
-    monkeypatch.setattr(train_dpo, "all_logps", lambda policy, rows: scores - 4)
-    monkeypatch.setattr(train_dpo, "stored_logps", lambda *_: torch.full_like(scores, -4))
+    monkeypatch.setattr(accuracy, "all_logps", lambda policy, rows: scores - 4)
+    monkeypatch.setattr(accuracy, "stored_logps", lambda *_: torch.full_like(scores, -4))
     found = train_dpo.implicit_accuracy(None, None, items, rows, method, OFF, knobs)
     assert found == {"eval/implicit_accuracy": expected}
     monkeypatch.setattr(train_dpo, "total", lambda policy: policy)

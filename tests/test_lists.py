@@ -38,7 +38,7 @@ def f64(*arrays):
 
 def test_options_are_the_numbers_of_the_functions():
     losses = lists.THUMBS | lists.LISTS | lists.GAMES
-    assert losses.keys() == {"kto", "una", "rrhf", "pro", "lipo", "nash_md"}
+    assert losses.keys() == {"kto", "una", "rrhf", "pro", "rwr", "lipo", "nash_md", "xpo"}
     for kind, loss in losses.items():
         parameters = inspect.signature(loss).parameters.values()
         numbers = [p.name for p in parameters if type(p.default) is float and p.name != "beta"]

@@ -153,6 +153,7 @@ NOT_IN_WEIGHTS = {
         "group_size",
         "online",
         "labeler",  # tests/test_judges.py
+        "reference",  # tests/test_whole.py
         "ref_mix",  # tests/test_train_dpo.py
         "samples",
         "select",  # tests/test_select.py

@@ -397,7 +397,7 @@ def test_losses_without_a_reference_load_none(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_dpo, "prepare", prepare)
     free = [kind for kind in LOSSES if dpo.AXES[kind]["RL1"] == "free"]
-    assert {"simpo", "orpo", "cpo", "slic", "sft", "rrhf", "pro"} == set(free)
+    assert {"simpo", "orpo", "cpo", "slic", "sft", "rrhf", "pro", "rwr"} == set(free)
     for loss in [*free, "sigmoid"]:
         models.clear()
         summary, _, _ = run(toy, tmp_path, loss=loss, steps=1)

@@ -72,7 +72,8 @@ def plan(items, kind, knobs, rng):
     if kind in THUMBS:
         epoch = partial(thumbs_epoch, *thumbs(items), knobs.batch_size, rng)
     elif kind in LISTS:
-        epoch = partial(lists_epoch, items, knobs.batch_size, knobs.group_size, rng)
+        sizes = knobs.batch_size, knobs.group_size
+        epoch = partial(lists_epoch, items, *sizes, rng, by_rank=kind != "rwr")
     else:
         epoch = partial(pairs_epoch, items, knobs.batch_size, rng)
     batches = []
@@ -138,9 +139,9 @@ def thumbs_epoch(index, scores, batch_size, rng):
         yield Thumbs(index[part], scores[part])
 
 
-def lists_epoch(items, batch_size, group_size, rng):
+def lists_epoch(items, batch_size, group_size, rng, by_rank=True):
     """Yields Ranked: lists of about batch_size items in all."""
-    groups, rewards = ranked_groups(items, batch_size, group_size, rng)
+    groups, rewards = ranked_groups(items, batch_size, group_size, rng, by_rank)
     order = rng.permutation(len(groups))
     for part in data.fill([len(groups[i]) for i in order], batch_size):
         batch = order[part]
@@ -154,23 +155,26 @@ def lists_epoch(items, batch_size, group_size, rng):
         yield Ranked(index, places, worth, mask)
 
 
-def ranked_groups(items, batch_size, group_size, rng):
+def ranked_groups(items, batch_size, group_size, rng, by_rank=True):
     """(groups of indices, best first; the rewards of each).
 
     The rated answers to one prompt are a group, at most batch_size of them; those without a prompt
     come in random groups of about group_size. Rewards are the ranks of the mean ratings, equal for
-    equal ones; a given ranking has rewards K-1 .. 0.
+    equal ones, or else these means in their standard deviations over all; a given ranking has
+    rewards K-1 .. 0.
     """
     if items.ratings is None:
         return items.groups, [np.arange(len(group))[::-1] for group in items.groups]
     means, groups, rewards = items.means(), [], []
+    scale = means.std() or 1.0
     for context in items.contexts(across=False):
         size = max(2, batch_size) if items.prompts[context[0]] else group_size
         shuffled = np.array(context)[rng.permutation(len(context))]
         for group in np.array_split(shuffled, max(1, len(context) // size)):
             group = group[np.argsort(-means[group], kind="stable")]
             groups.append(group)
-            rewards.append(np.unique(means[group], return_inverse=True)[1])
+            ranks = np.unique(means[group], return_inverse=True)[1]
+            rewards.append(ranks if by_rank else means[group] / scale)
     return groups, rewards
 
 

@@ -14,8 +14,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import ppo
-from minirlhf.engine import vocabulary
+from minirlhf.engine import stages, vocabulary
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.files import figures_of
+from minirlhf.engine.place import expect_place
 from minirlhf.engine.rows import cut_left
 from minirlhf.engine.weights import local_directory, model_directory, read_config
 from minirlhf.feedback.preference_model import PreferenceModel
@@ -23,6 +25,23 @@ from minirlhf.gpt import RewardModel
 from minirlhf.tokenizer import fit_vocabulary, load_tokenizer
 
 # Labelers of train_dpo: (scorer, prefer)
+
+
+def reward_beside(knobs, feedback, stage):
+    """(what scores samples of train_dpo, the summary of its training): --reward, or the run of the
+    stage rm beside --out, which --online cannot do without, unless a --labeler compares."""
+    beside = Path(knobs.out).parent / "rm"
+    expect_place(knobs.out, [beside])
+    if knobs.reward:
+        stages.note_other_data(knobs.reward, knobs, feedback)
+        return knobs.reward, figures_of(knobs.reward)
+    if knobs.online and not knobs.labeler:
+        own = stage.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
+        return stages.stage_before("reward model", stage.main, own, feedback)
+    summary = figures_of(beside)
+    if not feedback.trained(summary, knobs.data):
+        return None, {}
+    return beside, summary
 
 
 def load_labeler(source, feedback, tokenizer, base):

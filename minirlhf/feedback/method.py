@@ -15,9 +15,9 @@ LOSSES = dpo.KINDS | THUMBS | LISTS | GAMES
 NAMES = (*LOSSES, *dpo.ALIASES)
 PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compare is per token
 SWITCHES = ("length_normalise",)  # options that are true or false, not numbers
-NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro")
+NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro", "rwr")
 BY_THEMSELVES = ("sppo", "tdpo1", "tdpo2", "d2o")  # these take more than the log-probs of pairs
-SOFT = ("sigmoid", "sppo")  # what takes shares of raters for labels
+SOFT = ("sigmoid", "sppo", "xpo")  # what takes shares of raters for labels
 
 
 class Method(NamedTuple):
@@ -140,7 +140,7 @@ def check(knobs, method):
         f"--loss {kind} learns from the policy's own samples: add --online":
             kind in GAMES and not online,
         f"--loss {kind} takes stored responses: leave out --online":
-            kind in THUMBS | LISTS and online,
+            kind in THUMBS | LISTS and kind != "rwr" and online,
         f"--rounds {rounds}: loss {kind} has no reference to move":
             rounds > 1 and not method.has_reference,
         f"--ref-every {knobs.ref_every}: loss {kind} has no reference to move":
@@ -168,9 +168,11 @@ def check(knobs, method):
         f"in loss {kind}": set(kinds) <= set(NO_BETA) and "beta",
         f"in loss {kind}, whose labels are hard": not method.soft and "soft_labels",
         f"in loss {kind}, which has no ranked lists": kind not in LISTS and "group_size",
+        "where a list is what answers a prompt, --samples": online and "group_size",
+        f"in loss {kind}, which has no reference": not method.has_reference and "reference",
         f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples select",
         "where nothing is sampled: offline": not many and "samples",
-        f"in loss {kind}, which has no mixture": kind not in GAMES and "mixture",
+        f"in loss {kind}, which has no mixture": kind != "nash_md" and "mixture",
         "where nothing is stored: --online has --steps": online and "epochs",
         "without --ref-every": not knobs.ref_every and "ref_mix",
         "without --online, where people have compared": not online and "labeler select",

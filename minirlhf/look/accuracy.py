@@ -2,9 +2,12 @@
 
 import math
 
+import torch
+
 from minirlhf import data
+from minirlhf.data import all_logps, stored_logps
 from minirlhf.look.ridge import ridge_scores
-from minirlhf.reward import share_positive
+from minirlhf.reward import pair_accuracy, share_positive
 
 EDGES = (0, 0.5, 1, 2, 3, math.inf)  # of the gaps between two mean ratings
 
@@ -61,3 +64,28 @@ def scored_texts(items, scores, n=64):
         known = {"score": score.item()} if scores.dim() == 1 else {}
         texts.append({"prompt": prompt, "response": response} | known)
     return texts[:n]
+
+
+# Of a policy
+
+
+def implicit_rewards(logps, ref_logps, lengths, method):
+    """Multiples of beta: h of each response, or a token of it; without a reference its log-prob."""
+    rewards = logps if ref_logps is None else logps - ref_logps
+    return rewards / lengths if method.per_token else rewards
+
+
+def implicit_accuracy(policy, base, items, rows, method, autocast, knobs):
+    """How often the policy's implicit reward orders test pairs as people do; nothing where no two
+    responses can be compared."""
+    if not items.can_compare(across=False):
+        return {}
+    pairs, _ = items.comparisons(20_000, seed=1, across=False)
+    with autocast:
+        logps = all_logps(policy, rows)
+    ref_logps = stored_logps(base, rows, autocast, knobs.dtype)
+    rewards = implicit_rewards(logps, ref_logps, rows.lengths(), method)
+    accuracy = pair_accuracy(rewards, torch.as_tensor(pairs, device=rows.device)).item()
+    orders = f"the policy's implicit reward orders {accuracy:.3f} of {len(pairs):,} test pairs"
+    print(f"\n{orders} as people do")
+    return {"eval/implicit_accuracy": accuracy}

@@ -118,8 +118,9 @@ def base_of(run, stage, knobs):
     run."""
     if not knobs or (stage == "sft" and not knobs["init"]):
         return None
-    if knobs.get("init"):
-        return str(from_its_place(knobs["init"], run, knobs))
+    named = knobs.get("reference") or knobs.get("init")
+    if named:
+        return str(from_its_place(named, run, knobs))
     return str(run.parent / "sft")
 
 

@@ -3,6 +3,7 @@
 Left out: thumbs and lists of own samples.
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -12,6 +13,22 @@ from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
 from minirlhf.online.asked import asked_batch, make_asked
 from minirlhf.online.samples import own_batch
+from minirlhf.tokenizer import load_base
+
+
+def base_of(knobs, policy, tokenizer):
+    """The model that log-ratios are to, on the policy's device: a copy of it, or --reference.
+    Raises UserError where that has another tokenizer or less context."""
+    if not knobs.reference:
+        return copy.deepcopy(policy)
+    base, own = load_base(knobs.reference, policy.wte.weight.device)
+    refuse({
+        f"--reference {knobs.reference}: its tokenizer is not that of the policy":
+            own.fingerprint() != tokenizer.fingerprint(),
+        f"--reference {knobs.reference}: a context of {base.config.n_ctx} tokens, the policy's has "
+        f"{policy.config.n_ctx}": base.config.n_ctx < policy.config.n_ctx,
+    })  # fmt: skip
+    return base
 
 
 class Stored:

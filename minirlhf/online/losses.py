@@ -1,5 +1,6 @@
-"""Losses of own samples, in the form of minirlhf/feedback/losses.py: sppo, d2o and Nash-MD."""
+"""Losses of own samples, in the form of minirlhf/feedback/losses.py: sppo, d2o, Nash-MD, XPO."""
 
+import numpy as np
 import torch
 
 from minirlhf import dpo
@@ -55,5 +56,17 @@ def nash_md(policy, reference, batch, logps, method, knobs):
     return losses, *good_before_bad(good)
 
 
+def xpo(policy, reference, batch, logps, method, knobs):
+    """Pairs of the policy's response and the reference's, in this order."""
+    win = batch.said.labels
+    if not knobs.soft_labels:
+        win = np.where(win == 0.5, win, win > 0.5)
+    win = torch.as_tensor(win, dtype=logps.dtype, device=logps.device)
+    both, ref_both = logps.view(-1, 2), batch.ref_logps.view(-1, 2)
+    losses = GAMES["xpo"](both, ref_both, win, beta=knobs.beta, **method.options)
+    chosen, rejected, _ = batch.said.preferred_first(soft=False)
+    return losses, chosen, rejected
+
+
 # What does not take pairs and their log-probs alone, stored responses' or own samples'
-OTHER_LOSSES = LOSSES | {"sppo": sppo, "d2o": d2o, "nash_md": nash_md}
+OTHER_LOSSES = LOSSES | {"sppo": sppo, "d2o": d2o, "nash_md": nash_md, "xpo": xpo}

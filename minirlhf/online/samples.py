@@ -14,7 +14,7 @@ from minirlhf.data import all_logps
 from minirlhf.engine import parallel
 from minirlhf.engine.decoding import row_noise
 from minirlhf.engine.rows import Rows, pad_rows, response_mask, rowwise, window
-from minirlhf.feedback.kinds import Batch, Compared
+from minirlhf.feedback.kinds import Batch, Compared, Ranked
 from minirlhf.kernels.decoding import draw
 from minirlhf.sampling import generate
 
@@ -24,14 +24,15 @@ def own_batch(policy, reference, prefer, tokenizer, kind, knobs, prompts):
     """The Batch of what the policy answers to n prompts, rows of ids.
 
     It writes --samples responses to each. One wins as often as it is preferred to the others; the
-    best and the worst make the pair. Nash-MD's one response is compared with one of the mixture,
-    which does not take part in the batch.
+    best and the worst make the pair, and rwr takes all as a list. Nash-MD's one response is
+    compared with one of the mixture, which does not take part in the batch, XPO's with one of the
+    reference, which does.
     """
     device = policy.wte.weight.device
     asked, lengths = pad_rows(prompts, tokenizer.pad, device)  # (n, Q), (n,)
     options = {"eos": tokenizer.eos, "pad": tokenizer.pad}
-    if kind == "nash_md":
-        sampled = one_each(policy, reference, knobs, asked, lengths, **options)
+    if kind in ("nash_md", "xpo"):
+        sampled = one_each(policy, reference, kind, knobs, asked, lengths, **options)
     else:
         sampled = several(policy, knobs.samples, knobs.response_length, asked, lengths, **options)
     tokens, response_lengths = sampled  # (n, K, Q+R), (n, K)
@@ -44,11 +45,16 @@ def own_batch(policy, reference, prefer, tokenizer, kind, knobs, prompts):
     kept = ranking[:, [0, -1]]  # (n, 2): best and worst
     if kind == "nash_md":
         kept = torch.zeros_like(ranking[:, :1])  # (n, 1): the policy's
+    elif kind in ("xpo", "rwr"):
+        kept = torch.arange(K, device=device).expand(n, K)  # all, in their order
     each = torch.arange(n, device=device)
     best, worst = kept[:, 0], kept[:, -1]
     labels = preferences[each, best, worst].cpu().numpy()
     places = np.arange(kept.numel()).reshape(kept.shape)
     said = Compared(places.flatten(), places[:, [0, -1]], labels)
+    if kind == "rwr":
+        worth = scores_of(preferences).cpu().numpy()
+        said = Ranked(places.flatten(), places, worth, np.ones((n, K), dtype=bool))
 
     across = each[:, None]
     kept_tokens = tokens[across, kept].flatten(0, 1)
@@ -69,13 +75,17 @@ def several(policy, K, response_length, prompts, prompt_lengths, **options):
     return tokens, own.response_lengths.view(-1, K)
 
 
-def one_each(policy, reference, knobs, prompts, prompt_lengths, **options):
-    """The policy's and the mixture's response: tokens (n, 2, Q+R), response lengths (n, 2)."""
+def one_each(policy, reference, kind, knobs, prompts, prompt_lengths, **options):
+    """The policy's response, and Nash-MD's mixture's or else the reference's: tokens (n, 2, Q+R),
+    response lengths (n, 2)."""
     R = knobs.response_length
     own = generate(policy, prompts, prompt_lengths, R, **options)
-    other, other_lengths = sample_mixture(
-        policy, reference, knobs.mixture, prompts, prompt_lengths, R, **options
-    )
+    if kind == "nash_md":
+        given = policy, reference, knobs.mixture, prompts, prompt_lengths, R
+        other, other_lengths = sample_mixture(*given, **options)
+    else:
+        rival = generate(reference, prompts, prompt_lengths, R, **options)
+        other, other_lengths = rival.tokens, rival.response_lengths
     tokens = torch.stack([own.tokens, other], 1)
     lengths = torch.stack([own.response_lengths, other_lengths], 1)
     return tokens, lengths
@@ -93,6 +103,14 @@ def win_rates(preferences):
     K = preferences.shape[1]
     itself = torch.eye(K, dtype=torch.bool, device=preferences.device)
     return preferences.masked_fill(itself, 0).sum(2) / (K - 1)
+
+
+def scores_of(preferences):
+    """Scores (n, K) by which Bradley and Terry have the preferences (n, K, K), up to a constant of
+    each prompt: the mean log-odds. A chance is taken for at least 1e-6 and for 1 less that."""
+    itself = torch.eye(preferences.shape[1], dtype=torch.bool, device=preferences.device)
+    log_odds = preferences.masked_fill(itself, 0.5).clamp(1e-6, 1 - 1e-6).logit()
+    return log_odds.mean(2)
 
 
 @torch.no_grad()
