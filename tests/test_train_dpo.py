@@ -23,6 +23,7 @@ from minirlhf.feedback.kinds import Batch, Compared, Ranked, Thumbs, thumbs
 from minirlhf.feedback.method import LOSSES, method_of
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import GPT, GPTConfig
+from minirlhf.look import accuracy
 from minirlhf.online import batches, samples
 from minirlhf.tokenizer import Tokenizer
 
@@ -453,7 +454,7 @@ def test_a_second_run_reads_the_cache(toy, tmp_path, cache, monkeypatch):
     first = run(toy, tmp_path / "a")
     assert len(list(cache.iterdir())) == 2  # training and test rows
     models, real = [], all_logps
-    for module in (data.logps, train_dpo):
+    for module in (data.logps, accuracy):
         counted = lambda model, rows: models.append(model) or real(model, rows)  # noqa: E731
         monkeypatch.setattr(module, "all_logps", counted)
     second = run(toy, tmp_path / "b")

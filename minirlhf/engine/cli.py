@@ -85,7 +85,8 @@ def as_kind(kind, value):
 
 def wrong_with(value, field):
     """What a knob's value is and what was expected; None where all is well."""
-    if field.type not in EXPECTED or (value is None and field.default is None):
+    checked = field.metadata and field.type in EXPECTED
+    if not checked or (value is None and field.default is None):
         return None
     if type(value) is not field.type:
         return f"{value!r}: expected {EXPECTED[field.type]}"

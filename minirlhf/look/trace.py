@@ -21,7 +21,7 @@ from minirlhf import ppo
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import pad_rows, response_mask, rowwise, window
 from minirlhf.feedback.preferring import find_function
-from minirlhf.feedback.scoring import make_scorer
+from minirlhf.feedback.scoring import charge_unended, make_scorer
 from minirlhf.gpt import RewardModel
 from minirlhf.look.policies import feedback_of, held_out, newest_state, prompt_rows, reward_beside
 from minirlhf.look.terminal import bytes_of, columns, escaped, number, padded, print_wrapped
@@ -80,7 +80,7 @@ def print_episode(policy, index, seed, reward, episodes):
 
 def knobs_of(policy):
     """The run's knobs, as train_ppo has them."""
-    knobs = {"fuse": 0, "missing_eos_score": None} | policy.knobs  # of runs before these knobs
+    knobs = BEFORE | policy.knobs
     if knobs["missing_eos_score"] is None:  # NaN is no JSON
         knobs["missing_eos_score"] = math.nan
     missing = [name for name in NEEDED if name not in knobs]
@@ -89,6 +89,10 @@ def knobs_of(policy):
     return SimpleNamespace(**knobs)
 
 
+BEFORE = {  # of runs that are older than these knobs
+    "fuse": 0, "missing_eos_score": None, "missing_eos_penalty": 0.0, "loss_mean": "token",
+    "skip_flat": False, "entropy_coef": 0.0,
+}  # fmt: skip
 NEEDED = (
     "advantage", "batch_size", "critic", "gamma", "group_size", "kl_coef", "kl_in", "kl_kind",
     "lam", "micro_batch", "response_length", "reward_level", "stop_at_eos", "temperature", "top_k",
@@ -147,9 +151,7 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
     tokens, p, r, _ = generate(policy, *prompts, R, top_k=knobs.top_k or None, **options)  # 1
     mask, row = response_mask(r, R), (tokens, p, r)
     scores, ended = rowwise(scorer, 0, *row)  # 2
-    if not math.isnan(knobs.missing_eos_score):
-        missing = torch.full_like(scores[:, 0], knobs.missing_eos_score)
-        scores = torch.where(ended[:, None], scores, ppo.on_last_token(missing, mask))
+    scores = charge_unended(scores, ended, mask, knobs)
     read = partial(response_logprobs, width=R, temperature=knobs.temperature)  # 3
     logprobs = rowwise(partial(read, policy), size, *row)
     ref_logprobs = rowwise(partial(read, reference), size, *row)
@@ -175,21 +177,33 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
 
 
 def loss_terms(episodes, row, kl_coef, knobs):
-    """What each token of a row adds to the loss, whose mean over all tokens is the loss: (r,)."""
-    terms = []
+    """What each token of a row adds to the loss, whose mean over all tokens is the loss, without
+    an entropy bonus: (r,)."""
+    terms, weight = [], loss_weights(episodes, knobs)[row]
     for t in range(int(episodes.response_lengths[row])):
         here = slice(row, row + 1), slice(t, t + 1)
         logprobs = episodes.logprobs[here]
         mask = torch.ones_like(logprobs)
-        loss, _ = ppo.policy_loss(logprobs, logprobs, episodes.advantages[here], mask)
+        advantages = episodes.advantages[here]
+        loss, _ = ppo.policy_loss(logprobs, logprobs, advantages, mask, weights=weight)
         if knobs.kl_in == "loss":
             ref_logprobs = episodes.ref_logprobs[here]
-            loss = loss + kl_coef * ppo.kl_loss(logprobs, ref_logprobs, mask, knobs.kl_kind)
+            kl = ppo.kl_loss(logprobs, ref_logprobs, mask, knobs.kl_kind, weight)
+            loss = loss + kl_coef * kl
         if episodes.values is not None:
             values, returns = episodes.values[here], episodes.returns[here]
             loss = loss + knobs.vf_coef * ppo.value_loss(values, values, returns, mask)[0]
         terms.append(loss)
     return torch.stack(terms)
+
+
+def loss_weights(episodes, knobs):
+    """What a token of each response counts, (B, 1), were the rollout one minibatch."""
+    group_size = 1 if knobs.advantage == "gae" else knobs.group_size
+    flat = ppo.flat_responses(episodes.scores.sum(1), group_size)
+    counts = (~(flat & knobs.skip_flat)).float()
+    width = knobs.response_length
+    return ppo.token_weights(episodes.response_lengths, width, knobs.loss_mean, counts)
 
 
 # On paper
@@ -205,6 +219,9 @@ def print_facts(policy, knobs, episodes, facts):
     scale = ", scaled to variance 1 over the rollout" if knobs.whiten_rewards else ""
     loss = "-advantage"
     loss += " + KL price" if knobs.kl_in == "loss" else ""
+    mean = knobs.loss_mean
+    loss = f"({loss}) x what a token counts in a mean by {mean}" if mean != "token" else loss
+    loss += f" - {knobs.entropy_coef:g} entropy, not shown" if knobs.entropy_coef else ""
     loss += f" + {knobs.vf_coef:g} (value - return)^2 / 2" if episodes.values is not None else ""
     n = len(episodes.tokens)
     lines = {
