@@ -239,10 +239,8 @@ def batch_loss(policy, reference, batch, method, knobs):
     stats = statistics(batch, logps, chosen[sure], rejected[sure], method, knobs)
     if not len(chosen):  # nothing but ties
         return (0 * logps).mean(), stats
-    smoothing = knobs.label_smoothing
     if soft:
         doubt = torch.as_tensor(doubt, device=logps.device)
-        smoothing = doubt + smoothing * (1 - 2 * doubt)
     ref_chosen = ref_rejected = None
     if method.has_reference:
         ref_chosen, ref_rejected = batch.ref_logps[chosen], batch.ref_logps[rejected]
@@ -257,7 +255,7 @@ def batch_loss(policy, reference, batch, method, knobs):
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
     )
-    losses = method.losses(of_pairs, smoothing)
+    losses = method.losses(of_pairs, knobs.label_smoothing, doubt if soft else None)
     return losses.mean(), stats
 
 

@@ -2,16 +2,18 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_switches import PLAIN, Stage, response, scores, train
+from test_switches import CPU, PLAIN, Stage, response, scores, train
 
 import train_ppo
 from minirlhf import ppo
 from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError
+from minirlhf.engine.rows import mean_step
 from minirlhf.feedback.checks import check_ppo
 
 GRPO = dict(advantage="grpo", group_size=4, kl_coef=0.0)
@@ -199,6 +201,20 @@ def test_the_critic_can_be_ahead(toy):
     assert all(w.any() for name, w in found.items() if name == "1.score.weight")
     plain, _ = Stage(toy).update(episodes)
     assert all(torch.equal(w, plain[n]) for n, w in found.items() if n.startswith("1."))
+
+
+def test_a_policy_that_waits_has_no_steps_behind_it(toy):
+    """Adam's first step after the warm-up is as large as a first step is."""
+    stage = Stage(toy, critic_warmup=1)
+    episodes, _ = stage.rollout()
+    optimizer = torch.optim.Adam(stage.models().parameters(), lr=1e-3)
+    step = partial(mean_step, stage.models(), optimizer, stage.knobs, CPU, None)
+    args = stage.policy, stage.critic, episodes, step, stage.knobs, stage.knobs.kl_coef
+    train_ppo.update(*args, 0)
+    assert not any(p in optimizer.state for p in stage.policy.parameters())
+    assert all(p in optimizer.state for p in stage.critic.parameters() if p.requires_grad)
+    train_ppo.update(*args, 1)
+    assert all(p in optimizer.state for p in stage.policy.parameters())
 
 
 @pytest.mark.parametrize("limit, passes", [(0.0, 4), (1e-9, 2), (1e9, 4)])

@@ -179,7 +179,8 @@ def one(needs, tmp_path_factory):
 
 CASES = [("rm", False), ("dpo", True), ("ppo", True)]  # and PPO by DDP: test_torchrun_...
 LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("ppo", False)]
-LONGER += [("grpo", False), ("shared", True), ("online", False), ("nash_md", True)]
+LONGER += [("grpo", False), ("shared", True), ("online", False), ("online", True)]
+LONGER += [("nash_md", True)]
 LONGER += [("kto", True), ("token", False), ("select", True)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONGER]
 

@@ -613,3 +613,14 @@ def test_a_loss_that_is_not_finite(stage, needs, tmp_path, monkeypatch, capsys):
     assert summary["steps_skipped"] == 1 and "skipped, 1 so far" in capsys.readouterr().out
     weights = load_file(tmp_path / "skip" / "model" / "model.safetensors")
     assert all(np.isfinite(w).all() for w in weights.values())
+
+
+def test_a_run_from_before_a_knob_goes_on_where_it_has_its_default(tmp_path):
+    def state(**knobs):
+        return states.State(tmp_path, "rm", train_rm.Knobs(**knobs), {}, {})
+
+    facts = json.loads(json.dumps(state().origin))
+    del facts["knobs"]["share"]
+    state().expect_same("x", facts)
+    with pytest.raises(UserError, match="--share 1.0, this one has 0.5"):
+        state(share=0.5).expect_same("x", facts)

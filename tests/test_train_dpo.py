@@ -776,11 +776,50 @@ def test_a_sum_of_losses_gives_each_term_its_options():
     ]
 
 
+def test_ties_are_for_the_soft_terms_of_a_sum_alone():
+    """By hand: a tie's loss counts in sigmoid, and in no other term's mean."""
+    method = method_of(train_dpo.Knobs(loss="sigmoid+2*hinge", label_smoothing=0.1))
+    doubt, seen = torch.tensor([0.1, 0.5, 0.4]), {}
+
+    def of_pairs(kind, label_smoothing):
+        seen[kind] = label_smoothing
+        return torch.tensor([1.0, 2.0, 4.0]) * (1 if kind == "sigmoid" else 10)
+
+    found = method.losses(of_pairs, 0.1, doubt)
+    assert found.mean().item() == pytest.approx(7 / 3 + 2 * (10 + 40) / 2)
+    torch.testing.assert_close(seen["sigmoid"], torch.tensor([0.18, 0.5, 0.42]))
+    assert seen["hinge"] == 0.0
+    both = method_of(train_dpo.Knobs(loss="sigmoid+robust", label_smoothing=0.1))
+    both.losses(of_pairs, 0.1, doubt)
+    assert seen["robust"] == 0.1  # a number below one half, whatever the raters say
+
+
+def test_an_nll_weight_in_a_sum_counts_once():
+    method = method_of(train_dpo.Knobs(loss="sigmoid+0.2*ipo", loss_options="nll_weight=1"))
+    seen = []
+    method.losses(lambda kind, **given: seen.append((kind, "nll_weight" in given)) or 0.0, 0.0)
+    assert seen == [("sigmoid", True), ("ipo", False)]
+
+
+def test_a_reference_that_cannot_follow_is_refused(toy, tmp_path):
+    other = GPT(GPTConfig(257, 64, 2, 2, 48))
+    other.save_pretrained(tmp_path / "wide", Tokenizer.load(toy / "sft" / "model"))
+    with pytest.raises(UserError, match="the same sizes"):
+        run(toy, tmp_path / "dpo", reference=str(tmp_path / "wide"), rounds=2, steps=4)
+
+
+def test_a_run_is_not_written_over_its_reference(toy, tmp_path):
+    shutil.copytree(toy / "sft", tmp_path / "ref")
+    with pytest.raises(UserError, match="ref"):
+        run(toy, tmp_path / "ref", reference=str(tmp_path / "ref"), steps=2)
+
+
 def test_a_sum_trains_and_is_told(toy, tmp_path, capsys):
-    both = run(toy, tmp_path / "sum", loss="sigmoid+2*sft")[2]
+    hard = {"soft_labels": False}  # then no tie takes part
+    both = run(toy, tmp_path / "sum", loss="sigmoid+2*sft", **hard)[2]
     assert "no known value" in capsys.readouterr().out
-    assert differ(both, run(toy, tmp_path / "one", loss="sigmoid")[2])
-    with_option = run(toy, tmp_path / "nll", loss="sigmoid", loss_options="nll_weight=2")[2]
+    assert differ(both, run(toy, tmp_path / "one", **hard)[2])
+    with_option = run(toy, tmp_path / "nll", loss_options="nll_weight=2", **hard)[2]
     assert not differ(both, with_option)  # the same said in another way
 
 

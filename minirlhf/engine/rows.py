@@ -115,6 +115,10 @@ def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
         trained.backward(loss * weight, last=where.stop >= len(mine))
         for name, value in (stats | {"loss": loss}).items():
             sums[name] += value.detach() * weight
+    counted = getattr(batch, "weights", None)
+    if len(trained) > 1 and counted is not None and not counted.any():
+        for p in trained[0].parameters():
+            p.grad = None  # Adam would count these zeros as steps, and take too large ones later
     values = parallel.total(torch.stack(list(sums.values())))
     means = dict(zip(sums, values, strict=True))
     skip = partial(nonfinite, batch.tokens) if nonfinite else optim.refuse

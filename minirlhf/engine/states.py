@@ -34,6 +34,8 @@ class State:
         self.folder = Path(folder)
         self.free = {f.name for f in dataclasses.fields(knobs) if f.metadata["free"]}
         self.parts = {name: part for name, part in parts.items() if part is not None}
+        fields = [f for f in dataclasses.fields(knobs) if f.default is not dataclasses.MISSING]
+        self.defaults = json.loads(json_line({f.name: f.default for f in fields}))
         self.origin = {
             "stage": stage,
             "knobs": json.loads(json_line(vars(knobs))),
@@ -112,7 +114,7 @@ class State:
             )
         old, new = facts["knobs"], self.origin["knobs"]
         for name in sorted((old.keys() | new.keys()) - self.free):
-            had, has = old.get(name), new.get(name)
+            had, has = old.get(name, self.defaults.get(name)), new.get(name)  # new knobs since
             if had != has:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{path}: that run had {flag} {had}, this one has {has}: {fix}")

@@ -63,6 +63,8 @@ def check_ppo(knobs):
             knobs.missing_eos_penalty and ended,
         "--ratio response is for groups, whose tokens share an advantage: it is not for gae":
             knobs.ratio == "response" and not groups,
+        f"--critic-warmup {knobs.critic_warmup}: expected less than --steps":
+            knobs.critic_warmup >= knobs.steps,
         "--critic-warmup with --critic shared: the policy would move with the critic":
             knobs.critic_warmup and knobs.critic == "shared" and not groups,
     })  # fmt: skip
@@ -93,6 +95,7 @@ def check_dpo(feedback, method, knobs):
     labelers.given_true(knobs.reward, feedback)
     made = "rm" if knobs.online and not knobs.labeler else ""
     models = {"sft": knobs.init, made: knobs.reward, None: preferring.model_of(knobs.labeler)}
+    models[False] = knobs.reference
     stages.look_ahead(knobs, models, "true")
     items = feedback.train
     if knobs.online:

@@ -32,17 +32,26 @@ class Method(NamedTuple):
         """Whether it takes shares of raters for labels."""
         return any(kind in SOFT for _, kind in self.terms)
 
-    def losses(self, of_pairs, smoothing):
-        """The loss of each pair (B,), of of_pairs(kind, **keywords) with all else that it needs. A
-        term takes those of the options that it has, and the label smoothing if it has any."""
+    def losses(self, of_pairs, smoothing, doubt=None):
+        """The loss of each pair (B,), of of_pairs(kind, **keywords) with all else that it needs.
+
+        A term of a sum takes those of the options that it has, the first the nll_weight, and the
+        label smoothing if it has any. `doubt` (B,), the share of raters against the label, is for
+        the soft ones; the others leave out ties.
+        """
+        swapped = smoothing if doubt is None else doubt + smoothing * (1 - 2 * doubt)
         if len(self.terms) == 1:
-            return of_pairs(self.kind, label_smoothing=smoothing, **self.options)
+            return of_pairs(self.kind, label_smoothing=swapped, **self.options)
         total = 0
-        for weight, kind in self.terms:
-            known = dpo.options_of(kind)
+        for i, (weight, kind) in enumerate(self.terms):
+            known = set(dpo.options_of(kind)) - ({"nll_weight"} if i else set())
             own = {name: value for name, value in self.options.items() if name in known}
-            own["label_smoothing"] = smoothing if has_smoothing(kind) else 0.0
-            total = total + weight * of_pairs(kind, **own)
+            hard = smoothing if has_smoothing(kind) else 0.0
+            loss = of_pairs(kind, label_smoothing=swapped if kind in SOFT else hard, **own)
+            if doubt is not None and kind not in SOFT:
+                sure = (doubt < 0.5).to(loss)
+                loss = loss * sure * len(sure) / sure.sum().clamp(min=1)
+            total = total + weight * loss
         return total
 
 
@@ -106,7 +115,7 @@ def read_options(text, kinds):
         name, _, value = part.partition("=")
         if name not in known:
             has = ", ".join(known) or "none"
-            raise UserError(f"--loss-options {part}: loss {kind} has the options {has}")
+            raise UserError(f"--loss-options {part}: loss {'+'.join(kinds)} has the options {has}")
         if name in options:
             raise UserError(f"--loss-options {text}: {name} twice")
         options[name] = option(name, value, part)

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 
 from minirlhf.data import all_logps
+from minirlhf.engine import parallel
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
+from minirlhf.feedback.method import moves
 from minirlhf.online.asked import asked_batch, make_asked
 from minirlhf.online.samples import own_batch
 from minirlhf.tokenizer import load_base
@@ -27,8 +29,14 @@ def base_of(knobs, policy, tokenizer):
             own.fingerprint() != tokenizer.fingerprint(),
         f"--reference {knobs.reference}: a context of {base.config.n_ctx} tokens, the policy's has "
         f"{policy.config.n_ctx}": base.config.n_ctx < policy.config.n_ctx,
+        f"--reference {knobs.reference}: --rounds and --ref-every mix the policy into it: expected "
+        "a model of the same sizes": moves(knobs) and sizes_of(base) != sizes_of(policy),
     })  # fmt: skip
     return base
+
+
+def sizes_of(model):
+    return [tuple(p.shape) for p in model.parameters()]
 
 
 class Stored:
@@ -90,7 +98,7 @@ class Moving:
         self.parts = supply.parts | {"reference": reference}
         self.rounds, self.steps = rounds, steps
         self.every, self.mix = knobs.ref_every, knobs.ref_mix
-        self.known = False  # whether the supply has seen the reference: not so in a resumed run
+        self.known = None  # whether the supply has seen the reference that has moved
 
     def moves(self, step):
         """Whether the reference moves before this step."""
@@ -102,8 +110,12 @@ class Moving:
 
     @torch.no_grad()
     def at(self, step, planned):
+        if self.known is None:  # a run that goes on may be past its first move
+            self.known = not any(map(self.moves, range(step)))
         if self.moves(step):
             mix = self.mix if self.every else 1.0
+            for model in (self.reference, self.policy):
+                parallel.reshard(model)  # a part that is still whole has another kind of weights
             weights = zip(self.reference.parameters(), self.policy.parameters(), strict=True)
             for old, new in weights:
                 old.lerp_(new, mix)

@@ -114,5 +114,6 @@ def training_rows(rm, source, tokenizer):
     feedback = data.load_feedback(name)
     if not feedback.trained(finished(run) or {}, knobs["data"]):
         raise UserError(f"--fuse: {name} is not what {source} was trained on any more")
-    encoded = data.encode_items(feedback.train, tokenizer, rm.config.n_ctx, "truncate")
+    said = feedback.train.some(knobs.get("share", 1.0), knobs.get("seed", 0))
+    encoded = data.encode_items(said, tokenizer, rm.config.n_ctx, "truncate")
     return Rows(*encoded[1:], tokenizer.pad, rm.score.weight.device)
