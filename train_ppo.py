@@ -53,6 +53,7 @@ from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
 from minirlhf.feedback.checks import check_ppo
+from minirlhf.feedback.groups import learned_from, rivals
 from minirlhf.feedback.preferring import content_of
 from minirlhf.feedback.scoring import LEVELS, charge_unended, expect_fit, find_function, make_scorer
 from minirlhf.gpt import RewardModel
@@ -159,7 +160,7 @@ def main(knobs):
     seen = data.prompts_of(feedback.train, tokenizer, rng)
     prompts = data.fit(seen, room, knobs.overlong)
     held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
-    group = 1 if knobs.advantage == "gae" else knobs.group_size
+    group = rivals(knobs)
     plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
 
     def score(*rows):
@@ -233,10 +234,7 @@ def rollout(policy, reference, scorer, critic, prompts, tokenizer, knobs, kl_coe
 
     # 6 advantages
     advantages, returns = token_advantages(rewards, values, mask, knobs)
-    group_size = 1 if critic else knobs.group_size
-    flat = ppo.flat_responses(scores.sum(1), group_size)  # (B,)
-    left_out = flat & knobs.skip_flat
-    weights = (~left_out).float()
+    flat, weights = learned_from(scores, knobs)  # (B,) each
     episodes = Episodes(tokens, p, r, logprobs, ref_logprobs, advantages, values, returns, weights)
     earned = scores, rewards, ended, flat
     stats = rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef)

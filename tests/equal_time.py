@@ -20,6 +20,7 @@ from minirlhf import data, sft
 from minirlhf.engine.rows import pad_rows
 from minirlhf.feedback import recovery, simulate
 from minirlhf.gpt import RewardModel
+from minirlhf.rewards.distances import pearson_distance
 from minirlhf.tokenizer import Tokenizer
 
 NAMES = {"pair": "comparison", "ranking of 4": "comparison:4", "critique": "critique",
@@ -55,7 +56,7 @@ def of_seed(folder, base, ask, level, seed):
     idx, lengths = pad_rows(rows, tokenizer.pad)
     with torch.no_grad():
         scores = model(idx, lengths, torch.ones_like(lengths)).numpy()
-    return recovery.distance(scores, np.array(data.toy_reward(words, words)))
+    return pearson_distance(scores, np.array(data.toy_reward(words, words)))
 
 
 def quietly(f, *args):

@@ -19,6 +19,7 @@ from minirlhf.feedback.features import expect_feature, feature, standardised
 from minirlhf.feedback.ground import Texts, character_ends, ground, texts_of
 from minirlhf.feedback.people import HOW_MANY, Person
 from minirlhf.gpt import GPTConfig, RewardModel
+from minirlhf.rewards.distances import pearson_distance
 from minirlhf.tokenizer import Tokenizer
 
 WORTH = dict(zip("abcdefgh", range(8), strict=True))
@@ -236,7 +237,7 @@ def test_marks_keep_what_only_goes_along_out():
 
         recovery.fit(nll, [w], 30)
         others = rng.multinomial(6, np.ones(8) / 8, size=1000)
-        return recovery.distance(others @ w.detach().numpy(), others @ gold)
+        return pearson_distance(others @ w.detach().numpy(), others @ gold)
 
     without, with_marks = (np.mean([fitted(weight, s) for s in range(4)]) for weight in (0, 1))
     assert with_marks < without - 0.03

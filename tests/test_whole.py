@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_online_policies import differences
 
 import train_dpo
 from minirlhf import lists
@@ -44,17 +45,6 @@ def np_rwr(logps, rewards, mask, temperature):
     return np.array(losses)
 
 
-def slope(f, x, step=1e-5):
-    """The gradient of the sum of f by central differences."""
-    found = np.zeros_like(x)
-    for place in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[place] += step
-        down[place] -= step
-        found[place] = (f(up).sum() - f(down).sum()) / (2 * step)
-    return found
-
-
 @pytest.mark.parametrize("beta, alpha", [(0.1, 1e-3), (0.7, 0.2), (0.3, 0.0)])
 def test_xpo(beta, alpha):
     logps = torch.tensor(LOGPS, requires_grad=True)
@@ -63,7 +53,7 @@ def test_xpo(beta, alpha):
     losses.sum().backward()
     expected = np_xpo(LOGPS, WIN, beta, alpha)
     assert np.allclose(losses.detach(), expected, rtol=1e-10)
-    expected = slope(lambda x: np_xpo(x, WIN, beta, alpha), LOGPS)
+    expected = differences(lambda x: np_xpo(x, WIN, beta, alpha).sum(), LOGPS)
     assert np.allclose(logps.grad, expected, atol=1e-8)
 
 
@@ -107,7 +97,7 @@ def test_rwr(temperature):
     losses = lists.rwr_loss(given, None, *more, temperature=temperature)
     losses.sum().backward()
     assert np.allclose(losses.detach(), np_rwr(logps, rewards, mask, temperature))
-    expected = slope(lambda x: np_rwr(x, rewards, mask, temperature), logps)
+    expected = differences(lambda x: np_rwr(x, rewards, mask, temperature).sum(), logps)
     assert np.allclose(given.grad, expected, atol=1e-8)
     whole = lists.rwr_loss(given, None, more[0], temperature=temperature)
     everyone = np.ones_like(mask)

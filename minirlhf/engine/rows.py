@@ -100,7 +100,8 @@ def some(batch, index):
 def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
     """One optimizer step on loss_of(part) -> (loss, stats), means over the response tokens of a
     part of the batch: (stats of the whole batch, gradient norm). Each process has its share of its
-    rows, --micro-batch of them in memory at a time."""
+    rows, --micro-batch of them in memory at a time. Where the batch's weights are all 0, the first
+    of the models learns nothing."""
     n_tokens, sums = batch.response_lengths.sum(), Counter()
     mine, counts = parallel.share(len(batch.tokens))
     size = knobs.micro_batch or len(mine)
@@ -115,8 +116,7 @@ def mean_step(trained, optimizer, knobs, autocast, nonfinite, batch, loss_of):
         trained.backward(loss * weight, last=where.stop >= len(mine))
         for name, value in (stats | {"loss": loss}).items():
             sums[name] += value.detach() * weight
-    counted = getattr(batch, "weights", None)
-    if len(trained) > 1 and counted is not None and not counted.any():
+    if len(trained) > 1 and not batch.weights.any():
         for p in trained[0].parameters():
             p.grad = None  # Adam would count these zeros as steps, and take too large ones later
     values = parallel.total(torch.stack(list(sums.values())))

@@ -21,6 +21,7 @@ from minirlhf.feedback import choice
 from minirlhf.feedback.ground import Texts, ground
 from minirlhf.feedback.mixture import Mixture
 from minirlhf.feedback.people import HOW_MANY, Person
+from minirlhf.rewards.distances import pearson_distance
 
 LETTERS, LENGTH = "abcdefgh", 6
 ROWS = {  # name: the kind, how many responses (0: as many as usual)
@@ -57,12 +58,6 @@ MIXTURES = {
     "rankings, curves": ["ranking of 4", "inter-temporal"],
     "all seven": list(SECONDS),
 }
-
-
-def distance(a, b):
-    """Of two rewards of the same texts (N,): sqrt((1 - correlation) / 2)."""
-    rho = np.corrcoef(a, b)[0, 1]
-    return float(np.sqrt(max(0.0, 1 - rho) / 2))
 
 
 def random_texts(n, rng):
@@ -162,7 +157,7 @@ def recovered_from(counts, seed):
         nll = partial(hinge_nll, groups[0], worth, letters)
     fit(nll, [worth, *mixture.parameters()], len(labels))
     others = letters_of(random_texts(1000, rng))
-    return distance(worth.detach().numpy()[others].sum(1), gold[others].sum(1))
+    return pearson_distance(worth.detach().numpy()[others].sum(1), gold[others].sum(1))
 
 
 def in_time(names, seconds):
@@ -185,7 +180,7 @@ def recovered_feature(n, seed):
     mixture = Mixture(labels, len(LETTERS)).double()
     fit_representation(mixture, labels, texts, mixture.psi)
     others = counts_of(random_texts(1000, rng))
-    return distance((others @ mixture.psi.detach())[:, 0].numpy(), others[:, 0].numpy())
+    return pearson_distance((others @ mixture.psi.detach())[:, 0].numpy(), others[:, 0].numpy())
 
 
 def fit_representation(mixture, labels, texts, parameter):
@@ -216,7 +211,7 @@ def recovered_from_similar(n, seed):
     fit(lambda: choice.ranking_nll((embedded @ head).gather(1, order)).sum(), [head], 20)
     others = counts_of(random_texts(1000, rng))
     found = others @ mixture.phi.detach() @ head.detach()
-    return distance(found.numpy(), others.numpy() @ gold)
+    return pearson_distance(found.numpy(), others.numpy() @ gold)
 
 
 def nll_of(mixture, groups, prefixes, last=None):

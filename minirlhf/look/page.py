@@ -55,9 +55,15 @@ def write_page(path, title, table, facts, groups, names):
         parts.append('</div>\n<div class="side">')
         parts += [card(name, side) for name, side in zip(names, sides, strict=True)]
         parts.append("</div>")
+    write_html(path, title, parts, STYLE, MARK)
+
+
+def write_html(path, title, parts, style, mark):
+    """Writes a page of its own, by which nothing is loaded: parts of HTML, and the mark by which it
+    is known for one that may be written over."""
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8">\n<meta name="generator" content="{MARK}">'
-    head += f"\n<title>{visible(title)}</title>\n<style>{STYLE}</style>"
+    head = f'<meta charset="utf-8">\n<meta name="generator" content="{mark}">'
+    head += f"\n<title>{visible(title)}</title>\n<style>{style}</style>"
     head += '\n<meta name="viewport" content="width=device-width, initial-scale=1">'
     html = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n'
     with atomic_write(path) as tmp:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from minirlhf import ppo
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import pad_rows, response_mask, rowwise, window
+from minirlhf.feedback.groups import learned_from, rivals
 from minirlhf.feedback.preferring import find_function
 from minirlhf.feedback.scoring import charge_unended, make_scorer
 from minirlhf.gpt import RewardModel
@@ -54,7 +55,7 @@ def print_episode(policy, index, seed, reward, episodes):
     if not policy.reference:
         problem = "its base model is not there any more"
         raise UserError(f"{policy.name}: {problem}: name one with --reference")
-    group = 1 if knobs.advantage == "gae" else knobs.group_size
+    group = rivals(knobs)
     some = held_out([policy], knobs.batch_size // group)
     if not 0 <= index < len(some):
         raise UserError(f"--index {index}: expected 0 to {len(some) - 1}, of a rollout's prompts")
@@ -199,9 +200,7 @@ def loss_terms(episodes, row, kl_coef, knobs):
 
 def loss_weights(episodes, knobs):
     """What a token of each response counts, (B, 1), were the rollout one minibatch."""
-    group_size = 1 if knobs.advantage == "gae" else knobs.group_size
-    flat = ppo.flat_responses(episodes.scores.sum(1), group_size)
-    counts = (~(flat & knobs.skip_flat)).float()
+    _, counts = learned_from(episodes.scores, knobs)
     width = knobs.response_length
     return ppo.token_weights(episodes.response_lengths, width, knobs.loss_mean, counts)
 

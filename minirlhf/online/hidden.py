@@ -8,19 +8,18 @@ At a response's end alone the base of the reviews knows less: a linear head on 4
 import numpy as np
 import torch
 
-from minirlhf.engine.rows import response_mask, window
+from minirlhf.engine.rows import window
 from minirlhf.online.select import Pool
+from minirlhf.rewards.embedding import mean_hidden
 
 
-def mean_hidden(model):
+def response_means(model):
     """(b, C) of the rows of a batch, as a function for Rows.by_parts."""
 
     def of_rows(tokens, p, r):
         hidden = model.hidden(tokens, lengths=p + r).float()  # (b, T, C)
-        width = int(r.max())
-        inside = response_mask(r, width)[..., None]
-        summed = (window(hidden, p, width) * inside).sum(1)
-        return summed / r[:, None]
+        responses = window(hidden, p, int(r.max()))
+        return mean_hidden(responses, r)
 
     return of_rows
 
@@ -28,7 +27,7 @@ def mean_hidden(model):
 @torch.no_grad()
 def features_of(model, rows):
     """(N, C) of Rows, in double precision."""
-    return rows.by_parts(mean_hidden(model)).double().cpu().numpy()
+    return rows.by_parts(response_means(model)).double().cpu().numpy()
 
 
 def pool_of(features, differences, outcomes):

@@ -5,8 +5,7 @@ from itertools import chain
 
 import numpy as np
 
-from minirlhf.engine.files import atomic_write
-from minirlhf.look.page import visible
+from minirlhf.look.page import visible, write_html
 from minirlhf.rewards import calibration, compare
 from minirlhf.rewards.pictures import Plot, dots, line, names, picture, short_name, span
 from minirlhf.rewards.table import parts_of, signed
@@ -67,13 +66,7 @@ def write_page(path, short, facts, blocks, found, held, chosen):
     if chosen:
         parts.append("<h2>Pairs that they order in opposite ways, the surest first</h2>")
         parts += [pair(i, found, held) for i in chosen]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8">\n<meta name="generator" content="{MARK}">'
-    head += f"\n<title>{visible(title)}</title>\n<style>{STYLE}</style>"
-    head += '\n<meta name="viewport" content="width=device-width, initial-scale=1">'
-    html = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n'
-    with atomic_write(path) as tmp:
-        tmp.write_text(html + "</html>\n", encoding="utf-8")
+    write_html(path, title, parts, STYLE, MARK)
 
 
 def rows_of(head, rows):
