@@ -86,7 +86,7 @@ def main(knobs):
         learning.warm_up()
     try:
         while True:  # serve_forever in this thread would not see a signal while it shuts down
-            time.sleep(3600)
+            time.sleep(1)  # a signal just before a sleep begins is seen only when that ends
     except KeyboardInterrupt:
         pass
     finally:
