@@ -60,6 +60,7 @@ from minirlhf.gpt import RewardModel
 from minirlhf.look.alarms import alarms
 from minirlhf.look.answers import answers, compare
 from minirlhf.look.episodes import rollout_stats, step_0_check, update_stats
+from minirlhf.online.batches import base_of
 from minirlhf.sampling import generate, response_logprobs
 from minirlhf.tokenizer import load_base
 
@@ -68,6 +69,7 @@ from minirlhf.tokenizer import load_base
 class Knobs(cli.RunKnobs):
     data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "base model: run, directory, hub name (default: beside --out)", free=True)
+    reference: str = knob("", "base that the KL is from, where --init is tuned", free=True)
     reward: str = knob("", "what scores: a run, a directory (default: rm beside --out), true, "
                            "FILE.py:FUNCTION, judge:URL, RM,RM,...", free=True)  # fmt: skip
     reward_level: str = knob("", "what a function rates: a response (default) or a token", LEVELS)
@@ -147,7 +149,7 @@ def main(knobs):
     reward, earlier = sft.stage_beside("reward model", "rm", train_rm, knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source, device)
-    reference = copy.deepcopy(policy)
+    reference = base_of(knobs, policy, tokenizer)
     scorer, rm = make_scorer(knobs, reward, function, tokenizer, reference, feedback)
     critic = make_critic(knobs, policy, reference, rm)
     prepare(knobs, policy, reference, rm, critic)
@@ -157,8 +159,7 @@ def main(knobs):
 
     # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
-    seen = data.prompts_of(feedback.train, tokenizer, rng)
-    prompts = data.fit(seen, room, knobs.overlong)
+    prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
     held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     group = rivals(knobs)
     plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
@@ -171,7 +172,8 @@ def main(knobs):
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
-    given = {"data": prompts, "base model": source, "reward": content_of(reward)}
+    base = knobs.reference or source
+    given = {"data": prompts, "base model": base, "reward": content_of(reward)}
     run = Run("ppo", knobs, plan, device, tokenizer, parts, given, watch=alarms)
     for step, chosen in run.steps():
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)
@@ -185,12 +187,12 @@ def main(knobs):
         stats |= update(policy, critic, episodes, take_step, knobs, controller.coef, step)
         if knobs.kl_target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
-        if step == 0:
+        if step == 0 and not knobs.reference:
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))
 
     with run.kept(policy, **feedback.facts(knobs.data, tokenizer)):
-        before, after = ask(reference), ask(policy)  # the reference is the policy before
+        before, after = ask(reference), ask(policy)
         return compare(run, before, after, earlier | figures_beside(source))
 
 

@@ -47,13 +47,14 @@ from minirlhf.feedback.kinds import rankings
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
+from minirlhf.online import losses
 from minirlhf.rewards.augment import augmented
 from minirlhf.sampling import generate
 from minirlhf.tokenizer import load_base
 
 MODELS = ("pointwise", "pairwise")
 LEVELS = ("response", "token")
-LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings")
+LOSSES = ("pairs", "plackett_luce", "best_of_k", "ratings", "parl")
 AUGMENT = ("", "convexda")
 
 
@@ -69,8 +70,10 @@ class Knobs(cli.RunKnobs):
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
-        "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings", LOSSES
-    )
+        "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings; the "
+        "win rate of the policy that the reward will make", LOSSES,
+    )  # fmt: skip
+    beta: float = knob(0.5, "parl: what a nat of KL costs that policy, in raw scores", least=1e-6)
     group_size: int = knob(4, "rated responses in a ranking; in a file the record says it", least=2)
     soft_labels: bool = knob(True, "labels are shares of raters; off: the majority, without ties")
     epochs: int = knob(5, "passes over the responses", least=1)
@@ -236,6 +239,8 @@ def batch_loss(knobs, model, outputs, items, batch):
     if knobs.loss == "ratings":
         means = [items.ratings[i].mean() for i in batch.rows]
         return reward.rating_loss(outputs, as_floats(means, outputs))
+    if knobs.loss == "parl":
+        return losses.parl(knobs, outputs, items, batch)
     groups = rankings(items, batch, knobs.group_size)
     best_first = [outputs[group] for group in groups]
     scores = pad_sequence(best_first, batch_first=True, padding_value=-torch.inf)  # (G, K)

@@ -130,10 +130,12 @@ NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"}
     | {"kind_weights", "kind_betas"}  # tests/test_people.py
+    | {"beta"}  # tests/test_iterate.py
     | BESIDE,
     train_ppo: {
         "data",
         "init",
+        "reference",  # tests/test_iterate.py
         "reward",
         "out",
         "overlong",

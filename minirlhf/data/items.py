@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,17 @@ class Items:
             columns=pick(self.columns, chosen),
             units=pick(self.units, chosen),
         )
+
+    @cached_property
+    def chances(self):
+        """{(i, j): P(item i is better than j)}, both ways, where a label of two says it."""
+        found = {}
+        for label in self.labels or ():
+            if "p" in label.said:
+                one, other = label.items
+                found[one, other] = label.said["p"]
+                found[other, one] = 1 - label.said["p"]
+        return found
 
     # Who is compared with whom
 

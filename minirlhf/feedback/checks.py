@@ -28,9 +28,10 @@ def check_rm(knobs, items):
     if knobs.model == "pairwise" and of_scores:
         expected = "expected --loss pairs, --level response and no --center"
         raise UserError(f"--model pairwise has no scores: {expected}")
-    ranked = knobs.loss in ("plackett_luce", "best_of_k")
+    ranked = knobs.loss in ("plackett_luce", "best_of_k", "parl")
     cli.refuse_idle(knobs, {
         f"in --loss {knobs.loss}": not ranked and "group_size",
+        "but in --loss parl": knobs.loss != "parl" and "beta",
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",
@@ -43,6 +44,7 @@ def check_rm(knobs, items):
 def check_ppo(knobs):
     """Refuses train_ppo's switches that make no sense together, and those that have no say beside
     others; says what top-k means."""
+    stages.look_ahead(knobs, {False: knobs.reference})
     size, groups = knobs.batch_size, knobs.advantage != "gae"
     last = knobs.response_length if knobs.truncate else 1
     ended = not math.isnan(knobs.missing_eos_score)

@@ -181,19 +181,42 @@ def ranked_groups(items, batch_size, group_size, rng, by_rank=True):
 def rankings(items, batch, group_size):
     """What was ranked against each other in a batch: lists of places in it, best first.
 
-    Given comparisons, the rated answers to one prompt, or, where they have none in common, random
-    groups of about group_size. Of a tie the first in the random order stands for all and the others
-    are left out of the group, so no order is made up; a group of one has loss 0.
+    They are the rivals, but of a tie the first in the random order stands for all and the others
+    are left out of the list, so no order is made up; a list of one has loss 0.
     """
+    groups = rivals(items, batch, group_size)
+    if items.ratings is None:
+        return groups
+    means = data.level([items.ratings[i].mean() for i in batch.rows])
+    return [group[np.unique(-means[group], return_index=True)[1]] for group in groups]
+
+
+def rivals(items, batch, group_size):
+    """Lists of places in a batch: given comparisons, best first, the rated answers to one prompt,
+    or, where they have none in common, random groups of about group_size."""
     if items.ratings is None:
         return batch.blocks
     groups = []
-    means = data.level([items.ratings[i].mean() for i in batch.rows])
     for block in batch.blocks:
         prompts = {items.prompts[i] for i in batch.rows[block]}
         one_list = len(prompts) == 1 and "" not in prompts
         parts = 1 if one_list else max(1, round(len(block) / group_size))
-        for group in np.array_split(block, parts):
-            _, first = np.unique(-means[group], return_index=True)
-            groups.append(group[first])
+        groups += np.array_split(block, parts)
     return groups
+
+
+def win_rates(items, batch, group_size):
+    """(the rivals, how often each of a list is preferred to one of it, itself included, which it is
+    one half of the time): two lists of (K,).
+
+    A given comparison is sure, unless a label of two says how sure it is.
+    """
+    pairs = batch.rows[batch.pairs].tolist()
+    known = items.chances
+    labels = [known.get((i, j), q) for (i, j), q in zip(pairs, batch.labels, strict=True)]
+    chances = np.full((len(batch.rows), len(batch.rows)), 0.5)
+    first, second = batch.pairs.T
+    chances[first, second] = labels
+    chances[second, first] = 1 - np.array(labels)
+    groups = rivals(items, batch, group_size)
+    return groups, [chances[np.ix_(group, group)].mean(1) for group in groups]

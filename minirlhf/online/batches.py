@@ -12,7 +12,6 @@ from minirlhf.data import all_logps
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
-from minirlhf.feedback.method import moves
 from minirlhf.online.asked import asked_batch, make_asked
 from minirlhf.online.samples import own_batch
 from minirlhf.tokenizer import load_base
@@ -29,8 +28,6 @@ def base_of(knobs, policy, tokenizer):
             own.fingerprint() != tokenizer.fingerprint(),
         f"--reference {knobs.reference}: a context of {base.config.n_ctx} tokens, the policy's has "
         f"{policy.config.n_ctx}": base.config.n_ctx < policy.config.n_ctx,
-        f"--reference {knobs.reference}: --rounds and --ref-every mix the policy into it: expected "
-        "a model of the same sizes": moves(knobs) and sizes_of(base) != sizes_of(policy),
     })  # fmt: skip
     return base
 
@@ -88,12 +85,17 @@ class Moving:
 
     At the start of each of --rounds equal parts but the first it becomes a copy; or after every
     --ref-every steps it goes the share --ref-mix of the way to the policy, weight by weight
-    (the soft update of TR-DPO, Gorbatovski et al. 2024). UserError for more parts than steps.
+    (the soft update of TR-DPO, Gorbatovski et al. 2024). UserError for more parts than steps, and
+    for two models of other sizes.
     """
 
     def __init__(self, supply, policy, reference, knobs, steps):
         rounds = knobs.rounds
-        refuse({f"--rounds {rounds}: more than the {steps} steps": rounds > steps})
+        refuse({
+            f"--rounds {rounds}: more than the {steps} steps": rounds > steps,
+            f"--reference {knobs.reference}: --rounds and --ref-every mix the policy into it: "
+            "expected a model of the same sizes": sizes_of(reference) != sizes_of(policy),
+        })  # fmt: skip
         self.supply, self.policy, self.reference = supply, policy, reference
         self.parts = supply.parts | {"reference": reference}
         self.rounds, self.steps = rounds, steps

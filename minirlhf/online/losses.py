@@ -1,13 +1,17 @@
-"""Losses of own samples, in the form of minirlhf/feedback/losses.py: sppo, d2o, Nash-MD, XPO."""
+"""Losses of own samples, in the form of minirlhf/feedback/losses.py: sppo, d2o, Nash-MD, XPO; and
+PARL's of a reward model."""
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import dpo
 from minirlhf.data import all_logps, total
+from minirlhf.feedback.kinds import win_rates
 from minirlhf.feedback.losses import LOSSES, good_before_bad, of_pairs
 from minirlhf.lists import GAMES
 from minirlhf.online import samples
+from minirlhf.online.parl import bilevel_loss
 
 
 def sppo(policy, reference, batch, logps, method, knobs):
@@ -66,6 +70,19 @@ def xpo(policy, reference, batch, logps, method, knobs):
     losses = GAMES["xpo"](both, ref_both, win, beta=knobs.beta, **method.options)
     chosen, rejected, _ = batch.said.preferred_first(soft=False)
     return losses, chosen, rejected
+
+
+def parl(knobs, scores, items, batch):
+    """PARL's loss of a batch, a data.Compared of items, of which a reward model says scores (b,).
+
+    Rivals, K responses to one prompt, are taken for samples of the reference. What is learned is
+    the reward whose policy people prefer, not a reward that explains each label: see bilevel_loss.
+    """
+    groups, wins = win_rates(items, batch, knobs.group_size)
+    rewards = [scores[group] for group in groups]
+    rewards = pad_sequence(rewards, batch_first=True, padding_value=-torch.inf)  # (G, K)
+    wins = pad_sequence([torch.as_tensor(w) for w in wins], batch_first=True).to(rewards)
+    return bilevel_loss(rewards, wins, knobs.beta)
 
 
 # What does not take pairs and their log-probs alone, stored responses' or own samples'

@@ -112,12 +112,20 @@ FORMS = {
 def bilevel_loss(rewards, wins, beta, kl_weight=KL_WEIGHT):
     """The utility form as a scalar of torch: its autograd is PARL's gradient.
 
-    rewards (B, K) of candidates that the reference wrote, with a gradient; wins (B, K), how often
-    each is preferred to what the reference writes (a mean over all K: to itself 1/2); beta > 0, the
-    price of a nat in the policy's RL.
+    rewards (B, K) of candidates that the reference wrote, with a gradient, -inf for missing ones;
+    wins (B, K), how often each is preferred to what the reference writes (a mean over all K: to
+    itself 1/2); beta > 0, the price of a nat in the policy's RL, in units of the rewards.
+
+    All of the gradient comes by way of the policy: were its softmax detached, as in ordinary
+    iterated RLHF, where the reward's own loss on pairs of the policy is what is learned from,
+    nothing would be left. The nll form would have both; but in it the policy drifts to pairs that
+    are easy to predict, and what people get from it falls below RLHF that was done once: so it is
+    not offered here.
     """
+    missing = rewards == -np.inf
+    candidates = (~missing).sum(-1, keepdim=True)
     logprobs = (rewards / beta).log_softmax(-1)  # gathered over candidates, not tokens
-    log_ratios = logprobs + np.log(rewards.shape[-1])
+    log_ratios = (logprobs + candidates.log()).masked_fill(missing, 0)
     return (logprobs.exp() * (kl_weight * log_ratios - wins)).sum(-1).mean()
 
 
