@@ -73,7 +73,7 @@ class Knobs(cli.RunKnobs):
         "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings; the "
         "win rate of the policy that the reward will make", LOSSES,
     )  # fmt: skip
-    beta: float = knob(0.5, "parl: what a nat of KL costs that policy, in raw scores", least=1e-6)
+    beta: float = knob(1.0, "parl: what a nat of KL costs that policy, in raw scores", least=1e-6)
     group_size: int = knob(4, "rated responses in a ranking; in a file the record says it", least=2)
     soft_labels: bool = knob(True, "labels are shares of raters; off: the majority, without ties")
     epochs: int = knob(5, "passes over the responses", least=1)

@@ -382,7 +382,7 @@ def test_killed_at_any_moment(toy, tmp_path):
         assert life(tmp_path / "whole", flags, log) == 0
         seconds = time.time() - began
         out, kills = tmp_path / "out", 0
-        for _ in range(8):
+        for _ in range(6):
             code = life(out, flags, log, rng.uniform(0.1, 0.7) * seconds)
             assert code in (0, -signal.SIGKILL)
             kills += code != 0

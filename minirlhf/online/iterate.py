@@ -114,6 +114,8 @@ def check(knobs):
     """Refuses what can be known to be wrong before anything is made."""
     cli.refuse({
         "--labeler is missing: who prefers?": not knobs.labeler,
+        f"--init {knobs.init}: no base model lies there: python -m minirlhf.sft makes one":
+            knobs.init in ("", "runs/sft") and not Path(knobs.init or "none").exists(),
         "--labeler true: only the toy language (--data toy) has a true reward":
             knobs.labeler == "true" and knobs.data != "toy",
         "several processes: this command starts each stage by itself, without torchrun":
