@@ -21,9 +21,11 @@ model either way. A score is the round's own reward model's, 0 for the base mode
 round's is to be compared with another's; where --labeler itself gives scores, its mean is shown.
 
 --rm and --ppo are further flags of train_rm.py and train_ppo.py. Killed at any moment, the same
-command with --resume goes on: what is finished stays, a stage goes on from its own state. More
---rounds go on, too. Left out: torchrun; people, who label on a page of their own
-(minirlhf.feedback).
+command with --resume goes on: what is finished stays, a stage goes on from its own state; one whose
+parent alone was killed works on, and has to be waited for. More --rounds go on, too, and further
+flags may be others from there on.
+
+Left out: torchrun; people, who label on a page of their own (minirlhf.feedback).
 """
 
 if __name__ == "__main__":  # first, as torch takes a while
