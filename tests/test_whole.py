@@ -223,7 +223,7 @@ def test_best_of_n_by_brute_force(toy, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="a file lies there already"):
         best_of.main(best_of.Knobs(**knobs))
     more = best_of.main(best_of.Knobs(**knobs | {"out": str(tmp_path / "all.jsonl")}))
-    assert more["written"] == 11 and "gain" not in more  # all but the empty one
+    assert more["written"] == 12 and "gain" not in more  # the empty one, too
 
 
 def test_prompts_of_best_of_n_are_of_the_training_part(toy, tmp_path):

@@ -13,7 +13,8 @@ equal: Beirami et al. 2024). Without --reward all answers are written, for those
     python -m minirlhf.feedback.label own.jsonl --labeler judge:URL --out labels.jsonl
 
 An answer that reached --response-length without EOS is no text to learn an end from: it is scored,
-but not written where --reward chooses it, and that is counted. Nor are empty answers.
+but not written where --reward chooses it, and that is counted. Nor are empty answers. Those who
+label are shown both: what nobody was asked of, a policy finds out to be well paid.
 
 Left out: thresholds in place of the best, several answers to a prompt by their scores.
 """
@@ -68,7 +69,7 @@ def main(knobs):
         scores = np.array([reply.score for reply in found]).reshape(-1, knobs.n)
         figures |= figures_of(scores)
         found = [found[i] for i in best(scores)]
-    kept = [reply for reply in found if reply.text and (reply.ended or not judge)]
+    kept = [reply for reply in found if not judge or (reply.text and reply.ended)]
     if not kept:
         raise UserError(f"none of {len(found)} answers has ended: give a longer --response-length")
     write_lines(knobs.out, [{"prompt": reply.prompt, "response": reply.text} for reply in kept])
