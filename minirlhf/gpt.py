@@ -82,6 +82,7 @@ class Block(nn.Module):
 
     def forward(self, x, run):
         x = x + run.drop(self.attn(self.ln_1(x), run))
+        x = run.wanted(x)
         return x + run.drop(self.mlp(self.ln_2(x)))
 
 
@@ -111,15 +112,16 @@ class GPT(nn.Module):
             x = block(x, run)
         return run.padded(self.ln_f(x))
 
-    def hidden(self, idx, lengths=None, cache=None):
+    def hidden(self, idx, lengths=None, cache=None, at=None):
         """Final hidden states (B, T, C) of token ids (B, T), 0 where `lengths` (B,) of right-padded
-        rows left out a sixth or more as padding. A `cache` (L, 2, B, H, S, C/H) keeps keys and
-        values in its first T slots. Raises ValueError when T exceeds the context."""
+        rows left out a sixth or more as padding; or those at one place of each row, `at` (B,), the
+        same in less time: (B, C). A `cache` (L, 2, B, H, S, C/H) keeps keys and values in its first
+        T slots. Raises ValueError when T exceeds the context."""
         if idx.shape[1] > self.config.n_ctx:
             raise ValueError(f"{idx.shape[1]} tokens exceed the context of {self.config.n_ctx}")
         if self.compiled and cache is None:
-            return compiled_hidden(self, idx)
-        return self.trunk(Pass(self, idx, lengths, cache))
+            return compiled_hidden(self, idx, at)
+        return self.trunk(Pass(self, idx, lengths, cache, at))
 
     @property
     def lm_head_weight(self):
@@ -204,10 +206,11 @@ class RewardModel(HeadedGPT):
 
     def forward(self, idx, lengths, prompt_lengths=None):
         """The score (B,) of rows of `lengths` tokens; at token level of those after the prompt."""
-        values = self.values(idx, lengths)
         if self.level == "token":
+            values = self.values(idx, lengths)
             return self.sum_of_response(values, lengths, prompt_lengths) + self.shift
-        return values.gather(1, lengths[:, None] - 1).squeeze(1) + self.shift
+        last = self.transformer.hidden(idx, lengths=lengths, at=lengths - 1)  # (B, C)
+        return self.score(last).squeeze(-1) + self.shift
 
     def sum_of_response(self, values, lengths, prompt_lengths):
         """The sum (B,) of the values (B, T) of each row's response tokens."""

@@ -1,8 +1,8 @@
 """How one pass through a GPT goes: which tokens the layers see, what they attend to, what dropout
 drops.
 
-A block computes `x + run.drop(self.attn(self.ln_1(x), run))`; only `run` knows what kind of pass it
-is:
+A block computes `x + run.drop(self.attn(self.ln_1(x), run))`, and goes on with `run.wanted(x)`;
+only `run` knows what kind of pass it is:
 
     Pass   rows of token ids (B, T). Layers see (B, T, C), or where a sixth is padding the N real
            tokens alone, (N, C). With a cache, keys and values stay there for the steps to come.
@@ -22,14 +22,16 @@ from minirlhf.kernels.decoding import decode_attention
 
 
 class Pass:
-    """Rows (B, T), right-padded where there are `lengths` (B,); cache (L, 2, B, H, S, C/H)."""
+    """Rows (B, T), right-padded where there are `lengths` (B,); cache (L, 2, B, H, S, C/H). Where
+    the caller reads one place of each row, `at` (B,), the last block ends with those alone."""
 
-    def __init__(self, model, idx, lengths=None, cache=None):
+    def __init__(self, model, idx, lengths=None, cache=None, at=None):
         B, T = self.shape = idx.shape
         self.idx = idx
         self.places = torch.arange(T, device=idx.device)
         self.cache = cache
         self.layer = self.drops = 0  # where in the network it is
+        self.layers, self.at, self.cut = model.config.n_layer, at, False
         self.p = model.config.dropout if model.training else 0.0
         self.where = self.noise = None
         if self.p and idx.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -81,9 +83,32 @@ class Pass:
         self.drops += 1
         return drop_out(x, self.p, noise)
 
+    def wanted(self, x):
+        """What the rest of a block goes on with: all tokens, or of the last block those read."""
+        if self.at is None or self.layer < self.layers:
+            return x
+        B, T = self.shape
+        index = torch.arange(B, device=x.device) * T + self.at
+        if self.where is not None:
+            places = self.where.new_empty(B * T)
+            places[self.where] = torch.arange(len(self.where), device=x.device)
+            index = places[index]
+        self.cut = True
+        if self.noise is not None:
+            self.noise = self.noise.flatten()[index]
+        return x.flatten(0, -2)[index]
+
     def padded(self, x):
-        """(B, T, C) of what the layers saw, 0 where there is no token."""
-        return x if self.where is None else spread(x, self.where, self.shape)
+        """(B, T, C) of what the layers saw, 0 where there is no token; or (B, C) of those read."""
+        if self.cut:
+            return x
+        x = x if self.where is None else spread(x, self.where, self.shape)
+        return x if self.at is None else at_place(x, self.at)
+
+
+def at_place(x, at):
+    """x (B, T, C) at one place of each row, `at` (B,): (B, C)."""
+    return x[torch.arange(len(x), device=x.device), at]
 
 
 def spread(x, where, shape):
@@ -111,6 +136,9 @@ class Step:
     def drop(self, x):
         return x
 
+    def wanted(self, x):
+        return x
+
     def padded(self, x):
         return x
 
@@ -128,9 +156,10 @@ def plain_pass(model, idx):
     return model.trunk(Pass(model, idx))
 
 
-def compiled_hidden(model, idx):
-    """plain_pass of a model by compiled code: (B, T, C) of token ids (B, T)."""
+def compiled_hidden(model, idx, at=None):
+    """plain_pass of a model by compiled code: (B, T, C) of token ids (B, T), or (B, C) at `at`."""
     B, T = idx.shape
     # One row, or one token, would be compiled for itself.
     padded = F.pad(idx, (0, min(-T % 8, model.config.n_ctx - T), 0, int(B == 1)))
-    return compiled_pass()(model, padded)[:B, :T]
+    found = compiled_pass()(model, padded)[:B, :T]
+    return found if at is None else at_place(found, at)

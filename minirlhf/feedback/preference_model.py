@@ -5,7 +5,6 @@ Left out: more than one response a row; the pairwise model in PPO, which needs a
 
 import math
 
-from minirlhf.engine.rows import window
 from minirlhf.engine.weights import expect_kind, load_strictly, read_directory
 from minirlhf.gpt import GPTConfig, HeadedGPT
 
@@ -27,9 +26,8 @@ class PreferenceModel(HeadedGPT):
 
     def embed(self, idx, lengths):
         """The embedding (B, dim) of each row: the head at its last real token."""
-        hidden = self.transformer.hidden(idx, lengths=lengths)  # (B, T, C)
-        last = window(hidden, lengths - 1, 1)  # (B, 1, C)
-        return self.score(last.squeeze(1))
+        last = self.transformer.hidden(idx, lengths=lengths, at=lengths - 1)  # (B, C)
+        return self.score(last)
 
     def forward(self, idx, lengths, prompt_lengths=None):
         """`embed`, called as one calls a RewardModel; where the response begins says nothing."""
