@@ -141,12 +141,12 @@ def across(each):
 
 
 def print_rows(rows, judges):
-    table = [["", "runs", "KL", *(f"gain by {who}" for who in judges.values()), "tokens", "ended"]]
+    table = [["", "KL", *(f"gain by {who}" for who in judges.values()), "tokens", "ended"]]
     for row in rows:
         name = row.get("method") or f"best of {row['n']}"
         price = f"{row['kl']:.2f}"
         price += f" +- {row['kl_error']:.2f}" if "kl_error" in row else ""
-        cells = [name, str(row.get("runs", "")), price]
+        cells = [name, price]
         for key in judges:
             cells.append(f"{row[f'{key}_gain']:.2f} +- {row[f'{key}_error']:.2f}")
         table.append([*cells, f"{row['tokens']:.1f}", f"{row['ended']:.2f}"])
@@ -163,27 +163,40 @@ def draw(rows, judges, path):
     for each method. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    size = (0.5 + 6 * len(judges), 4.8)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(judges), sharex=True, squeeze=False)[0]
+    figure = Figure(figsize=(0.5 + 6 * len(judges), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(judges), squeeze=False)[0]
     chosen = [row for row in rows if "n" in row]
     points = [row for row in rows if "method" in row]
     for axes, (key, who) in zip(panels, judges.items(), strict=True):
-        best_name = f"best of 1 to {chosen[-1]['n']}"
-        ends = [best.line(axes, chosen, key, "black", "-", best_name)]
+        name = f"best of 1 to {chosen[-1]['n']}"
+        ends = [best.line(axes, chosen, key, "black", "-", name)]
         for i, row in enumerate(points):
-            colour = COLOURS[i % len(COLOURS)]
             x, y = row["sqrt_kl"], row[f"{key}_gain"]
+            colour = COLOURS[i % len(COLOURS)]
             axes.errorbar(x, y, yerr=row[f"{key}_error"], color=colour, marker="o", capsize=2)
             ends.append((x, y, row["method"], colour))
-        axes.set_xlim(-0.05, 1.35 * max(row["sqrt_kl"] for row in rows))  # room for names
         axes.set_title(f"gain by {who}", fontsize=10)
         axes.grid(alpha=0.3)
-        best.write_names(axes, ends)
+        write_names(axes, ends)
     figure.supxlabel("square root of the KL from the base model (KL in nats a response)")
     panels[0].set_ylabel("standard deviations of the base's answers")
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="png", dpi=110)
+
+
+def write_names(axes, ends):
+    """Names of (x, y, name, colour) in a column right of the panel, a thin line from each to it."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / max(20, len(ends))  # a line of text
+    free = high
+    for left, (x, y, name, colour) in enumerate(sorted(ends, key=lambda end: -end[1])):
+        lowest = low + gap * (len(ends) - 1 - left)  # the others need room, too
+        place = max(lowest, min(y, free))
+        free = place - gap
+        thin = {"arrowstyle": "-", "color": colour, "alpha": 0.4, "shrinkB": 4}
+        where = (1.02, place), axes.get_yaxis_transform()
+        axes.annotate(name, (x, y), where[0], textcoords=where[1], color=colour, fontsize=8,
+                      verticalalignment="center", arrowprops=thin)  # fmt: skip
 
 
 if __name__ == "__main__":
