@@ -1,6 +1,6 @@
 """What a gain costs: policies beside the best of n.   python -m minirlhf.online.frontier RUN ...
 
-    python -m minirlhf.online.frontier runs/ppo runs/dpo --reward runs/rm      # laptop: 3 minutes
+    python -m minirlhf.online.frontier runs/ppo runs/dpo --reward runs/rm      # laptop: 3 to 5 minutes
     python -m minirlhf.online.frontier PPO=runs/ppo,runs/ppo1,runs/ppo2 DPO=runs/dpo \\
         --reward runs/rm --judge runs/gold/rm
 
@@ -148,7 +148,8 @@ def print_rows(rows, judges):
         price += f" +- {row['kl_error']:.2f}" if "kl_error" in row else ""
         cells = [name, price]
         for key in judges:
-            cells.append(f"{row[f'{key}_gain']:.2f} +- {row[f'{key}_error']:.2f}")
+            gain = round(row[f"{key}_gain"], 2) + 0.0  # no -0.00
+            cells.append(f"{gain:.2f} +- {row[f'{key}_error']:.2f}")
         table.append([*cells, f"{row['tokens']:.1f}", f"{row['ended']:.2f}"])
     print_figures(table)
 
