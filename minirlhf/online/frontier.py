@@ -1,6 +1,6 @@
 """What a gain costs: policies beside the best of n.   python -m minirlhf.online.frontier RUN ...
 
-    python -m minirlhf.online.frontier runs/ppo runs/dpo --reward runs/rm      # laptop: 3 to 5 minutes
+    python -m minirlhf.online.frontier runs/ppo runs/dpo --reward runs/rm      # laptop: 3 minutes
     python -m minirlhf.online.frontier PPO=runs/ppo,runs/ppo1,runs/ppo2 DPO=runs/dpo \\
         --reward runs/rm --judge runs/gold/rm
 
