@@ -195,6 +195,7 @@ def write_names(axes, ends):
         place = max(lowest, min(y, free))
         free = place - gap
         thin = {"arrowstyle": "-", "color": colour, "alpha": 0.4, "shrinkB": 4}
+        thin["relpos"] = 0, 0.5  # it ends where the name begins
         where = (1.02, place), axes.get_yaxis_transform()
         axes.annotate(name, (x, y), where[0], textcoords=where[1], color=colour, fontsize=8,
                       verticalalignment="center", arrowprops=thin)  # fmt: skip
