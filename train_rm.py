@@ -67,7 +67,7 @@ class Knobs(cli.RunKnobs):
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
     share: float = knob(1.0, "of what people said, how much is learned from", least=1e-6, most=1)
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
-    layers: int = knob(0, "of the base model, the lowest are read; 0: 2 for the reviews, else all")
+    layers: int = knob(0, "blocks of the base model to start from, the lowest; 0: all")
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
         "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings", LOSSES
@@ -161,11 +161,11 @@ def main(knobs):
 
 
 def fresh_model(knobs, base):
-    """A fresh head on a copy of the base model's lowest layers: at that size all say no more."""
-    parts = {"dropout": knobs.dropout, "layers": knobs.layers or 2 * (knobs.data == "reviews")}
+    """A fresh head on a copy of the base model, or of its lowest layers."""
+    size = {"layers": knobs.layers, "dropout": knobs.dropout}
     if knobs.model == "pairwise":
-        return PreferenceModel.from_base(base, **parts)
-    model = RewardModel.from_base(base, level=knobs.level, **parts)
+        return PreferenceModel.from_base(base, **size)
+    model = RewardModel.from_base(base, level=knobs.level, **size)
     bias = getattr(model.transformer.ln_f, "bias", None)
     relative = knobs.level == "response" and knobs.loss != "ratings" and not knobs.center
     if relative and bias is not None:
