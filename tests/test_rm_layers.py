@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import train_ppo
 import train_rm
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
 
@@ -55,3 +56,14 @@ def test_it_is_kept_and_read_again(base, tmp_path):
     again = RewardModel.from_pretrained(tmp_path).eval()
     lengths = torch.tensor([5, 4])
     torch.testing.assert_close(again(ROWS, lengths), model(ROWS, lengths), rtol=0, atol=0)
+
+
+def test_a_policy_learns_from_it(toy, tmp_path):
+    few = {"data": "toy", "init": str(toy / "sft")}
+    out = tmp_path / "rm"
+    reads = {"epochs": 1, "batch_size": 256, "delete": 0.0, "dropout": 0.0}
+    train_rm.main(train_rm.Knobs(**few, **reads, out=out, layers=1))
+    asks = {"steps": 2, "batch_size": 8, "response_length": 6, "eval_samples": 4}
+    train_ppo.main(train_ppo.Knobs(**few, **asks, reward=str(out), out=tmp_path / "ppo"))
+    assert RewardModel.from_pretrained(out / "model").config.n_layer == 1
+    assert GPT.from_pretrained(tmp_path / "ppo" / "model").config.n_layer == 2
