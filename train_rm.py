@@ -68,6 +68,7 @@ class Knobs(cli.RunKnobs):
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
     share: float = knob(1.0, "of what people said, how much is learned from", least=1e-6, most=1)
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
+    layers: int = knob(0, "blocks of the base model to start from, the lowest; 0: all")
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
         "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings; the "
@@ -163,10 +164,11 @@ def main(knobs):
 
 
 def fresh_model(knobs, base):
-    """A fresh head on a copy of the base model."""
+    """A fresh head on a copy of the base model, or of its lowest layers."""
+    size = {"layers": knobs.layers, "dropout": knobs.dropout}
     if knobs.model == "pairwise":
-        return PreferenceModel.from_base(base, dropout=knobs.dropout)
-    model = RewardModel.from_base(base, dropout=knobs.dropout, level=knobs.level)
+        return PreferenceModel.from_base(base, **size)
+    model = RewardModel.from_base(base, level=knobs.level, **size)
     bias = getattr(model.transformer.ln_f, "bias", None)
     relative = knobs.level == "response" and knobs.loss != "ratings" and not knobs.center
     if relative and bias is not None:

@@ -169,10 +169,13 @@ class HeadedGPT(nn.Module):
         nn.init.normal_(self.score.weight, std=std)
 
     @classmethod
-    def from_base(cls, base, *, dropout=0.0, **options):
-        """A fresh head on a copy of a base language model's trunk."""
-        model = cls(replace(base.config, dropout=dropout), **options)
-        model.transformer.load_state_dict(base.state_dict())
+    def from_base(cls, base, *, dropout=0.0, layers=0, **options):
+        """A fresh head on a copy of a base language model's trunk, or of its lowest layers."""
+        layers = min(layers or base.config.n_layer, base.config.n_layer)
+        model = cls(replace(base.config, dropout=dropout, n_layer=layers), **options)
+        weights = base.state_dict()
+        kept = {name: weights[name] for name in model.transformer.state_dict()}
+        model.transformer.load_state_dict(kept)
         return model
 
     def save(self, directory, settings, tokenizer):
