@@ -5,6 +5,7 @@ The directories are written to tmp_path from small random configurations; no tes
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -551,6 +552,41 @@ def test_dropout_is_off_by_default_and_in_eval(tmp_path):
 
 def layered(dropout=0.0):
     return roughen(GPT(GPTConfig(61, 80, 2, 2, 32, dropout=dropout)))
+
+
+class WithoutWanted(passes.Pass):
+    """The pass of a fork whose blocks always go on with all tokens."""
+
+    def wanted(self, x):
+        return x
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[5, 11, 1, 8], [9, 9, 9], [24, 1, 1, 1, 2]])
+def test_the_last_block_of_one_place_alone(lengths, dropout, monkeypatch):
+    """The same score and gradients as from all hidden states, in rows with and without padding."""
+    model = roughen(RewardModel(dataclasses.replace(CONFIG, dropout=dropout))).train()
+    tokens, n = ragged(lengths=lengths)
+    weight = torch.linspace(-1, 2, len(n))
+
+    def score_and_gradients(score):
+        model.zero_grad()
+        (score * weight).sum().backward()
+        return [score.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    torch.manual_seed(3)
+    rows = torch.arange(len(n))
+    every = score_and_gradients(model.values(tokens, n)[rows, n - 1])
+    widths = []
+    gelu = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x, **k: widths.append(x[..., 0].numel()) or gelu(x, **k))
+    one = score_and_gradients(model(tokens, n))
+    assert widths[0] >= n.sum() and widths[-1] == len(n)
+    monkeypatch.setattr("minirlhf.gpt.Pass", WithoutWanted)
+    fork = score_and_gradients(model(tokens, n))
+    for found in (one, fork):
+        for a, b in zip(found, every, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
