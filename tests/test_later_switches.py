@@ -15,6 +15,7 @@ from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import mean_step
 from minirlhf.feedback.checks import check_ppo
+from minirlhf.feedback.scoring import charge_unended
 
 GRPO = dict(advantage="grpo", group_size=4, kl_coef=0.0)
 RNG = np.random.default_rng(0)
@@ -172,6 +173,26 @@ def test_a_penalty_is_taken_off_what_never_ended(toy):
     unended = torch.tensor([256 not in response(off, b) for b in range(32)])
     assert 0 < unended.sum() < 32
     torch.testing.assert_close(scores(on), scores(off) - 2.5 * unended)
+
+
+@pytest.mark.parametrize(
+    "data, switches, penalty",
+    [
+        ("reviews", {}, 0.5),
+        ("toy", {}, 0.0),
+        ("mine.jsonl", {}, 0.0),
+        ("toy", {"missing_eos_penalty": 0.25}, 0.25),
+        ("reviews", {"missing_eos_penalty": 0.0}, 0.0),
+        ("reviews", {"missing_eos_score": -1.0}, 0.0),
+        ("reviews", {"stop_at_eos": False}, 0.0),
+    ],
+)
+def test_what_the_unended_lose_by_default(data, switches, penalty):
+    knobs = train_ppo.Knobs(data=data, **switches)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    found = charge_unended(torch.zeros(2, 3), torch.tensor([True, False]), mask, knobs)
+    score = switches.get("missing_eos_score", 0.0)
+    assert found.tolist() == [[0, 0, 0], [0, 0, score - penalty]]
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_entropy(toy):

@@ -62,7 +62,7 @@ def check_ppo(knobs):
         "--truncate needs --missing-eos-score (-1 is usual)": knobs.truncate and not ended,
         "--truncate-after: needs --truncate; 0 to R-1": knobs.truncate_after >= last,
         "--missing-eos-penalty beside --missing-eos-score, which is the whole score: give one":
-            knobs.missing_eos_penalty and ended,
+            knobs.missing_eos_penalty > 0 and ended,
         "--ratio response is for groups, whose tokens share an advantage: it is not for gae":
             knobs.ratio == "response" and not groups,
         f"--critic-warmup {knobs.critic_warmup}: expected less than --steps":

@@ -114,4 +114,13 @@ def charge_unended(scores, ended, mask, knobs):
         missing = ppo.on_last_token(missing, mask)
         scores = torch.where(ended[:, None], scores, missing)
     unended = ppo.on_last_token((~ended).float(), mask)
-    return scores - knobs.missing_eos_penalty * unended
+    return scores - penalty_of(knobs) * unended
+
+
+def penalty_of(knobs):
+    """What an unended response loses. A reward model of the reviews has read nothing but texts that
+    end, and may like what does not: most policies then never end."""
+    if not math.isnan(knobs.missing_eos_penalty):
+        return knobs.missing_eos_penalty
+    free = not math.isnan(knobs.missing_eos_score) or not knobs.stop_at_eos
+    return 0.5 if knobs.data == "reviews" and not free else 0.0

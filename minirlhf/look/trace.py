@@ -82,8 +82,9 @@ def print_episode(policy, index, seed, reward, episodes):
 def knobs_of(policy):
     """The run's knobs, as train_ppo has them."""
     knobs = BEFORE | policy.knobs
-    if knobs["missing_eos_score"] is None:  # NaN is no JSON
-        knobs["missing_eos_score"] = math.nan
+    for name in ("missing_eos_score", "missing_eos_penalty"):
+        if knobs[name] is None:  # NaN is no JSON
+            knobs[name] = math.nan
     missing = [name for name in NEEDED if name not in knobs]
     if missing:
         raise UserError(f"{policy.run}/config.json: {missing[0]} is missing: of another version?")
