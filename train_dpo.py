@@ -272,6 +272,7 @@ def statistics(batch, logps, chosen, rejected, method, knobs):
         "rewards/accuracies": share_positive(margins),
         "logps/chosen": logps[chosen].mean(),
         "logps/rejected": logps[rejected].mean(),
+        "perf/tokens": sum(map(len, batch.rows.tokens)),
     }
 
 

@@ -211,7 +211,9 @@ def compared_loss(knobs, model, items, rows, autocast, batch):
     with autocast:
         outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
     loss = batch_loss(knobs, model, outputs, items, batch)
-    return loss, {"rewards/accuracies": batch_accuracy(model, outputs.detach(), batch)}
+    accuracy = batch_accuracy(model, outputs.detach(), batch)
+    n_tokens = sum(map(len, thinned.tokens))
+    return loss, {"rewards/accuracies": accuracy, "perf/tokens": n_tokens}
 
 
 def thin(rows, chosen, delete):

@@ -106,7 +106,8 @@ def main(knobs):
         loss = add_gradient(trained, batch, knobs.micro_batch, tokenizer.pad, autocast, device)
         skip = partial(run.nonfinite, step, batch)
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, skip)
-        run.log(step, {"loss": loss, "grad_norm": norm}, show=("loss",))
+        stats = {"loss": loss, "grad_norm": norm, "perf/tokens": lengths[index].sum()}
+        run.log(step, stats, show=("loss",))
 
     with run.kept(model, **feedback.facts(knobs.data, tokenizer)):
         figures = evaluate(model, held_out, tokenizer, autocast, device)

@@ -57,10 +57,12 @@ def free_port():
 
 
 def digest(out):
-    """What a run left: weights, metrics without the clock, samples."""
+    """What a run left: weights, metrics without the clock and perf/, samples."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["seconds"]
+    rows = [
+        {key: value for key, value in row.items() if key != "seconds" and key[:5] != "perf/"}
+        for row in rows
+    ]
     left = {
         "weights": (out / "model" / "model.safetensors").read_bytes(),
         "metrics": json.dumps(rows).encode(),

@@ -398,8 +398,8 @@ def left(out):
     for path in sorted(out.glob("*/*/model/model.safetensors")) + sorted(out.glob("*/own.jsonl")):
         found[str(path.relative_to(out))] = path.read_bytes()
     for path in sorted(out.glob("*/*/metrics.jsonl")):
-        rows = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
-        found[str(path.relative_to(out))] = rows
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path.relative_to(out))] = [row | dict.fromkeys(curves.CLOCK, 0) for row in rows]
     return found
 
 

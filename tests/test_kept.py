@@ -14,7 +14,7 @@ import pytest
 import train_dpo
 import train_ppo
 import train_rm
-from minirlhf import sft
+from minirlhf import data, sft
 from minirlhf.engine import cli, curves
 from minirlhf.engine.cli import ModelKept, UserError
 from minirlhf.engine.files import finished
@@ -93,7 +93,8 @@ def left(out):
         summary.pop(name)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("seconds")
+        for name in curves.CLOCK:
+            row.pop(name)
     model = (out / "model" / "model.safetensors").read_bytes()
     return summary, rows, model, (out / "samples.jsonl").read_text()
 
@@ -274,3 +275,30 @@ def test_no_message_tells_to_delete(needs, tmp_path):
     for path in Path(sft.__file__).parent.rglob("*.py"):
         for line in path.read_text().splitlines():
             assert "; delete" not in line and ": delete" not in line, path
+
+
+# What each stage says of its speed
+
+
+@pytest.mark.parametrize("stage, delete", [("sft", 0), ("rm", 0), ("rm", 0.5), ("dpo", 0)])
+def test_an_epoch_reads_each_token_once(stage, delete, needs, tmp_path):
+    """A token a letter, and EOS at both ends, which are never deleted."""
+    words = data.load_feedback(str(needs / "words.jsonl")).train.responses
+    letters = sum(map(len, words))
+    changes = {"delete": delete} if stage == "rm" else {}
+    train(stage, needs, tmp_path, batch_size=16, **changes)
+    _, rows, *_ = left(tmp_path)
+    found = [row["perf/tokens"] for row in rows]
+    assert len(found) == -(-len(words) // 16)
+    deviation = (letters * delete * (1 - delete)) ** 0.5
+    assert abs(sum(found) - 2 * len(words) - (1 - delete) * letters) <= 3 * deviation
+
+
+def test_episodes_count_prompt_and_response(needs, tmp_path):
+    """EOS and two letters stand before each of four responses, which are read by many passes."""
+    texts = [{"prompt": a + b, "response": b} for a in "abcdefgh" for b in "abcdefgh"]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    train("ppo", needs, tmp_path / "run", data=tmp_path / "prompts.jsonl")
+    _, rows, *_ = left(tmp_path / "run")
+    for row in rows:
+        assert row["perf/tokens"] == 4 * (3 + row["objective/response_length"])

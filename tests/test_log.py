@@ -89,6 +89,46 @@ def test_rows_summary_and_curves(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@cli.contained
+def timed(out, clock, last=5, resume=False):
+    """The bar's words of a run whose step n takes n + 1 seconds, a state 2 and its start 50."""
+    new = run(6, out=out, save_every=3, resume=resume)
+    save = new.state.save
+    new.state.save = lambda *args, **facts: (clock.append(clock[-1] + 2), save(*args, **facts))
+    clock.append(clock[-1] + 50)
+    for step, _ in new.steps():
+        clock.append(clock[-1] + step + 1)
+        new.log(step, {"loss": 1.0, "perf/tokens": 60}, show=("loss",))
+        if step == last:
+            return new.bar.postfix
+
+
+def test_tokens_a_second_and_time_left(tmp_path, monkeypatch):
+    """By hand; the second life goes on after three steps, of whose time it knows nothing."""
+    clock = [100.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
+    assert timed(tmp_path / "whole", clock) == "loss=1, tokens/s=10"
+    timed(tmp_path / "two", clock, last=4)
+    timed(tmp_path / "two", clock, resume=True)
+    found = {}
+    for name in ("whole", "two"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        found[name] = [(row["perf/tokens_per_s"], row["perf/seconds_left"]) for row in rows]
+    first = [(60, 5), (30, 6), (20, 6)]
+    assert found["whole"] == [*first, (10, 6), (12, 3.4), (10, 0)]  # a state was saved before 10
+    assert found["two"] == [*first, (15, 8), (12, 4.5), (10, 0)]
+
+
+def test_curves_leave_out_the_clock(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(log.curves, "draw", lambda axes, points: drawn.append(points))
+    new = run(1, out=tmp_path)
+    new.log(0, {"loss": 1.5, "perf/tokens": 60})
+    new.finish({})
+    assert drawn == [[(0, 1.5)], [(0, 60)]]
+
+
 @pytest.mark.parametrize("n", [0, 1, 61])
 def test_curves_of_few_and_of_many_points(n, tmp_path):
     pytest.importorskip("matplotlib")

@@ -365,7 +365,9 @@ def test_weights_and_betas_in_the_loss(tmp_path):
     total += n_important * np.mean(penalties)
     assert n_important and n_important < len(batch.labels)
     assert found.item() == pytest.approx(total / len(batch.labels), rel=1e-4)
-    assert set(stats) == {"nll/estop", "nll/importance"}
+    assert set(stats) == {"nll/estop", "nll/importance", "perf/tokens"}
+    texts_read = sum(len(items.labels[n].responses) for n in batch.labels)
+    assert stats["perf/tokens"] == 8 * texts_read  # six letters between two EOS
 
 
 def test_both_bad_and_counted_faces():

@@ -100,7 +100,8 @@ def run(toy, out, **knobs):
     train_dpo.main(train_dpo.Knobs(**defaults | knobs))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["seconds"]
+        for name in curves.CLOCK:
+            del row[name]
     return rows, load_file(out / "model" / "model.safetensors")
 
 

@@ -6,6 +6,7 @@ a short run.
 
 from minirlhf.engine.files import atomic_write
 
+CLOCK = ("seconds", "perf/tokens_per_s", "perf/seconds_left")  # no two runs have these alike
 WIDTH, HEIGHT = 3.4, 2.3  # inches of a panel
 MANY = 60  # points, from which a line is noise under its running mean
 DARK, PALE = "#1f4e79", "#9db4c8"
@@ -16,7 +17,7 @@ def plot(rows, path):
     from matplotlib.figure import Figure
 
     keys = dict.fromkeys(key for row in rows for key in row)
-    names = [key for key in keys if key not in ("step", "seconds")]
+    names = [key for key in keys if key not in ("step", *CLOCK)]
     columns = min(4, len(names)) or 1
     lines = -(-len(names) // columns) or 1
     width, height = WIDTH * columns, HEIGHT * lines

@@ -48,7 +48,8 @@ class Run:
     def __init__(self, name, knobs, plan, device, tokenizer, parts, given, watch=None):
         self.name, self.knobs, self.plan = name, knobs, plan
         self.device, self.tokenizer = device, tokenizer
-        self.out, self.start = Path(knobs.out), time.time()
+        self.out, self.start = Path(knobs.out), time.perf_counter()
+        self.began = self.logged = self.start  # the loop; the newest line of metrics
         self.first, self.rows, self.skipped, self.bar = 0, [], 0, None
         self.facts, self.whole = {}, False  # for the summary; whether an older life wrote it
         self.watch, self.told = watch or (lambda rows: []), set()
@@ -127,6 +128,7 @@ class Run:
         SIGHUP, which end the run with the exit code 128 + signal.
         """
         every, total = self.knobs.save_every, len(self.plan)
+        self.began = self.logged = time.perf_counter()
         with caught_signals() as caught:
             for step in range(self.first, total):
                 machine.seed_everything(self.knobs.seed, step)
@@ -157,22 +159,40 @@ class Run:
             if self.writes:
                 os.fsync(self.metrics.fileno())
             end = self.metrics.tell()
-        seconds = time.time() - self.start
+        seconds = time.perf_counter() - self.start
         facts = {"metrics_bytes": end, "seconds": seconds, "skipped": self.skipped}
         self.state.save(step, **facts, **workers())
 
     def log(self, step, metrics, show=()):
-        """Writes one line of metrics.jsonl and shows the named figures at the progress bar."""
-        row = {"step": step, "seconds": round(time.time() - self.start, 2)}
-        row |= {key: float(value) for key, value in metrics.items()}
+        """Writes one line of metrics.jsonl and shows the named figures at the progress bar.
+
+        `perf/tokens` among the metrics are the step's real tokens, of all processes together.
+        """
+        values = {key: float(value) for key, value in metrics.items()}  # a GPU has done it then
+        now = time.perf_counter()
+        row = {"step": step, "seconds": round(now - self.start, 2)}
+        row |= values | self.pace(step, values.get("perf/tokens"), now)
         self.rows.append(row)
         try:
             self.metrics.write(json_line(row))
         except OSError as e:
             raise FileError(f"{self.metrics.name}: {e.strerror}") from e
         shown = {key.split("/")[-1]: f"{row[key]:.3g}" for key in show if key in row}
+        if "perf/tokens_per_s" in row:
+            shown["tokens/s"] = f"{row['perf/tokens_per_s']:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+
+    def pace(self, step, tokens, now):
+        """Metrics of the clock: tokens a second since the line before, saved states included; and
+        how many seconds the steps to come take at the mean speed of this process so far."""
+        since, self.logged = now - self.logged, now
+        done, to_come = step + 1 - self.first, len(self.plan) - step - 1
+        mean = (now - self.began) / done
+        found = {"perf/seconds_left": round(mean * to_come, 2)}
+        if tokens is not None:
+            found["perf/tokens_per_s"] = round(tokens / since, 1)
+        return found
 
     def nonfinite(self, step, rows, loss, norm):
         """Keeps a batch whose loss or gradient is not finite for study, and ends the run.
@@ -273,7 +293,7 @@ class Run:
     def summary(self):
         """What it says besides figures."""
         found = self.facts | {
-            "seconds": round(time.time() - self.start, 1),
+            "seconds": round(time.perf_counter() - self.start, 1),
             "steps_skipped": self.skipped,
             "seed": self.knobs.seed,
             "command": " ".join(sys.argv),

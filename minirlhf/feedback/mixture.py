@@ -304,13 +304,15 @@ def occluded(labels, row_of, rows, texts):
 
 
 def losses_of(mixture, knobs, model, items, rows, autocast, batch):
-    """({kind: -log P (B,)}, the mean penalty (scalar) of occlusion, 0 without marks) of a Batch of
-    items, whose Rows are `rows`; unmarked tokens are left out of the row that was read."""
+    """({kind: -log P (B,)}, the mean penalty (scalar) of occlusion, 0 without marks, how many
+    tokens were read) of a Batch of items, whose Rows are `rows`; unmarked tokens are left out of
+    the row that was read."""
     labels = [items.labels[n] for n in batch.labels]
     row_of = {item: row for row, item in enumerate(batch.rows)}
     own = rows.take(batch.rows)
     texts = texts_of(own, mixture.tokenizer)
     kept = deleted(own, knobs.delete)
+    n_tokens = sum(keep.sum() for keep in kept)  # not those that are read again
     hidden = occluded(labels, row_of, own, texts)
     again = [row for row, _ in hidden]
     every = [*range(len(kept)), *again]
@@ -321,21 +323,22 @@ def losses_of(mixture, knobs, model, items, rows, autocast, batch):
     groups = ground(labels, row_of, texts, prefixes.device)
     found = mixture.nll(groups, prefixes, last)
     if not hidden:
-        return found, 0.0
+        return found, 0.0, n_tokens
     scores = torch.stack([prefixes[row, at[-1]] for row, at in enumerate(texts.at)])
     penalty = choice.occlusion_penalty(scores[again], scores[len(batch.rows) :])
-    return found, penalty.mean()
+    return found, penalty.mean(), n_tokens
 
 
 def step_loss(mixture, knobs, model, items, rows, autocast, batch):
     """(loss, {metric: value}) of a Batch."""
-    found, penalty = losses_of(mixture, knobs, model, items, rows, autocast, batch)
+    found, penalty, n_tokens = losses_of(mixture, knobs, model, items, rows, autocast, batch)
     loss = 0.0
     for kind, nll in found.items():
         share = len(nll) / len(batch.labels)
         own = nll.mean() + (OCCLUSION * penalty if kind == "importance" else 0.0)
         loss = loss + mixture.weights[kind] * share * own
-    return loss, {f"nll/{kind}": nll.detach().mean() for kind, nll in found.items()}
+    stats = {f"nll/{kind}": nll.detach().mean() for kind, nll in found.items()}
+    return loss, stats | {"perf/tokens": n_tokens}
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ def rollout_stats(episodes, mask, earned, entropy, sampled_logprobs, kl_coef):
         "objective/response_length": mask.sum(1).float().mean(),
         "objective/ended": ended.float().mean(),
         "objective/mismatch": (logprobs - sampled_logprobs).abs().sum() / mask.sum(),
+        "perf/tokens": (episodes.prompt_lengths + episodes.response_lengths).sum(),
     }
     values, returns = episodes.values, episodes.returns
     if values is None:
