@@ -24,6 +24,7 @@ from minirlhf.data.items import Items
 from minirlhf.data.labels import Label
 from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError, parse
+from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.kinds import win_rates
 from minirlhf.gpt import GPT
 from minirlhf.look import command
@@ -119,6 +120,15 @@ def test_several_labels_of_two_count_alike():
         first = (0.5 + (0.9 + 0.2 + 0.5 + 0) / 4) / 2
         wins = {"a": first, "b": 1 - first}
         assert won == pytest.approx([wins[items.responses[batch.rows[i]]] for i in group])
+
+
+def test_copies_have_no_labels():
+    labels = [Label("l", "comparison", "p", ["a", "b"], {"ranking": [0, 1]}, {}, (0, 1))]
+    items = Items(["p"] * 2, list("ab"), ["l"] * 2, groups=[[0, 1]], labels=labels)
+    with pytest.raises(UserError, match="--augment convexda has no say in --loss parl of labels"):
+        check_rm(train_rm.Knobs(loss="parl", augment="convexda"), items)
+    items.labels = None
+    check_rm(train_rm.Knobs(loss="parl", augment="convexda"), items)
 
 
 def test_detached_it_is_ordinary():
