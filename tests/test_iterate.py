@@ -27,7 +27,7 @@ from minirlhf.engine.cli import UserError, parse
 from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.kinds import win_rates
 from minirlhf.gpt import GPT
-from minirlhf.look import command
+from minirlhf.look import command, policies
 from minirlhf.online import iterate, parl
 from minirlhf.tokenizer import load_base
 
@@ -279,6 +279,8 @@ def test_what_is_finished_is_left_alone(toy, tmp_path, faked, capsys):
     shutil.rmtree(tmp_path / "3" / "rm" / "model")
     iterate.main(knobs_of(toy, tmp_path, rounds=3, resume=True))
     assert faked == ["minirlhf.feedback.label", "train_rm"]
+    with pytest.raises(UserError, match=f"name one's policy, as in {tmp_path}/1/ppo"):
+        policies.open_policy(str(tmp_path), "cpu")
     for changes, says in (
         ({}, "rounds lie there: --resume"),
         ({"resume": True, "seed": 4}, "--seed 0, this one has 4"),
