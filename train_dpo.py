@@ -75,12 +75,8 @@ from minirlhf.tokenizer import load_base
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob(
-        "reviews", "feedback: reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True
-    )
-    init: str = knob(
-        "", "base model: run, directory or hub name (default: sft beside --out)", free=True
-    )
+    data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
+    init: str = knob("", "base model: run, directory, hub name (none: sft beside --out)", free=True)
     reference: str = knob(
         "", "base that log-ratios and KL are to, where --init is tuned (default: --init)", free=True
     )
@@ -94,9 +90,7 @@ class Knobs(cli.RunKnobs):
         "RM,RM,..., FILE.py:FUNCTION, or what --reward takes (default: --reward)", free=True,
     )  # fmt: skip
     out: str = knob("runs/dpo", "run directory", free=True)
-    overlong: str = knob(
-        "", "too long a row: error, or truncate (the default for the reviews)", sft.OVERLONG
-    )
+    overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
     loss: str = knob(
         "sigmoid", "pairs: " + ", ".join(dpo.KINDS) + ", or a sum, as sigmoid+0.2*sft; thumbs: "
         "kto, una; ranked lists: rrhf, pro, lipo, rwr; online: rwr, nash_md, xpo",

@@ -150,7 +150,7 @@ def main(knobs):
     rng = machine.seed_everything(knobs.seed)
     policy, tokenizer = load_base(source, device)
     reference = base_of(knobs, policy, tokenizer)
-    scorer, rm = make_scorer(knobs, reward, function, tokenizer, reference, feedback)
+    scorer, rm = make_scorer(knobs, reward, function, tokenizer, policy, feedback)
     critic = make_critic(knobs, policy, reference, rm)
     prepare(knobs, policy, reference, rm, critic)
     trained = parallel.Together(policy, critic)
@@ -337,9 +337,9 @@ def make_critic(knobs, policy, reference, rm):
     if knobs.advantage != "gae":
         return None
     own = rm and knobs.critic == "own"
-    device = policy.lm_head_weight.device
-    critic = copy.deepcopy(rm) if own else RewardModel.from_base(reference).to(device)
-    if knobs.critic == "shared":
+    base = policy if knobs.critic == "shared" else reference
+    critic = copy.deepcopy(rm) if own else RewardModel.from_base(base).to(base.wte.weight.device)
+    if base is policy:
         critic.transformer = policy
     if not own or rm.level == "token":  # a token's reward is not the sum of those to come
         torch.nn.init.zeros_(critic.score.weight)

@@ -173,9 +173,8 @@ class HeadedGPT(nn.Module):
         """A fresh head on a copy of a base language model's trunk, or of its lowest layers."""
         layers = min(layers or base.config.n_layer, base.config.n_layer)
         model = cls(replace(base.config, dropout=dropout, n_layer=layers), **options)
-        weights = base.state_dict()
-        kept = {name: weights[name] for name in model.transformer.state_dict()}
-        model.transformer.load_state_dict(kept)
+        own, weights = model.transformer, base.state_dict()
+        own.load_state_dict({name: weights[name] for name in own.state_dict()})
         return model
 
     def save(self, directory, settings, tokenizer):

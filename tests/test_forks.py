@@ -23,6 +23,7 @@ import train_ppo
 import train_rm
 from minirlhf import gpt, sft
 from minirlhf.engine import decoding, quick
+from minirlhf.engine.passes import Pass
 from minirlhf.sampling import generate, plain_generate, response_logprobs
 
 ROOT = Path(__file__).parent.parent
@@ -351,6 +352,30 @@ def test_layers_that_need_whole_rows_are_an_error(name, layer, monkeypatch):
     monkeypatch.setattr(gpt, name, layer)
     with pytest.raises(ValueError, match="let run.attend alone mix tokens"):
         sampled(train(fresh()))
+
+
+class GoesPart(gpt.Block):
+    """A block of which half counts, which the tokens read for a score alone do not fit."""
+
+    def forward(self, x, run):
+        return (x + super().forward(x, run)) / 2
+
+
+class AttendsTwice(gpt.Block):
+    def forward(self, x, run):
+        return super().forward(x + self.attn(x, run), run)
+
+
+@pytest.mark.parametrize("layer", [GoesPart, AttendsTwice])
+def test_what_needs_tokens_that_a_score_leaves_out_is_an_error(layer, monkeypatch):
+    monkeypatch.setattr(gpt, "Block", layer)
+    rm, tokens = train(fresh(model=gpt.RewardModel)), ragged()[0]
+    for rows in tokens, tokens[:1], tokens[:Q]:  # of any shape, one that broadcasts, too
+        with pytest.raises((ValueError, RuntimeError), match="run.wanted|size of tensor"):
+            rm(rows, torch.full((len(rows),), Q))
+    monkeypatch.setattr(Pass, "wanted", lambda self, x: x)  # as without its line in Block
+    lengths = torch.full((B,), Q)
+    close(rm(tokens, lengths), rm.values(tokens)[:, -1])
 
 
 def test_another_hidden_is_an_error():

@@ -88,3 +88,13 @@ def test_mistakes(given, expected, tmp_path):
     given += [] if "--reward" in given else ["--reward", "r"]
     with pytest.raises(UserError, match=expected):
         frontier.main(frontier.parse(frontier.Knobs, "", [*given, "--out", str(tmp_path)]))
+
+
+def test_names_and_folders():
+    found = frontier.methods(["runs/lr=1e-3/ppo", "A=runs/b=1,runs/b=2", "x"])
+    assert found == {
+        "runs/lr=1e-3/ppo": ["runs/lr=1e-3/ppo"], "A": ["runs/b=1", "runs/b=2"], "x": ["x"]
+    }  # fmt: skip
+    for wrong in ("A=", "=x", "A=x,,y", ""):
+        with pytest.raises(UserError, match="expected a run, or NAME=RUN,RUN"):
+            frontier.methods([wrong])

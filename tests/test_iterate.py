@@ -1,6 +1,7 @@
 """Iterated RLHF: PARL's loss of a reward model against loops, PPO's KL from a named base, and the
 runner of rounds: what it starts, what it leaves alone, what it says."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -23,8 +24,12 @@ from minirlhf.data.items import Items
 from minirlhf.data.labels import Label
 from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError, parse
+from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.kinds import win_rates
+from minirlhf.gpt import GPT
+from minirlhf.look import command, policies
 from minirlhf.online import iterate, parl
+from minirlhf.tokenizer import load_base
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +108,29 @@ def test_a_label_says_how_sure_it_is():
     assert found["b"] == pytest.approx([0.6, 0.4]) and found["c"] == [0.75, 0.25]
 
 
+def test_several_labels_of_two_count_alike():
+    """One is sure by .9 of a, one by .8 of b, one is a person's tie, one a person's word for b."""
+    labels = []
+    for said in ({"ranking": [0, 1], "p": 0.9}, {"ranking": [1, 0], "p": 0.2},
+                 {"ranking": [[0, 1]]}, {"best": 1}):  # fmt: skip
+        labels.append(Label("l", "comparison", "p", ["a", "b"], said, {}, (0, 1)))
+    items = Items(["p"] * 2, list("ab"), ["l"] * 2, groups=[[0, 1], [1, 0], [1, 0]], labels=labels)
+    batch = batch_of(items)
+    for group, won in zip(*win_rates(items, batch, 4), strict=True):
+        first = (0.5 + (0.9 + 0.2 + 0.5 + 0) / 4) / 2
+        wins = {"a": first, "b": 1 - first}
+        assert won == pytest.approx([wins[items.responses[batch.rows[i]]] for i in group])
+
+
+def test_copies_have_no_labels():
+    labels = [Label("l", "comparison", "p", ["a", "b"], {"ranking": [0, 1]}, {}, (0, 1))]
+    items = Items(["p"] * 2, list("ab"), ["l"] * 2, groups=[[0, 1]], labels=labels)
+    with pytest.raises(UserError, match="--augment convexda has no say in --loss parl of labels"):
+        check_rm(train_rm.Knobs(loss="parl", augment="convexda"), items)
+    items.labels = None
+    check_rm(train_rm.Knobs(loss="parl", augment="convexda"), items)
+
+
 def test_detached_it_is_ordinary():
     """The nll form in torch: with its policy detached its gradient is iterated RLHF's, whole it is
     PARL's; the utility has none but by way of the policy, and missing options have no part."""
@@ -150,6 +178,21 @@ def test_kl_is_from_the_named_base(toy, tmp_path, monkeypatch):
     assert abs(rows[0]["objective/kl"]) < 1e-4 < 0.01 < rows[1]["objective/kl"]
     with pytest.raises(UserError, match="nowhere"):
         train_ppo.main(train_ppo.Knobs(**still | dict(reference="nowhere")))
+
+
+def test_a_reference_of_another_size(toy, tmp_path, monkeypatch, capsys):
+    """Wider and of a longer context: what reads the policy's answers has to fit the policy."""
+    monkeypatch.setattr(curves, "plot", lambda *_: None)
+    policy, tokenizer = load_base(toy / "sft")
+    sizes = dataclasses.replace(policy.config, n_ctx=2 * policy.config.n_ctx, n_embd=24, n_head=2)
+    GPT(sizes).save_pretrained(tmp_path / "base", tokenizer)
+    out = tmp_path / "ppo"
+    given = dict(data="toy", init=str(toy / "sft"), reward=str(toy / "rm"), out=str(out), steps=1)
+    given |= dict(reference=str(tmp_path / "base"), response_length=4, batch_size=8)
+    summary = train_ppo.main(train_ppo.Knobs(**given, eval_samples=8, critic="shared"))
+    assert np.isfinite(summary["eval/score_after"])
+    command.main(command.parse(command.Knobs, "", [str(out), "--trace"]))
+    assert "score of the response" in capsys.readouterr().out
 
 
 # The runner
@@ -236,6 +279,8 @@ def test_what_is_finished_is_left_alone(toy, tmp_path, faked, capsys):
     shutil.rmtree(tmp_path / "3" / "rm" / "model")
     iterate.main(knobs_of(toy, tmp_path, rounds=3, resume=True))
     assert faked == ["minirlhf.feedback.label", "train_rm"]
+    with pytest.raises(UserError, match=f"name one's policy, as in {tmp_path}/1/ppo"):
+        policies.open_policy(str(tmp_path), "cpu")
     for changes, says in (
         ({}, "rounds lie there: --resume"),
         ({"resume": True, "seed": 4}, "--seed 0, this one has 4"),

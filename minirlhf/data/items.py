@@ -96,14 +96,15 @@ class Items:
 
     @cached_property
     def chances(self):
-        """{(i, j): P(item i is better than j)}, both ways, where a label of two says it."""
+        """{(i, j): P(item i is better than j)}, both ways, the mean of what labels of two say."""
         found = {}
         for label in self.labels or ():
-            if "p" in label.said:
-                one, other = label.items
-                found[one, other] = label.said["p"]
-                found[other, one] = 1 - label.said["p"]
-        return found
+            if label.kind == "comparison" and len(label.items) == 2:
+                sure = [order == [0, 1] for order in rankings(label)] or [0.5]
+                p = label.said.get("p", sure[0])
+                found.setdefault(label.items, []).append(p)
+                found.setdefault(label.items[::-1], []).append(1 - p)
+        return {pair: np.mean(said) for pair, said in found.items()}
 
     # Who is compared with whom
 

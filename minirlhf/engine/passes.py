@@ -60,6 +60,7 @@ class Pass:
 
     def attend(self, qkv, n_head):
         """Causal attention within rows: (..., C) of q, k and v side by side (..., 3C)."""
+        self.expect(not self.cut)
         self.layer += 1
         self.drops = 0
         noise = None if self.noise is None else self.noise + (4096 * self.layer + 2)
@@ -101,9 +102,17 @@ class Pass:
     def padded(self, x):
         """(B, T, C) of what the layers saw, 0 where there is no token; or (B, C) of those read."""
         if self.cut:
+            self.expect(x.shape[:-1] == self.shape[:1])
             return x
         x = x if self.where is None else spread(x, self.where, self.shape)
         return x if self.at is None else at_place(x, self.at)
+
+    @staticmethod
+    def expect(holds):
+        """Raises ValueError where a fork's layers go on with what `wanted` has left out."""
+        if not holds:
+            what = "layers go on with tokens that run.wanted left out"
+            raise ValueError(f"{what}: take `x = run.wanted(x)` out of Block.forward")
 
 
 def at_place(x, at):

@@ -32,6 +32,8 @@ def check_rm(knobs, items):
     cli.refuse_idle(knobs, {
         f"in --loss {knobs.loss}": not ranked and "group_size",
         "but in --loss parl": knobs.loss != "parl" and "beta",
+        "in --loss parl of labels, which copies do not have":
+            knobs.loss == "parl" and items.labels is not None and "augment",
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
         "without --normalize": not knobs.normalize and "response_length",

@@ -209,7 +209,7 @@ def win_rates(items, batch, group_size):
     """(the rivals, how often each of a list is preferred to one of it, itself included, which it is
     one half of the time): two lists of (K,).
 
-    A given comparison is sure, unless a label of two says how sure it is.
+    A given comparison is sure, unless labels of the two say how sure it is: see Items.chances.
     """
     pairs = batch.rows[batch.pairs].tolist()
     known = items.chances

@@ -52,7 +52,7 @@ def stop_token(knobs, tokenizer):
     return stop[0]
 
 
-def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
+def make_scorer(knobs, source, function, tokenizer, policy, feedback=None):
     """(scorer, its reward model or None), of a function, which may take columns of the feedback, or
     else the model that is the source.
 
@@ -66,11 +66,11 @@ def make_scorer(knobs, source, function, tokenizer, reference, feedback=None):
     if function:
         columns = {}
         if feedback:
-            room = reference.config.n_ctx - R
+            room = policy.config.n_ctx - R
             columns = labelers.asked_columns(function, source, feedback, tokenizer, room)
         rate = partial(labelers.ask, function, source, level, tokenizer, columns=columns)
     else:
-        rm = labelers.load_reward_model(source, tokenizer, reference)
+        rm = labelers.load_reward_model(source, tokenizer, policy)
         read, level = fused(rm, source, tokenizer, knobs.fuse), rm.level
         if knobs.reward_level not in ("", level):
             found = f"the reward model {source} scores by the {level}"

@@ -55,6 +55,8 @@ def open_policy(name, device, reference="", loaded=None):
     knobs = read_knobs(run)
     stage = next((stage for knob, stage in STAGES.items() if knob in knobs), "")
     refuse_rewards(run, stage, name)
+    if "rounds" in knobs and not stage:
+        raise UserError(f"{name}: rounds of online.iterate: name one's policy, as in {name}/1/ppo")
     if knobs and not (run / "model").is_dir():
         fix = "go on with --resume, and it will have one at its end"
         raise UserError(f"{name}: a run without a model yet, it was stopped or still works: {fix}")

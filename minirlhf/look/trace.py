@@ -68,7 +68,7 @@ def print_episode(policy, index, seed, reward, episodes):
     function = find_function(reward, data)
     if function and not data:  # it may take columns
         data = feedback_of(policy)
-    scorer, rm = make_scorer(knobs, reward, function, policy.tokenizer, policy.reference, data)
+    scorer, rm = make_scorer(knobs, reward, function, policy.tokenizer, policy.model, data)
     critic, whose = critic_of(policy, knobs, rm)
     kl_coef, since = coefficient(policy, knobs)
     torch.manual_seed(seed)
@@ -107,7 +107,8 @@ def critic_of(policy, knobs, rm):
     if knobs.advantage != "gae":
         return None, f"none: {knobs.advantage} compares the {knobs.group_size} answers to a prompt"
     shared = knobs.critic == "shared"
-    critic = copy.deepcopy(rm) if rm and not shared else RewardModel.from_base(policy.reference)
+    base = policy.model if shared else policy.reference
+    critic = copy.deepcopy(rm) if rm and not shared else RewardModel.from_base(base)
     critic = critic.to(policy.model.lm_head_weight.device).eval()
     if shared:
         critic.transformer = policy.model

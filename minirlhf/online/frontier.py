@@ -76,12 +76,17 @@ def main(knobs):
 
 
 def methods(given):
-    """{name: its runs} of NAME=RUN,RUN,... or RUN. UserError for a name that is given twice."""
+    """{name: its runs} of NAME=RUN,RUN,... or RUN, whose folder may be called lr=1e-3, say.
+    UserError for a name that is given twice, and for none of a run."""
     found = {}
     for text in given:
-        name, _, runs = text.rpartition("=")
-        name = name or runs
-        cli.refuse({f"{name}: given twice, where a method is NAME=RUN,RUN": name in found})
+        name, named, runs = text.partition("=")
+        if not named or "/" in name:
+            name = runs = text
+        cli.refuse({
+            f"{name}: given twice, where a method is NAME=RUN,RUN": name in found,
+            f"{text}: expected a run, or NAME=RUN,RUN": not all([name, *runs.split(",")]),
+        })  # fmt: skip
         found[name] = runs.split(",")
     return found
 
