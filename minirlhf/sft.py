@@ -234,7 +234,8 @@ def stage_beside(name, folder, stage, knobs, feedback):
         stages.note_other_data(knobs.reward, knobs, feedback)
         return knobs.reward, {}
     beside = Path(knobs.out).parent / folder
-    own = stage.Knobs(init=knobs.init, out=beside, **stages.earlier(knobs))
+    base = knobs.reference or knobs.init
+    own = stage.Knobs(init=base, out=beside, **stages.earlier(knobs))
     return stages.stage_before(name, stage.main, own, feedback)
 
 

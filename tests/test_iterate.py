@@ -18,12 +18,15 @@ import pytest
 import torch
 from test_online_policies import differences, symmetric_chances
 
+import train_dpo
 import train_ppo
 import train_rm
+from minirlhf import sft
 from minirlhf.data.items import Items
 from minirlhf.data.labels import Label
-from minirlhf.engine import curves
+from minirlhf.engine import curves, stages
 from minirlhf.engine.cli import UserError, parse
+from minirlhf.feedback import labelers
 from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.kinds import win_rates
 from minirlhf.gpt import GPT
@@ -178,6 +181,16 @@ def test_kl_is_from_the_named_base(toy, tmp_path, monkeypatch):
     assert abs(rows[0]["objective/kl"]) < 1e-4 < 0.01 < rows[1]["objective/kl"]
     with pytest.raises(UserError, match="nowhere"):
         train_ppo.main(train_ppo.Knobs(**still | dict(reference="nowhere")))
+
+
+@pytest.mark.parametrize("reference, base", [("", "tuned"), ("base", "base")])
+def test_a_missing_reward_model_is_of_the_reference(reference, base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "stage_before", lambda _, __, own, ___: asked.append(own.init))
+    given = dict(data="toy", init="tuned", reference=reference, out=str(tmp_path / "policy"))
+    sft.stage_beside("reward model", "rm", train_rm, train_ppo.Knobs(**given), None)
+    labelers.reward_beside(train_dpo.Knobs(**given, online=True), None, train_rm)
+    assert asked == [base, base]
 
 
 def test_a_reference_of_another_size(toy, tmp_path, monkeypatch, capsys):

@@ -36,7 +36,8 @@ def reward_beside(knobs, feedback, stage):
         stages.note_other_data(knobs.reward, knobs, feedback)
         return knobs.reward, figures_of(knobs.reward)
     if knobs.online and not knobs.labeler:
-        own = stage.Knobs(init=knobs.init, out=str(beside), **stages.earlier(knobs))
+        base = knobs.reference or knobs.init
+        own = stage.Knobs(init=base, out=str(beside), **stages.earlier(knobs))
         return stages.stage_before("reward model", stage.main, own, feedback)
     summary = figures_of(beside)
     if not feedback.trained(summary, knobs.data):

@@ -23,7 +23,7 @@ round's is to be compared with another's; where --labeler itself gives scores, i
 --rm and --ppo are further flags of train_rm.py and train_ppo.py. Killed at any moment, the same
 command with --resume goes on: what is finished stays, a stage goes on from its own state; one whose
 parent alone was killed works on, and has to be waited for. More --rounds go on, too, and further
-flags may be others from there on.
+flags may be others for stages that have not begun.
 
 Left out: torchrun; people, who label on a page of their own (minirlhf.feedback).
 """
