@@ -417,7 +417,12 @@ def test_credit_moved_between_tokens_changes_only_the_token_level(monkeypatch):
     for level in ("response", "token"):
         for v in (values, moved):
             model = RewardModel(CONFIG, level=level)
-            monkeypatch.setattr(model, "values", lambda idx, lengths, v=v: v)
+            model.score = torch.nn.Identity()
+
+            def hidden(idx, lengths, at=None, v=v):
+                return v[..., None] if at is None else v[:, at]
+
+            monkeypatch.setattr(model.transformer, "hidden", hidden)
             scores.append(model(tokens, lengths, prompt_lengths).item())
     assert scores == [
         4,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -364,7 +365,7 @@ def test_a_shared_critic_is_read_from_its_state(toy, tmp_path, capsys):
     assert critic.transformer is policy.model
     capsys.readouterr()
     look(out, "--trace")
-    coef = 0.033 * (1 - 0.2 * 4 / 10000)  # Ziegler et al. 2019, 2.2: the KL was 0, far below 3
+    coef = 0.06 * (1 - 0.2 * 4 / 10000)  # Ziegler et al. 2019, 2.2: the KL was 0, far below 3
     assert f"a nat costs {coef:.4g} at the end" in " ".join(capsys.readouterr().out.split())
 
 
@@ -690,7 +691,9 @@ def test_the_page_stands_alone(runs, tmp_path, capsys):
     assert "@media print" in html
     policy = open_policy(str(runs / "ppo"), CPU)
     for reply in replies(policy, [hostile, "ab"], Sampling(8)):
-        assert "".join(p.text for p in reply.pieces) in text
+        written = "".join(p.text for p in reply.pieces)
+        written = re.sub(r"[\x00-\x08\x0e-\x1f]", lambda c: rf"\x{ord(c[0]):02x}", written)
+        assert written in text
         for piece in reply.pieces:
             title = f"log-ratio {piece.ratio:+.2f}, log-prob {piece.logprob:.2f}"
             assert ("span", "title", title) in reader.attributes

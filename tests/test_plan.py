@@ -228,7 +228,7 @@ def test_flops_of_the_layers(micro_batch):
     rows = Rows(tokens, np.full(B, 8), 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         train_rm.forward(model, rows, micro_batch).sum().backward()
-    expected = duration.flops(config, T, B * T, 0, True, micro_batch > 0)
+    expected = duration.flops(config, T, B * T, 0, True, micro_batch > 0, last=True)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -496,7 +496,7 @@ def test_rankings_of_unequal_length_from_a_file(tmp_path):
 
 def test_ratings_are_regressed(toy, rated, tmp_path):
     """Without the normalisation, scores stay on the raters' scale."""
-    changes = dict(loss="ratings", epochs=8, batch_size=32, lr=3e-3, normalize=False)
+    changes = dict(loss="ratings", epochs=16, batch_size=32, lr=3e-3, normalize=False)
     train(rated, toy / "sft", tmp_path / "rm", **changes)
     scores = np.array([row["score"] for row in samples_of(tmp_path / "rm")])
     truth = np.array([r[0] for r in data.load_feedback(str(rated)).test.ratings])

@@ -405,7 +405,7 @@ IDLE = [  # (script, what is given, the flag that has no say beside it)
     (train_rm, {"model": "pairwise", "response_length": 3}, "--response-length 3"),
     (train_rm, {"normalize": False, "response_length": 3}, "--response-length 3"),
     *((train_ppo, {"advantage": "rloo", name: value}, flag) for name, value, flag in (
-        ("gamma", 0.5, "--gamma 0.5"), ("lam", 0.5, "--lam 0.5"), ("vf_coef", 0.5, "--vf-coef 0.5"),
+        ("gamma", 0.5, "--gamma 0.5"), ("lam", 0.7, "--lam 0.7"), ("vf_coef", 0.5, "--vf-coef 0.5"),
         ("whiten_advantages", False, "--no-whiten-advantages"),
         ("critic", "shared", "--critic shared"), ("value_clip", 0.5, "--value-clip 0.5"))),
     (train_ppo, {"group_size": 2}, "--group-size 2"),

@@ -232,9 +232,9 @@ def test_models_read_a_rollout_in_parts(variant, toy, monkeypatch):
     for micro_batch in (0, 5):
         stage, seen = Stage(toy, micro_batch=micro_batch, **variant), []
 
-        def spy(model, idx, cache=None, lengths=None, seen=seen):
+        def spy(model, idx, cache=None, lengths=None, at=None, seen=seen):
             seen += [len(idx)] if cache is None else []  # with a cache it is the sampler
-            return hidden(model, idx, lengths, cache)
+            return hidden(model, idx, lengths, cache, at)
 
         generate(stage.policy, *stage.batch, 1, eos=-1, pad=0)  # tried before its first use
         monkeypatch.setattr(GPT, "hidden", spy)

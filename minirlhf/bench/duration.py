@@ -6,13 +6,16 @@ EPOCHS = 2  # default of ppo
 DECODING = 0.4  # share of the memory's bandwidth that decoding reaches
 
 
-def flops(c, T, tokens, read=0, train=False, again=False):
-    """Of `tokens` in rows of T through the layers, and of `read` of them through the head.
+def flops(c, T, tokens, read=0, train=False, again=False, last=False):
+    """Of `tokens` in rows of T through the layers, and of `read` of them through the head; with
+    `last` the last block's MLP sees the last token of each row alone.
 
     Backward is two forwards, `again` one more; a GPU's backward makes the head's logits anew.
     """
     products, attention = 24 * c.n_embd, 4 * T  # for each of a layer's C columns
     layers = tokens * c.n_layer * c.n_embd * (products + attention)
+    if last:
+        layers -= (tokens - tokens // T) * 16 * c.n_embd**2
     logits = 2 * read * c.vocab_size * c.n_embd
     if not train:
         return layers + logits
@@ -30,15 +33,16 @@ def work(stage, c, k):
     rows, T, again = split(stage, k).rows, row_length(k), split(stage, k).again
     answers = rows * k.response_length
     read = {"sft": rows * T, "rm": 0}.get(stage, answers)
-    trained = flops(c, T, rows * T, read, True, again)
+    trained = flops(c, T, rows * T, read, True, again, last=stage == "rm")
     if stage != "ppo":
         return trained
     language = flops(c, T, rows * T, read)  # log-probs, by policy and reference
-    scored = flops(c, T, rows * T)  # by reward model and critic
+    scored = flops(c, T, rows * T, last=True)
+    valued = flops(c, T, rows * T)
     Q = k.prompt_length
     prompts = flops(c, Q, rows * Q)
     critic = flops(c, T, rows * T, 0, True)
-    scoring = 2 * language + 2 * scored + prompts
+    scoring = 2 * language + scored + valued + prompts
     return scoring + EPOCHS * (trained + critic)
 
 

@@ -68,8 +68,9 @@ def written_out(k, T):
     return k.device == "cpu" and T <= 256
 
 
-def kept(c, k, T, dropout=0.0):
-    """Bytes a token that the layers keep for backward, the final hidden state included."""
+def kept(c, k, T, dropout=0.0, last=False):
+    """Bytes a token that the layers keep for backward, the final hidden state included; with `last`
+    the last block's MLP sees the last token of each row alone."""
     C, s = c.n_embd, width(k)
     stream = 8 * C  # the residual stream, fp32, before each of the two branches
     products = 14 * C * s  # inputs of the products and of GELU; q, k and v
@@ -81,7 +82,8 @@ def kept(c, k, T, dropout=0.0):
     masks = 2 * mask if dropout else 0
     norms = 16  # statistics of two LayerNorms
     a_layer = stream + products + attention + masks + norms
-    return c.n_layer * a_layer + 8 * C
+    end = 12 * C + 9 * C * s + masks / 2 + norms / 2  # of the last MLP, and of the hidden state
+    return c.n_layer * a_layer + 8 * C - last * end * (1 - 1 / T)
 
 
 class Graph(NamedTuple):
@@ -112,7 +114,8 @@ def graphs(stage, c, k):
     if k.device == "cpu" and stage in ("rm", "dpo") and not how.again:
         parts = ceil(how.rows * T, 1200)  # Rows.by_parts
     tokens = how.micro * T / parts
-    trunk = tokens * kept(c, k, T, DROPOUT if stage == "rm" else 0)
+    scores = stage == "rm"
+    trunk = tokens * kept(c, k, T, DROPOUT if scores else 0, last=scores)
     passed = tokens * 24 * c.n_embd  # the gradients that one block hands on
     read = tokens if stage == "sft" else how.micro * k.response_length / parts
     logits = head(c, k, read)
@@ -121,7 +124,7 @@ def graphs(stage, c, k):
     language = Graph(trunk + logits.kept, max(logits.work, meeting))
     if stage == "ppo":
         return [scored, language]
-    return [scored if stage == "rm" else language] * parts
+    return [scored if scores else language] * parts
 
 
 def embedding(c):
