@@ -153,7 +153,7 @@ def main(knobs):
     # Data: the plan of all batches, of stored responses or of prompts that the policy answers
     room = policy.config.n_ctx - knobs.response_length
     if knobs.online:
-        prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
+        prompts = data.training_prompts(feedback, tokenizer, room, knobs, rng)
         plan = endless(len(prompts), knobs.batch_size // 2, knobs.steps or 100, rng)
         models = policy, base, reference
         supply = batches.Own(prompts, len(plan), *models, prefer, tokenizer, method, knobs)

@@ -159,7 +159,7 @@ def main(knobs):
 
     # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
-    prompts = data.fit(data.prompts_of(feedback.train, tokenizer, rng), room, knobs.overlong)
+    prompts = data.training_prompts(feedback, tokenizer, room, knobs, rng)
     held_out = data.held_out_prompts(feedback, tokenizer, room, knobs)
     group = rivals(knobs)
     plan = endless(len(prompts), knobs.batch_size // group, knobs.steps, rng)
@@ -172,8 +172,7 @@ def main(knobs):
                        knobs.temperature, autocast, knobs.seed)  # fmt: skip
 
     parts = {"models": trained, "optimizer": optimizer, "kl": controller}
-    base = knobs.reference or source
-    given = {"data": prompts, "base model": base, "reward": content_of(reward)}
+    given = {"data": prompts, "base model": knobs.reference or source, "reward": content_of(reward)}
     run = Run("ppo", knobs, plan, device, tokenizer, parts, given, watch=alarms)
     for step, chosen in run.steps():
         optim.set_lr(optimizer, step, knobs.steps, knobs.lr, knobs.warmup, knobs.lr_schedule)

@@ -15,12 +15,12 @@ __all__ = [
     "encode_items", "entries", "fill", "fit", "held_out_prompts", "human_ceiling",
     "level", "load_feedback", "outvotes", "parse_label", "parse_record", "prefix_kl",
     "prompts_of", "rankings", "read_reviews", "split", "stored_logps", "total", "toy_reward",
-    "worth_writing",
+    "training_prompts", "worth_writing",
 ]  # fmt: skip
 
 WITH_TORCH = {  # whose import takes seconds: these are imported when they are first asked for
     "logps": ("all_logps", "prefix_kl", "stored_logps", "total"),
-    "rows": ("encode", "encode_items", "fit", "held_out_prompts", "prompts_of"),
+    "rows": ("encode", "encode_items", "fit", "held_out_prompts", "prompts_of", "training_prompts"),
 }
 
 

@@ -158,6 +158,12 @@ def fit(prompts, room, overlong):
     return fitting
 
 
+def training_prompts(feedback, tokenizer, room, knobs, rng):
+    """The prompts that a policy answers while it learns, in the order of the rng."""
+    seen = prompts_of(feedback.train, tokenizer, rng)
+    return fit(seen, room, knobs.overlong)
+
+
 def held_out_prompts(feedback, tokenizer, room, knobs):
     """The prompts that a script answers before and after: --eval-samples held-out ones."""
     unseen = prompts_of(feedback.test, tokenizer, np.random.default_rng(1))

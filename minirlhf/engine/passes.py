@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from minirlhf.engine.rows import window
 from minirlhf.kernels.attention import attention, drop_out, noise_of
 from minirlhf.kernels.decoding import decode_attention
 
@@ -105,7 +106,7 @@ class Pass:
             self.expect(x.shape[:-1] == self.shape[:1])
             return x
         x = x if self.where is None else spread(x, self.where, self.shape)
-        return x if self.at is None else at_place(x, self.at)
+        return x if self.at is None else window(x, self.at, 1)[:, 0]
 
     @staticmethod
     def expect(holds):
@@ -113,11 +114,6 @@ class Pass:
         if not holds:
             what = "layers go on with tokens that run.wanted left out"
             raise ValueError(f"{what}: take `x = run.wanted(x)` out of Block.forward")
-
-
-def at_place(x, at):
-    """x (B, T, C) at one place of each row, `at` (B,): (B, C)."""
-    return x[torch.arange(len(x), device=x.device), at]
 
 
 def spread(x, where, shape):
@@ -171,4 +167,4 @@ def compiled_hidden(model, idx, at=None):
     # One row, or one token, would be compiled for itself.
     padded = F.pad(idx, (0, min(-T % 8, model.config.n_ctx - T), 0, int(B == 1)))
     found = compiled_pass()(model, padded)[:B, :T]
-    return found if at is None else at_place(found, at)
+    return found if at is None else window(found, at, 1)[:, 0]
