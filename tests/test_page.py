@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -431,7 +432,8 @@ def test_undo_in_one_tab_takes_nothing_of_another(tmp_path, page):
 def serve(run, *flags):
     """(process, port, path) of the command, when it says that it is there."""
     command = [sys.executable, "-m", "minirlhf.feedback", str(run), "--rater", "Ann", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in the background
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     atexit.register(process.kill)  # where a test fails before it ends it
     for line in process.stdout:
         if line.startswith("open "):

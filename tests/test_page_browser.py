@@ -30,7 +30,7 @@ def tab(browser):
 
     def open_tab(address, motion="no-preference"):
         page = context.new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(20_000)  # a busy machine takes its time
         page.emulate_media(reduced_motion=motion)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: problems.append(dialog.message))

@@ -82,9 +82,9 @@ def main(knobs):
     print(f"{len(session.left):,} questions; answers go to {session.knobs.out}")
     print(f"open {server.address}\nCtrl-C ends it", flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    if learning:
-        learning.warm_up()
     try:
+        if learning:
+            learning.warm_up()
         while True:  # serve_forever in this thread would not see a signal while it shuts down
             time.sleep(1)  # a signal just before a sleep begins is seen only when that ends
     except KeyboardInterrupt:
