@@ -1,6 +1,8 @@
 """The benchmark's clockwork: rows run beside their peers, say what they must, and are appended."""
 
 import json
+import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from minirlhf.bench import clock, rows
+from minirlhf.engine import machine
 from minirlhf.engine.cli import UserError
 from minirlhf.gpt import GPTConfig
 
@@ -50,6 +53,15 @@ def test_rows_are_appended(tmp_path, quick):
     assert {"hf", "ratio/hf", "share of roof"} <= found[0].keys()
     assert found[0]["ratio/hf"] == pytest.approx(found[0]["ours"] / found[0]["hf"])
     assert found[3]["ours"] == pytest.approx(found[3]["ratio/foreach"] * found[3]["foreach"])
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's list of features")
+def test_versions_name_the_instructions():
+    features = Path("/proc/cpuinfo").read_text().split()
+    widest = "AVX512" if "avx512f" in features else "AVX2" if "avx2" in features else "DEFAULT"
+    asked = os.environ.get("ATEN_CPU_CAPABILITY", "").upper()
+    if platform.machine() == "x86_64" and not asked:
+        assert f", {widest}, " in machine.versions(torch.device("cpu"))["device"]
 
 
 @pytest.mark.parametrize("flags", [{"rows": "lm,sleep"}, {"peers": "jax"}])

@@ -104,7 +104,9 @@ def seed_everything(seed, step=None):
 
 
 def versions(device):
-    name = platform.processor() or platform.machine()
+    """Of Python and libraries; the device, a CPU with the widest instructions that torch uses."""
+    kind = platform.processor() or platform.machine()
+    name = f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
