@@ -68,7 +68,7 @@ class Knobs(cli.RunKnobs):
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
     share: float = knob(1.0, "of what people said, how much is learned from", least=1e-6, most=1)
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
-    layers: int = knob(0, "the lowest blocks of the base model are read; 0: all, of reviews half")
+    layers: int = knob(0, "how many of the base model's lowest blocks are read; 0: all")
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
         "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings; the "
@@ -164,9 +164,8 @@ def main(knobs):
 
 
 def fresh_model(knobs, base):
-    """A fresh head on a copy of the base model's lowest layers."""
-    few = -(-base.config.n_layer // 2) if knobs.data == "reviews" else 0  # say as much, sooner
-    size = {"layers": knobs.layers or few, "dropout": knobs.dropout}
+    """A fresh head on a copy of the base model, or of its lowest layers."""
+    size = {"layers": knobs.layers, "dropout": knobs.dropout}
     if knobs.model == "pairwise":
         return PreferenceModel.from_base(base, **size)
     model = RewardModel.from_base(base, level=knobs.level, **size)

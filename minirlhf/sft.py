@@ -44,7 +44,7 @@ class Knobs(cli.RunKnobs):
     out: str = knob("runs/sft", "run directory", free=True)
     vocab_size: int = knob(8192, "tokens to train when fresh, with EOS; toy: 257", least=1)
     n_ctx: int = knob(64, "context in tokens, when fresh; two are EOS", least=3)
-    n_layer: int = knob(4, "blocks, when fresh", least=1)
+    n_layer: int = knob(2, "blocks, when fresh", least=1)
     n_head: int = knob(4, "attention heads, when fresh", least=1)
     n_embd: int = knob(128, "width, when fresh", least=1)
     overlong: str = knob("", "longer rows than the context: error, or truncate (reviews)", OVERLONG)
@@ -52,7 +52,7 @@ class Knobs(cli.RunKnobs):
     text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step", least=1)
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
-    lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
