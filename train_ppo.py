@@ -77,7 +77,7 @@ class Knobs(cli.RunKnobs):
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
     steps: int = knob(40, "iterations", least=1)
-    batch_size: int = knob(128, "episodes an iteration", least=1)
+    batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
     temperature: float = knob(1.0, "of sampling and of every log-prob", least=1e-6)
