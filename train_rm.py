@@ -41,8 +41,9 @@ from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
-from minirlhf.feedback import mixture
+from minirlhf.feedback import letters, mixture
 from minirlhf.feedback.checks import check_rm
+from minirlhf.feedback.further import further_first
 from minirlhf.feedback.kinds import rankings
 from minirlhf.feedback.preference_model import PreferenceModel
 from minirlhf.gpt import RewardModel
@@ -60,9 +61,7 @@ AUGMENT = ("", "convexda")
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob(
-        "reviews", "feedback: reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True
-    )
+    data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "base model: run, directory, hub name (none: sft beside --out)", free=True)
     out: str = knob("runs/rm", "run directory", free=True)
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
@@ -77,13 +76,13 @@ class Knobs(cli.RunKnobs):
     beta: float = knob(1.0, "parl: what a nat of KL costs that policy, in raw scores", least=1e-6)
     group_size: int = knob(4, "rated responses in a ranking; in a file the record says it", least=2)
     soft_labels: bool = knob(True, "labels are shares of raters; off: the majority, without ties")
-    epochs: int = knob(5, "passes over the responses", least=1)
+    epochs: int = knob(4, "passes over the responses", least=1)
+    text_epochs: int = knob(1, "passes before, over further text if that is rated, too")
     batch_size: int = knob(64, "responses a step; what people compared of them counts", least=1)
-    micro_batch: int = knob(
-        0, "responses in memory at a time, for a second forward pass; 0: all", free=True
-    )
+    micro_batch: int = knob(0, "responses in memory at a time, read twice; 0: all", free=True)
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
+    letters: float = knob(-1.0, "rate of vectors of letters, likewise; -1: 3 of reviews", least=-1)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
@@ -92,12 +91,8 @@ class Knobs(cli.RunKnobs):
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     kind_weights: str = knob("", 'of labels of many kinds, as in "comparison=1,estop=0.5"; else 1')
     kind_betas: str = knob("", "how rational people are in each kind, said likewise; else 1")
-    normalize: bool = knob(
-        True, "scores of base samples get mean 0 and standard deviation 1", free=True
-    )
-    response_length: int = knob(
-        24, "most tokens of a base sample for the normalisation", least=1, free=True
-    )
+    normalize: bool = knob(True, "scores of base samples get mean 0 and deviation 1", free=True)
+    response_length: int = knob(24, "most tokens of such a sample", least=1, free=True)
 
 
 @cli.contained
@@ -105,7 +100,7 @@ def main(knobs):
     device = parallel.start(knobs.device)
     autocast = machine.precision(device, knobs.dtype)
     feedback = data.load_feedback(knobs.data)
-    check_rm(knobs, feedback.train)
+    check_rm(knobs, feedback.train, feedback.more_ratings)
     mixture.held_out_pairs(feedback.test, 1)  # an error now, where there are none
     stages.look_ahead(knobs, {"sft": knobs.init})
 
@@ -113,7 +108,7 @@ def main(knobs):
     source = sft.base_model(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     base, tokenizer = load_base(source, device)
-    model = fresh_model(knobs, base).to(device)
+    model = letters.attach(knobs, fresh_model(knobs, base), tokenizer).to(device)
     prepare(knobs, base, model)
     kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
     trained = parallel.Together(model)
@@ -128,7 +123,8 @@ def main(knobs):
     test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
     epoch = partial(mixture.epoch, train) if kinds else train.epoch
     plan = [batch for _ in range(knobs.epochs) for batch in epoch(knobs.batch_size, rng)]
-    read, read_rows, plan = augmented(knobs.augment, train, train_rows, plan, base, tokenizer, rng)
+    read = augmented(knobs.augment, train, train_rows, plan, base, tokenizer, rng)
+    read, read_rows, plan = further_first(knobs, feedback, base, tokenizer, rng, *read)
     prompts = sample_prompts(train, tokenizer, base, knobs)
 
     parts = {"model": learned if kinds else trained, "optimizer": optimizer}
@@ -144,10 +140,11 @@ def main(knobs):
         trained.backward(loss)
         nonfinite = partial(run.nonfinite, step, [read_rows.tokens[i] for i in batch.rows])
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
-        stats = {"loss": loss, **stats, "grad_norm": norm}
+        stats |= {"loss": loss, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
-    # Normalisation on samples of the base model, then evaluation
+    # Letters are left out, scores of base samples get mean 0 and deviation 1, then evaluation
+    letters.fold(model)
     with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
         figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:

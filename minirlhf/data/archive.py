@@ -14,16 +14,18 @@ OTHERS = "amazonReviewSnippets", "nytEditorialSnippets", "tweets"
 
 
 def read_reviews(path, inner, folder):
-    """({id: snippet}, {id: its ratings (n,)}, [other sentences]) of an archive of the reviews.
+    """({id: snippet}, {id: its ratings (n,)}, [other sentences], [their ratings]) of an archive of
+    the reviews.
 
     `inner` is the archive inside it, `folder` the place of the tables in that one. Raises
     UserError that names table and line.
     """
-    texts = f"{folder}movieReviewSnippets_GroundTruth.txt"
-    rates = f"{folder}movieReviewSnippets_anonDataRatings.txt"
-    others = [f"{folder}{kind}_GroundTruth.txt" for kind in OTHERS]
+    kinds = ["movieReviewSnippets", *OTHERS]
+    texts, *others = [f"{folder}{kind}_GroundTruth.txt" for kind in kinds]
+    rates, *other_rates = [f"{folder}{kind}_anonDataRatings.txt" for kind in kinds]
     inside = unpack(path, [inner], path)[inner]
-    files = unpack(io.BytesIO(inside), [texts, rates, *others], path)
+    names = [texts, rates, *others, *other_rates]
+    files = unpack(io.BytesIO(inside), names, path)
     texts_of = by_number(table(files[texts], 3, f"{path}: {texts}"))
     ratings_of = by_number(table(files[rates], 4, f"{path}: {rates}"))
     snippets, ratings = {}, {}
@@ -32,11 +34,16 @@ def read_reviews(path, inner, folder):
             raise UserError(f"{where}: {i} is in only one of the tables of snippets and of ratings")
         snippets[i] = texts_of[i][1].strip()
         ratings[i] = parse_ratings(last, where)
-    sentences = []
-    for name in others:
-        rows = table(files[name], 3, f"{path}: {name}", encoding="latin-1")
-        sentences += [text.strip() for _, _, text in rows]
-    return snippets, ratings, sentences
+    sentences, given = [], []
+    for name, rated in zip(others, other_rates, strict=True):
+        said = table(files[rated], 4, f"{path}: {rated}", encoding="utf-8-sig")
+        found = {number: parse_ratings(last, where) for where, number, last in said}
+        for where, number, text in table(files[name], 3, f"{path}: {name}", encoding="latin-1"):
+            if number not in found:
+                raise UserError(f"{where}: {number} has no ratings in {rated}")
+            sentences.append(text.strip())
+            given.append(found[number])
+    return snippets, ratings, sentences, given
 
 
 def table(content, columns, where, encoding="utf-8"):

@@ -57,13 +57,13 @@ FOLDER = "hutto_ICWSM_2014/"
 def reviews():
     """10,605 movie-review snippets with 15-29 single ratings from -4 to 4 each.
 
-    Further text: 13,098 sentences of three other kinds.
+    Further text: 13,098 sentences of three other kinds, rated by the same people.
     """
     from minirlhf.engine import parallel  # with torch, whose import takes seconds
 
     with parallel.first_alone(), file_errors(cache_directory()):
         path = fetch_reviews()
-    snippets, ratings, others = read_reviews(path, INNER, FOLDER)
+    snippets, ratings, others, their_ratings = read_reviews(path, INNER, FOLDER)
     ids = sorted(snippets)
     items = Items(
         prompts=[""] * len(ids),
@@ -71,7 +71,7 @@ def reviews():
         where=[f"reviews snippet {i}" for i in ids],
         ratings=[ratings[i] for i in ids],
     )
-    return shuffled_split(items, "reviews", more_text=others)
+    return shuffled_split(items, "reviews", more_text=others, more_ratings=their_ratings)
 
 
 def shuffled_split(items, name, **more):

@@ -27,6 +27,7 @@ class Feedback:
     train: Items
     test: Items
     more_text: list[str] = field(default_factory=list)  # further text for the base model
+    more_ratings: list[np.ndarray] = field(default_factory=list)  # of each of it, or of none
     true_reward: object = None  # the toy's: (prompts, responses) -> floats
     counts: dict = field(default_factory=dict)  # of the records read, for those who look at them
 
@@ -38,8 +39,16 @@ class Feedback:
         if self.train.columns is not None:
             problem = "prompts alone hold no answers to train a base model on"
             raise UserError(f"{self.name}: {problem}; name a model with --init")
-        further = [("", t, f"{self.name} text {i}") for i, t in enumerate(self.more_text)]
-        return worth_writing(self.train) + further
+        return worth_writing(self.train) + worth_writing(self.further())
+
+    def further(self):
+        """The further text as Items."""
+        return Items(
+            prompts=[""] * len(self.more_text),
+            responses=self.more_text,
+            where=[f"{self.name} text {i}" for i in range(len(self.more_text))],
+            ratings=self.more_ratings or None,
+        )
 
     def fingerprint(self):
         """A short digest of what was said and of how it is split."""

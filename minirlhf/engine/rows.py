@@ -148,6 +148,12 @@ class Rows(NamedTuple):
         prompt_lengths = self.prompt_lengths[index]
         return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
+    def joined(self, others):
+        """These rows, and the others behind them."""
+        tokens = self.tokens + others.tokens
+        prompt_lengths = np.append(self.prompt_lengths, others.prompt_lengths)
+        return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
+
     def lengths(self):
         """Response tokens of each row: (N,)."""
         whole = torch.tensor([len(row) for row in self.tokens])

@@ -12,8 +12,9 @@ from minirlhf.feedback import labelers, mixture, preferring
 from minirlhf.lists import THUMBS
 
 
-def check_rm(knobs, items):
-    """Refuses knobs of train_rm that say nothing together, and data that say nothing."""
+def check_rm(knobs, items, further=()):
+    """Refuses knobs of train_rm that say nothing together, and data that say nothing. `further`
+    are the ratings of the source's further text."""
     of_kinds = mixture.reads(knobs, items)
     of_pairs = knobs.margin or knobs.center or items.margins or not knobs.soft_labels
     of_scores = knobs.loss != "pairs" or knobs.center or knobs.level != "response"
@@ -36,6 +37,7 @@ def check_rm(knobs, items):
             knobs.loss == "parl" and items.labels is not None and "augment",
         "where the records say what was ranked": items.ratings is None and "group_size",
         "without scores": knobs.model == "pairwise" and "normalize response_length",
+        "where no further text is rated": not len(further) and "text_epochs",
         "without --normalize": not knobs.normalize and "response_length",
         "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
     })  # fmt: skip

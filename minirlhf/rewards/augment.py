@@ -93,7 +93,7 @@ def augmented(augment, items, rows, plan, base, tokenizer, rng, n=5):
     for place, origin in enumerate(origins, start=len(items)):
         forms[origin].append(place)
     plan = [in_some_form(batch, forms, rng) for batch in plan]
-    return with_copies(items, origins, texts), joined(rows, copies), plan
+    return with_copies(items, origins, texts), rows.joined(copies), plan
 
 
 def distinct_copies(texts, rng, n):
@@ -147,9 +147,3 @@ def with_copies(items, origins, texts):
     more = items.take_items([*range(n), *origins], [])
     more.responses[n:] = texts
     return more
-
-
-def joined(rows, others):
-    tokens = rows.tokens + others.tokens
-    prompt_lengths = np.append(rows.prompt_lengths, others.prompt_lengths)
-    return rows._replace(tokens=tokens, prompt_lengths=prompt_lengths)
