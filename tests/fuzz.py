@@ -906,6 +906,8 @@ class Archive:
     texts, rates = "movieReviewSnippets_GroundTruth", "movieReviewSnippets_anonDataRatings"
     others = ("amazonReviewSnippets_GroundTruth", "nytEditorialSnippets_GroundTruth",
               "tweets_GroundTruth")  # fmt: skip
+    other_rates = ("amazonReviewSnippets_anonDataRatings", "nytEditorialSnippets_anonDataRatings",
+                   "tweets_anonDataRatings")  # fmt: skip
 
     def __init__(self, folder):
         self.path = folder / "reviews.tar.gz"
@@ -914,6 +916,8 @@ class Archive:
             self.rates: [f"{i}\t0\t1\t[{i % 5}, {i % 5 - 4}]" for i in range(1, 13)],
         }
         tables |= {name: [f"1_1\t0\t{name} one", "1_2\t0\ttwo\r"] for name in self.others}
+        rated = ["1_2\t0\t1\t[-4, 0]", "1_1\t0\t1\t[3]"]
+        tables |= dict.fromkeys(self.other_rates, rated)
         self.files = {}
         for name, lines in tables.items():
             self.files[f"{sources.FOLDER}{name}.txt"] = "\n".join(lines).encode()
@@ -993,7 +997,7 @@ class Archive:
             lines = [line for line in table.split(b"\n") if line.strip()]
             name = name.removeprefix(sources.FOLDER)[:-4]
             rows[name] = [line.rstrip(b"\r").split(b"\t") for line in lines]
-        snippets, ratings, others = found
+        snippets, ratings, others, their_ratings = found
         texts = {int(i): t.decode(errors="replace").strip() for i, _, t in rows[self.texts]}
         assert snippets == texts
         given = {int(row[0]): json.loads(row[3]) for row in rows[self.rates]}
@@ -1001,6 +1005,11 @@ class Archive:
         assert given.keys() == snippets.keys() and len(given) == len(rows[self.rates])
         sentences = [row[2].decode("latin-1").strip() for name in self.others for row in rows[name]]
         assert others == sentences
+        expected = []
+        for name, rates in zip(self.others, self.other_rates, strict=True):
+            said = {row[0].removeprefix(b"\xef\xbb\xbf"): row[3] for row in rows[rates]}
+            expected += [json.loads(said[row[0]]) for row in rows[name]]
+        assert expected == [r.tolist() for r in their_ratings]
 
 
 class LabelLine:

@@ -458,6 +458,7 @@ def package(tmp_path, monkeypatch):
     }  # fmt: skip
     for kind in ("amazonReviewSnippets", "nytEditorialSnippets", "tweets"):
         lines[f"{kind}_GroundTruth"] = [f"1\t0\t{kind} one", f"2\t0\t{kind} two\r"]
+        lines[f"{kind}_anonDataRatings"] = ["\ufeff2\t0\t1\t[3, 4]", "1\t0\t1\t[-1, 2]\r"]
     files = {f"{sources.FOLDER}{k}.txt": "\n".join(v).encode() for k, v in lines.items()}
     inner = tar(tmp_path / "inner", files)
     path = tar(tmp_path / "package", {sources.INNER: inner.read_bytes()})
@@ -492,6 +493,8 @@ def test_reviews(tmp_path, monkeypatch, package):
         assert [r.tolist() for r in items.ratings] == [[i % 5, i % 5 - 4] for i in expected]
     assert [t.split()[1] for t in feedback.more_text] == ["one", "two"] * 3
     assert [t for _, t, _ in feedback.texts()] == feedback.train.responses + feedback.more_text
+    assert feedback.further().responses == feedback.more_text
+    assert [r.tolist() for r in feedback.further().ratings] == [[-1, 2], [3, 4]] * 3  # by number
     calls = fake_pip(monkeypatch)  # from now on offline
     assert load_feedback("reviews").train.responses == feedback.train.responses and not calls
     (tmp_path / "cache" / sources.ARCHIVE).write_bytes(b"half of it")

@@ -371,6 +371,7 @@ def test_pickles_are_never_read(model, tmp_path, name):
 TEXTS, RATES = "movieReviewSnippets_GroundTruth", "movieReviewSnippets_anonDataRatings"
 KINDS = "amazonReviewSnippets", "nytEditorialSnippets", "tweets"
 OTHERS = [f"{kind}_GroundTruth" for kind in KINDS]
+OTHER_RATES = [f"{kind}_anonDataRatings" for kind in KINDS]
 
 
 def tar(files):
@@ -394,6 +395,7 @@ def archive(path, more=(), **tables):
         TEXTS: [f"{i}\t0.5\t snippet {i} café " for i in range(1, 13)],
         RATES: [f"{i}\t0\t1\t[{i % 5}, -4]" for i in range(1, 13)],
         **{name: ["1_1\t0\tone", "1_2\t0\ttwo\r"] for name in OTHERS},
+        **{name: ["1_2\t0\t1\t[2]", "1_1\t0\t1\t[1, 3]\r"] for name in OTHER_RATES},
     }
     contents = {name: "\n".join(rows).encode() for name, rows in lines.items()} | tables
     files = dict(more)
@@ -407,9 +409,10 @@ def read(path):
 
 
 def test_reviews_without_the_checksum(tmp_path):
-    snippets, ratings, others = read(archive(tmp_path / "a.tar.gz"))
+    snippets, ratings, others, their_ratings = read(archive(tmp_path / "a.tar.gz"))
     assert snippets == {i: f"snippet {i} café" for i in range(1, 13)}
     assert others == ["one", "two"] * 3
+    assert [r.tolist() for r in their_ratings] == [[1, 3], [2]] * 3
     assert {i: r.tolist() for i, r in ratings.items()} == {i: [i % 5, -4] for i in range(1, 13)}
     assert all(np.issubdtype(r.dtype, np.integer) for r in ratings.values())
 
@@ -425,11 +428,16 @@ RATINGS = ["[5]", "[]", "1", "[1, NaN]", "[true]", '["1"]', "[1e999]", "[[1]]", 
     (RATES, "2\t0\t1\t[1]", "line 2: 2 is in only one"),
     (RATES, "9" * 5000 + "\t0\t1\t[1]", "line 2: expected a number"),
     (OTHERS[0], "1\tt", "line 2: expected 3 columns"),
-    (OTHERS[2], "1\t0\tt\tu", "line 2: expected 3 columns"),
+    (OTHERS[2], "1_2\t0\tt\tu", "line 2: expected 3 columns"),
+    (OTHERS[1], "1_3\t0\tt", "line 2: 1_3 has no ratings"),
+    (OTHER_RATES[1], "1_2\t0\t[1]", "line 2: expected 4 columns"),
+    (OTHER_RATES[0], "1_2\t0\t1\t[5]", "line 2: expected a list"),
     *((RATES, f"1\t0\t1\t{ratings}", "line 1: ") for ratings in RATINGS),
 ])  # fmt: skip
 def test_tables_that_are_refused(tmp_path, table, line, names):
-    start = {TEXTS: "1\t0\tfirst\n", RATES: "1\t0\t1\t[1]\n"}.get(table, "1\t0\tt\n")
+    rated = "1\t0\t1\t[1]\n"
+    start = {TEXTS: "1\t0\tfirst\n", RATES: rated} | dict.fromkeys(OTHER_RATES, rated)
+    start = start.get(table, "1_1\t0\tt\n")
     if "line 2" not in names:
         start = ""
     tables = {TEXTS: b"1\t0\tfirst", RATES: b"1\t0\t1\t[1]"} | {table: (start + line).encode()}

@@ -55,6 +55,7 @@ CHANGES = {
         batch_size=64,
         lr=1e-2,
         embedding_lr=1.0,
+        letters=3.0,
         weight_decay=5.0,
         dropout=0.5,
         delete=0.5,
@@ -131,6 +132,7 @@ NOT_IN_WEIGHTS = {
     sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"}
     | {"kind_weights", "kind_betas"}  # tests/test_people.py
+    | {"text_epochs"}  # tests/test_rm_further.py
     | {"beta"}  # tests/test_iterate.py
     | BESIDE,
     train_ppo: {
