@@ -1,11 +1,9 @@
 """Stage 1: a reward model from human preferences.   python train_rm.py
 
-    python train_rm.py                                       # laptop, 2 cores: 1 to 2 minutes;
-                                                             # the reviews, accuracy 0.76
+    python train_rm.py                                       # laptop: 1 to 2 min; accuracy 0.766
     python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
     python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
-    torchrun --nproc-per-node 8 train_rm.py --shard          # many GPUs; a run that was stopped
-                                                             # goes on with --resume
+    torchrun --nproc-per-node 8 train_rm.py --shard          # many GPUs; --resume after a stop
     python train_rm.py --data hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --init gpt2 \\
         --overlong truncate --dtype bfloat16 --lr 1e-4 --epochs 1 --out runs/hh/rm     # a GPU
 
@@ -14,14 +12,13 @@ so that the difference of two scores predicts which one people prefer (Bradley a
 Where every response has the ratings of several people, all pairs of a batch are compared, each with
 a soft label: the chance that a rater of the one gives more than a rater of the other. The base
 model's weights are the start; dropout and deleted input tokens keep ten thousand snippets from
-being learned by heart. At the end the score is normalised to mean 0 and standard deviation 1 on
-samples of the base model, and that is saved with it. Leaves runs/rm.
+being learned by heart, tokens that share letters learn together, and other text that people rated
+is read first (feedback/letters.py, further.py). At the end scores of base samples are normalised to
+mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
 
-With --level token every response token has a reward, and their sum is the score. With --model
-pairwise each response has an embedding instead, and two of them say which is preferred: circles,
-which no score can hold, included. PPO needs a score, so it cannot use that one. A file of labels
-of many kinds, stops and corrections, say, is read kind by kind: feedback/mixture.py. With --augment
-convexda misspelt copies of the responses take part, too: rewards/augment.py.
+With --level token every response token has a reward; their sum is the score. With --model pairwise
+two embeddings say which is preferred, in circles, too, which no score can hold and PPO cannot use.
+Labels of many kinds, stops, say: feedback/mixture.py; misspelt copies: rewards/augment.py.
 
 Left out: ensembles.
 """
@@ -61,7 +58,9 @@ AUGMENT = ("", "convexda")
 
 @dataclass(kw_only=True)
 class Knobs(cli.RunKnobs):
-    data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
+    data: str = knob(
+        "reviews", "feedback: reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True
+    )
     init: str = knob("", "base model: run, directory, hub name (none: sft beside --out)", free=True)
     out: str = knob("runs/rm", "run directory", free=True)
     overlong: str = knob("", "too long rows: error; truncate (default for reviews)", sft.OVERLONG)
@@ -77,12 +76,16 @@ class Knobs(cli.RunKnobs):
     group_size: int = knob(4, "rated responses in a ranking; in a file the record says it", least=2)
     soft_labels: bool = knob(True, "labels are shares of raters; off: the majority, without ties")
     epochs: int = knob(4, "passes over the responses", least=1)
-    text_epochs: int = knob(1, "passes before, over further text if that is rated, too")
+    text_epochs: int = knob(1, "passes before, over the source's further text, if that is rated")
     batch_size: int = knob(64, "responses a step; what people compared of them counts", least=1)
-    micro_batch: int = knob(0, "responses in memory at a time, read twice; 0: all", free=True)
+    micro_batch: int = knob(
+        0, "responses in memory at a time, for a second forward pass; 0: all", free=True
+    )
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
-    letters: float = knob(-1.0, "rate of vectors of letters, likewise; -1: 3 of reviews", least=-1)
+    letters: float = knob(
+        -1.0, "likewise, of what tokens of like letters learn together; -1: 3 of reviews", least=-1
+    )
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
@@ -91,8 +94,12 @@ class Knobs(cli.RunKnobs):
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
     kind_weights: str = knob("", 'of labels of many kinds, as in "comparison=1,estop=0.5"; else 1')
     kind_betas: str = knob("", "how rational people are in each kind, said likewise; else 1")
-    normalize: bool = knob(True, "scores of base samples get mean 0 and deviation 1", free=True)
-    response_length: int = knob(24, "most tokens of such a sample", least=1, free=True)
+    normalize: bool = knob(
+        True, "scores of base samples get mean 0 and standard deviation 1", free=True
+    )
+    response_length: int = knob(
+        24, "most tokens of a base sample for the normalisation", least=1, free=True
+    )
 
 
 @cli.contained
@@ -117,8 +124,7 @@ def main(knobs):
     optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
-    said = feedback.train.some(knobs.share, knobs.seed)
-    train, train_rows = encode(said, tokenizer, base, knobs)
+    train, train_rows = encode(feedback.train.some(knobs.share, knobs.seed), tokenizer, base, knobs)
     test, test_rows = encode(feedback.test, tokenizer, base, knobs)
     test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
     epoch = partial(mixture.epoch, train) if kinds else train.epoch
@@ -143,9 +149,8 @@ def main(knobs):
         stats |= {"loss": loss, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
-    # Letters are left out, scores of base samples get mean 0 and deviation 1, then evaluation
-    letters.fold(model)
-    with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
+    # Normalisation on samples of the base model, then evaluation
+    with run.kept(letters.fold(model), final=not prompts, **feedback.facts(knobs.data, tokenizer)):
         figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:
             scores = sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast)

@@ -62,7 +62,7 @@ def add_letters(wte, given, rows):
 
 @torch.no_grad()
 def fold(model):
-    """Adds to the rows of the token embedding what they learned with their letters, if they did."""
+    """The model, after its token embedding's rows got what they learned with their letters."""
     wte = model.transformer.wte
     letters = getattr(wte, "letters", None)
     if letters is not None:
@@ -72,6 +72,7 @@ def fold(model):
         parallel.copy_into(wte.weight, rows + letters.sums(vectors, every))
         letters.hook.remove()
         del wte.letters
+    return model
 
 
 def numbered_groups(tokenizer):
