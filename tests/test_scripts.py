@@ -397,7 +397,7 @@ OFFLINE = dict(samples=3, mixture=0.5)
 IDLE = [  # (script, what is given, the flag that has no say beside it)
     (sft, {"init": "x", "vocab_size": 300}, "--vocab-size 300"),
     (sft, {"init": "x", "n_ctx": 32}, "--n-ctx 32"),
-    (sft, {"init": "x", "n_layer": 2}, "--n-layer 2"),
+    (sft, {"init": "x", "n_layer": 3}, "--n-layer 3"),
     (sft, {"init": "x", "n_head": 2}, "--n-head 2"),
     (sft, {"init": "x", "n_embd": 32}, "--n-embd 32"),
     (sft, {"text_epochs": 3}, "--text-epochs 3"),
