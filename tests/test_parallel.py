@@ -38,6 +38,7 @@ STAGES = {
     "select": f"dpo --online --select lpbrl --samples 3 --steps 5 {FEW} --batch-size 30",
     "kto": f"dpo --loss kto --steps 8 {FEW}",
     "token": "rm --level token --epochs 1 --batch-size 60 --micro-batch 7",
+    "letters": "rm --letters 3 --epochs 1 --batch-size 60 --micro-batch 7",
 }
 LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # torch's own, by its first optimizer
 PROCESSES = multiprocessing.get_context("forkserver")  # has imported all, so starts at once
@@ -182,6 +183,7 @@ LONGER = [("sft", False), ("sft", True), ("rm", True), ("dpo", False), ("ppo", F
 LONGER += [("grpo", False), ("shared", True), ("online", False), ("online", True)]
 LONGER += [("nash_md", True)]
 LONGER += [("kto", True), ("token", False), ("select", True)]
+LONGER += [("letters", True), ("letters", False)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONGER]
 
 
