@@ -194,12 +194,12 @@ class Pairs:
 
     def merge(self, pair, new):
         """Puts the character `new` wherever the pair stands."""
-        changed = set()
+        fresh = set()  # the other pairs do not become more frequent
         for i in self.where.pop(pair):
             for old in pairwise(self.words[i]):
                 self.count[old] -= self.frequency[i]
             self.words[i] = self.words[i].replace("".join(pair), new)
             self.add(i)
-            changed.update(pairwise(self.words[i]))
-        for fresh in changed:
-            heapq.heappush(self.heap, (-self.count[fresh], fresh))
+            fresh.update(found for found in pairwise(self.words[i]) if new in found)
+        for found in fresh:
+            heapq.heappush(self.heap, (-self.count[found], found))
