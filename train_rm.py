@@ -12,9 +12,9 @@ so that the difference of two scores predicts which one people prefer (Bradley a
 Where every response has the ratings of several people, all pairs of a batch are compared, each with
 a soft label: the chance that a rater of the one gives more than a rater of the other. The base
 model's weights are the start; dropout and deleted input tokens keep ten thousand snippets from
-being learned by heart, tokens that share letters learn together, and other text that people rated
-is read first (feedback/letters.py, further.py). At the end scores of base samples are normalised to
-mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
+being learned by heart, tokens that share letters learn together (engine/letters.py), and other text
+that people rated is read first (feedback/further.py). At the end scores of base samples are
+normalised to mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
 
 With --level token every response token has a reward; their sum is the score. With --model pairwise
 two embeddings say which is preferred, in circles, too, which no score can hold and PPO cannot use.
@@ -33,12 +33,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import data, reward, sft
-from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.engine import cli, letters, machine, optim, parallel, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import Rows, pad_rows
-from minirlhf.feedback import letters, mixture
+from minirlhf.feedback import mixture
 from minirlhf.feedback.checks import check_rm
 from minirlhf.feedback.further import further_first
 from minirlhf.feedback.kinds import rankings
@@ -83,9 +83,7 @@ class Knobs(cli.RunKnobs):
     )
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
-    letters: float = knob(
-        -1.0, "likewise, of what tokens of like letters learn together; -1: 3 of reviews", least=-1
-    )
+    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 3 of reviews", least=-1)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
@@ -115,13 +113,12 @@ def main(knobs):
     source = sft.base_model(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     base, tokenizer = load_base(source, device)
-    model = letters.attach(knobs, fresh_model(knobs, base), tokenizer).to(device)
+    model = fresh_model(knobs, base).to(device)
     prepare(knobs, base, model)
     kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
     trained = parallel.Together(model)
     learned = torch.nn.ModuleList(filter(None, (trained, kinds and kinds.to(device))))
-    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
+    optimizer = letters.make_optimizer(knobs, learned, model.transformer.wte, tokenizer)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
     train, train_rows = encode(feedback.train.some(knobs.share, knobs.seed), tokenizer, base, knobs)
@@ -150,7 +147,7 @@ def main(knobs):
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
     # Normalisation on samples of the base model, then evaluation
-    with run.kept(letters.fold(model), final=not prompts, **feedback.facts(knobs.data, tokenizer)):
+    with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
         figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:
             scores = sample_scores(base, model, prompts, knobs.response_length, tokenizer, autocast)

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 -m minirlhf.sft --shard   # many GPUs; --resume goes on
 
 Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS]
-prompt response EOS`, the prompt included. The further text of a source takes part in the first
---text-epochs. Leaves runs/sft.
+prompt response EOS`, the prompt included; tokens that share letters learn together (engine/
+letters.py). The further text of a source takes part in the first --text-epochs. Leaves runs/sft.
 
 Left out: packing rows into one, held-out early stopping.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine import cli, machine, optim, parallel, stages
+from minirlhf.engine import cli, letters, machine, optim, parallel, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
@@ -54,6 +54,7 @@ class Knobs(cli.RunKnobs):
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
     lr: float = knob(2e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
+    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 3 of reviews", least=-1)
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
 
@@ -92,8 +93,7 @@ def main(knobs):
 
     prepare(knobs, model)
     trained = parallel.Together(model)
-    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
+    optimizer = letters.make_optimizer(knobs, trained, model.wte, tokenizer)
     parts = {"model": trained, "optimizer": optimizer}
     given = {"data": rows, "init": source}
     run = Run("sft", knobs, plan, device, tokenizer, parts, given)

@@ -42,6 +42,7 @@ CHANGES = {
         batch_size=256,
         lr=1e-3,
         embedding_lr=1.0,
+        letters=3.0,
         weight_decay=5.0,
         seed=1,
         max_grad_norm=0.01,

@@ -199,10 +199,15 @@ def full(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def spread(whole, t):
+    """A whole tensor, spread over the processes as t is; as it is where t is not."""
+    if not hasattr(t, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(t.device), t.device_mesh, t.placements)
+
+
 def copy_into(t, whole):
     """Copies a whole tensor into one that may be spread over the processes."""
-    if hasattr(t, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        whole = distribute_tensor(whole.to(t.device), t.device_mesh, t.placements)
-    t.copy_(whole)
+    t.copy_(spread(whole, t))
