@@ -7,7 +7,7 @@
 
 Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS]
 prompt response EOS`, the prompt included; tokens that share letters learn together (engine/
-letters.py). The further text of a source takes part in the first --text-epochs. Leaves runs/sft.
+letters.py). Leaves runs/sft.
 
 Left out: packing rows into one, held-out early stopping.
 """
@@ -42,19 +42,18 @@ class Knobs(cli.RunKnobs):
     data: str = knob("reviews", "reviews, toy, a file, a folder, hub:OWNER/NAME/FILE", free=True)
     init: str = knob("", "model to start from: run, directory, hub name; none: fresh", free=True)
     out: str = knob("runs/sft", "run directory", free=True)
-    vocab_size: int = knob(8192, "tokens to train when fresh, with EOS; toy: 257", least=1)
+    vocab_size: int = knob(12288, "tokens to train when fresh, with EOS; toy: 257", least=1)
     n_ctx: int = knob(64, "context in tokens, when fresh; two are EOS", least=3)
     n_layer: int = knob(2, "blocks, when fresh", least=1)
     n_head: int = knob(4, "attention heads, when fresh", least=1)
-    n_embd: int = knob(128, "width, when fresh", least=1)
+    n_embd: int = knob(96, "width, when fresh", least=1)
     overlong: str = knob("", "longer rows than the context: error, or truncate (reviews)", OVERLONG)
     epochs: int = knob(2, "passes over the responses", least=1)
-    text_epochs: int = knob(1, "how many of these passes include the source's further text")
     batch_size: int = knob(32, "rows a step", least=1)
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
-    lr: float = knob(2e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2.5e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
-    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 3 of reviews", least=-1)
+    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 6 of reviews", least=-1)
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
 
@@ -68,7 +67,7 @@ def main(knobs):
     rng = machine.seed_everything(knobs.seed)
 
     # Model, and the tokenizer that belongs to it
-    texts = feedback.texts()  # the responses first, then the further text
+    texts = feedback.texts()
     source = Path(model_directory(knobs.init)) if knobs.init else None
     if source:
         model, tokenizer = load_base(source)
@@ -84,11 +83,8 @@ def main(knobs):
     held_out, _ = data.encode(unseen, tokenizer, n_ctx, overlong)
     lengths = np.array([len(row) for row in rows])
     plan = []
-    for epoch in range(knobs.epochs):
-        n = len(rows)
-        if epoch >= knobs.text_epochs:
-            n -= len(feedback.more_text)
-        plan += bucketed(lengths[:n], knobs.batch_size, rng)
+    for _ in range(knobs.epochs):
+        plan += bucketed(lengths, knobs.batch_size, rng)
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
 
     prepare(knobs, model)
@@ -129,10 +125,8 @@ def report(figures, n, seconds, out):
 def check(knobs):
     """Refuses knobs that have no say beside others."""
     sizes = "vocab_size n_ctx n_layer n_head n_embd"
-    cli.refuse_idle(knobs, {
-        "beside --init, which has it": knobs.init and sizes,
-        "beyond --epochs": knobs.text_epochs > knobs.epochs and "text_epochs",
-    })  # fmt: skip
+    idle = {"beside --init, which has it": knobs.init and sizes}
+    cli.refuse_idle(knobs, idle)
 
 
 def fresh_model(knobs, texts):

@@ -492,7 +492,7 @@ def test_reviews(tmp_path, monkeypatch, package):
         assert set(items.prompts) == {""}
         assert [r.tolist() for r in items.ratings] == [[i % 5, i % 5 - 4] for i in expected]
     assert [t.split()[1] for t in feedback.more_text] == ["one", "two"] * 3
-    assert [t for _, t, _ in feedback.texts()] == feedback.train.responses + feedback.more_text
+    assert [t for _, t, _ in feedback.texts()] == feedback.train.responses
     assert feedback.further().responses == feedback.more_text
     assert [r.tolist() for r in feedback.further().ratings] == [[-1, 2], [3, 4]] * 3  # by number
     calls = fake_pip(monkeypatch)  # from now on offline

@@ -113,7 +113,7 @@ def test_what_one_token_learns_another_knows(tokenizer):
 
 @pytest.mark.parametrize("kind", [sft.Knobs, train_rm.Knobs])
 @pytest.mark.parametrize("given, weight", [
-    ({}, 3), ({"letters": 0.0}, 0), ({"letters": 1.5}, 1.5), ({"data": "toy"}, 0),
+    ({}, 6), ({"letters": 0.0}, 0), ({"letters": 1.5}, 1.5), ({"data": "toy"}, 0),
     ({"data": "toy", "letters": 1.5}, 1.5),
 ])  # fmt: skip
 def test_where_letters_are_read(monkeypatch, tokenizer, kind, given, weight):

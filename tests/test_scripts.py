@@ -130,7 +130,7 @@ CHANGES = {
 }
 BESIDE = {"device", "compile", "save_every", "resume", "on_nonfinite", "shard"}
 NOT_IN_WEIGHTS = {
-    sft: {"data", "init", "out", "overlong", "vocab_size", "text_epochs", "micro_batch"} | BESIDE,
+    sft: {"data", "init", "out", "overlong", "vocab_size", "micro_batch"} | BESIDE,
     train_rm: {"data", "init", "out", "overlong", "group_size", "micro_batch"}
     | {"kind_weights", "kind_betas"}  # tests/test_people.py
     | {"text_epochs"}  # tests/test_rm_further.py
@@ -271,20 +271,13 @@ def test_kl_horizon_and_eval_samples(toy, tmp_path):
     assert len((tmp_path / "b" / "samples.jsonl").read_text().splitlines()) == 7
 
 
-def test_text_epochs_and_vocab_size(monkeypatch, tmp_path):
+def test_vocab_size_and_text_that_is_no_response(monkeypatch, tmp_path):
     feedback = data.load_feedback("toy")
-    feedback.more_text = ["abc abc abd"] * 100
+    feedback.more_text = ["abc abc abd"] * 100  # for reward models alone
     monkeypatch.setattr(data, "load_feedback", lambda _: feedback)
-    rows = []
-    for text_epochs in (0, 2):
-        cheap = CHEAP[sft] | {"batch_size": 20}
-        sft.main(
-            sft.Knobs(
-                data="words", out=str(tmp_path), text_epochs=text_epochs, vocab_size=270, **cheap
-            )
-        )
-        rows.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
-    assert rows == [2 * 89, 2 * 94]  # 1,776 words and 100 texts in batches of 20
+    knobs = CHEAP[sft] | {"batch_size": 20, "vocab_size": 270}
+    sft.main(sft.Knobs(data="words", out=str(tmp_path), **knobs))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2 * 89  # of 1,776 words
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 270
 
 
@@ -401,7 +394,6 @@ IDLE = [  # (script, what is given, the flag that has no say beside it)
     (sft, {"init": "x", "n_layer": 3}, "--n-layer 3"),
     (sft, {"init": "x", "n_head": 2}, "--n-head 2"),
     (sft, {"init": "x", "n_embd": 32}, "--n-embd 32"),
-    (sft, {"text_epochs": 3}, "--text-epochs 3"),
     (train_rm, {"group_size": 3}, "--group-size 3"),
     (train_rm, {"loss": "ratings", "group_size": 3}, "--group-size 3"),
     (train_rm, {"model": "pairwise", "normalize": False}, "--no-normalize"),

@@ -26,20 +26,20 @@ class Feedback:
     name: str
     train: Items
     test: Items
-    more_text: list[str] = field(default_factory=list)  # further text for the base model
+    more_text: list[str] = field(default_factory=list)  # further text
     more_ratings: list[np.ndarray] = field(default_factory=list)  # of each of it, or of none
     true_reward: object = None  # the toy's: (prompts, responses) -> floats
     counts: dict = field(default_factory=dict)  # of the records read, for those who look at them
 
     def texts(self):
-        """(prompt, response, where) to train a base model on, further text last.
+        """(prompt, response, where) to train a base model on.
 
         Raises UserError where there are prompts alone.
         """
         if self.train.columns is not None:
             problem = "prompts alone hold no answers to train a base model on"
             raise UserError(f"{self.name}: {problem}; name a model with --init")
-        return worth_writing(self.train) + worth_writing(self.further())
+        return worth_writing(self.train)
 
     def further(self):
         """The further text as Items."""

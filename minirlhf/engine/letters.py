@@ -29,7 +29,7 @@ def make_optimizer(knobs, model, wte, tokenizer):
     optimizer = optim.make_optimizer(model, knobs.lr, **rates)
     weight = knobs.letters
     if weight < 0:
-        weight = 3.0 if knobs.data == "reviews" else 0.0
+        weight = 6.0 if knobs.data == "reviews" else 0.0
     if weight:
         learn_together(optimizer, wte, *numbered_groups(tokenizer), weight)
     return optimizer

@@ -18,7 +18,7 @@ from minirlhf.engine.weights import local_directory, model_directory
 from minirlhf.gpt import GPT
 from minirlhf.tokenizer import Tokenizer, fit_vocabulary, load_tokenizer
 
-STAGES = {"kl_coef": "ppo", "beta": "dpo", "text_epochs": "sft", "level": "rm"}  # by a knob
+STAGES = {"kl_coef": "ppo", "beta": "dpo", "vocab_size": "sft", "level": "rm"}  # by a knob
 
 
 class Policy(NamedTuple):
