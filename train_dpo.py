@@ -55,7 +55,7 @@ import torch
 import train_rm
 from minirlhf import data, dpo, sft
 from minirlhf.data import stored_logps, total
-from minirlhf.engine import cli, machine, optim, parallel
+from minirlhf.engine import cli, letters, machine, optim, parallel
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
@@ -127,6 +127,7 @@ class Knobs(cli.RunKnobs):
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
     lr: float = knob(5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    letters: float = knob(math.nan, "how much like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
@@ -135,8 +136,7 @@ class Knobs(cli.RunKnobs):
 @cli.contained
 def main(knobs):
     method = method_of(knobs)
-    device = parallel.start(knobs.device)
-    autocast = machine.precision(device, knobs.dtype)
+    device, autocast = parallel.start(knobs)
     feedback = data.load_feedback(knobs.data)
     check_dpo(feedback, method, knobs)
 
@@ -149,6 +149,7 @@ def main(knobs):
     scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
     optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
+    letters.join(knobs, optimizer, policy, tokenizer)
 
     # Data: the plan of all batches, of stored responses or of prompts that the policy answers
     room = policy.config.n_ctx - knobs.response_length

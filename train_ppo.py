@@ -46,7 +46,7 @@ import torch
 
 import train_rm
 from minirlhf import data, ppo, sft
-from minirlhf.engine import cli, machine, optim, parallel, rows, stages
+from minirlhf.engine import cli, letters, machine, optim, parallel, rows, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
@@ -116,6 +116,7 @@ class Knobs(cli.RunKnobs):
     lr_schedule: str = knob("linear", "after the warm-up", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the rate rises", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")
+    letters: float = knob(math.nan, "how much like-lettered tokens share; nan: 6 of reviews, else 0")
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
     save_every: int = knob(10, "steps between states to resume from; 0: the last alone", free=True)
 
@@ -137,8 +138,7 @@ class Episodes(NamedTuple):
 @cli.contained
 def main(knobs):
     check_ppo(knobs)
-    device = parallel.start(knobs.device)
-    autocast = machine.precision(device, knobs.dtype)
+    device, autocast = parallel.start(knobs)
     feedback = data.load_feedback(knobs.data)
     function = find_function(knobs, feedback)
     stages.look_ahead(knobs, {"sft": knobs.init, "rm": knobs.reward}, function and knobs.reward)
@@ -155,6 +155,7 @@ def main(knobs):
     prepare(knobs, policy, reference, rm, critic)
     trained = parallel.Together(policy, critic)
     optimizer = optim.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
+    letters.join(knobs, optimizer, policy, tokenizer)
     controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
 
     # Data: prompts, and which of them each step takes

@@ -25,6 +25,7 @@ Left out: ensembles.
 
 if __name__ == "__main__":  # first, as torch takes a while
     import minirlhf.engine.interrupts  # noqa: F401
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,7 +84,7 @@ class Knobs(cli.RunKnobs):
     )
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
-    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 6 of reviews", least=-1)
+    letters: float = knob(math.nan, "how much like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
@@ -102,8 +103,7 @@ class Knobs(cli.RunKnobs):
 
 @cli.contained
 def main(knobs):
-    device = parallel.start(knobs.device)
-    autocast = machine.precision(device, knobs.dtype)
+    device, autocast = parallel.start(knobs)
     feedback = data.load_feedback(knobs.data)
     check_rm(knobs, feedback.train, feedback.more_ratings)
     mixture.held_out_pairs(feedback.test, 1)  # an error now, where there are none
@@ -118,7 +118,9 @@ def main(knobs):
     kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
     trained = parallel.Together(model)
     learned = torch.nn.ModuleList(filter(None, (trained, kinds and kinds.to(device))))
-    optimizer = letters.make_optimizer(knobs, learned, model.transformer.wte, tokenizer)
+    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
+    optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
+    letters.join(knobs, optimizer, model.transformer, tokenizer)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
     train, train_rows = encode(feedback.train.some(knobs.share, knobs.seed), tokenizer, base, knobs)

@@ -53,14 +53,13 @@ class Knobs(cli.RunKnobs):
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
     lr: float = knob(2.5e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
-    letters: float = knob(-1.0, "how much like-lettered tokens share; -1: 6 of reviews", least=-1)
+    letters: float = knob(math.nan, "how much like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
 
 @cli.contained
 def main(knobs):
-    device = parallel.start(knobs.device)
-    autocast = machine.precision(device, knobs.dtype)
+    device, autocast = parallel.start(knobs)
     check(knobs)
     stages.look_ahead(knobs, {"": knobs.init})
     feedback = data.load_feedback(knobs.data)
@@ -89,7 +88,9 @@ def main(knobs):
 
     prepare(knobs, model)
     trained = parallel.Together(model)
-    optimizer = letters.make_optimizer(knobs, trained, model.wte, tokenizer)
+    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
+    optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
+    letters.join(knobs, optimizer, model, tokenizer)
     parts = {"model": trained, "optimizer": optimizer}
     given = {"data": rows, "init": source}
     run = Run("sft", knobs, plan, device, tokenizer, parts, given)

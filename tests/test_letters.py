@@ -1,11 +1,15 @@
 """Tokens that learn with their letters: expected values come from NumPy loops, and from a model
 that holds rows and vectors apart."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_dpo
+import train_ppo
 import train_rm
 from minirlhf import sft
 from minirlhf.engine import letters, optim
@@ -67,8 +71,9 @@ def test_the_embedding_learns_as_rows_and_vectors_apart_would(tokenizer):
     S = torch.tensor(dense(tokenizer, weight=1.5), dtype=torch.float32)
     sum_of = Sum(S, width=6)
     torch.nn.utils.parametrize.register_parametrization(apart.wte, "weight", sum_of)
-    knobs = sft.Knobs(data="toy", letters=1.5, lr=0.01, embedding_lr=1.0, weight_decay=0.0)
-    optimizer = letters.make_optimizer(knobs, together, together.wte, tokenizer)
+    knobs = sft.Knobs(data="toy", letters=1.5)
+    optimizer = optim.make_optimizer(together, 0.01)
+    letters.join(knobs, optimizer, together, tokenizer)
     usual = torch.optim.AdamW(apart.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     before = together.wte.weight.detach().clone()
     batches = torch.randint(tokenizer.vocab_size, (4, 3, 8), generator=torch.manual_seed(1))
@@ -99,7 +104,8 @@ class Sum(torch.nn.Module):
 def test_what_one_token_learns_another_knows(tokenizer):
     wte = torch.nn.Embedding(tokenizer.vocab_size, 6)
     before = wte.weight.detach().clone()
-    optimizer = letters.make_optimizer(sft.Knobs(weight_decay=0.0), wte, wte, tokenizer)
+    optimizer = torch.optim.AdamW(wte.parameters(), weight_decay=0.0)
+    letters.join(sft.Knobs(), optimizer, SimpleNamespace(wte=wte), tokenizer)
     gone, again, other = (tokenizer.ranks[t] for t in (b"gone", b" Gone", b"h"))
     wte(torch.tensor([[gone]])).sum().backward()
     optimizer.step()
@@ -111,19 +117,16 @@ def test_what_one_token_learns_another_knows(tokenizer):
     assert torch.equal(wte.weight, before)
 
 
-@pytest.mark.parametrize("kind", [sft.Knobs, train_rm.Knobs])
+@pytest.mark.parametrize("stage", [sft, train_rm, train_ppo, train_dpo])
 @pytest.mark.parametrize("given, weight", [
     ({}, 6), ({"letters": 0.0}, 0), ({"letters": 1.5}, 1.5), ({"data": "toy"}, 0),
     ({"data": "toy", "letters": 1.5}, 1.5),
 ])  # fmt: skip
-def test_where_letters_are_read(monkeypatch, tokenizer, kind, given, weight):
-    def plain(model, lr, **rates):
-        return torch.optim.SGD(model.parameters(), lr=1.0)
-
-    monkeypatch.setattr(optim, "make_optimizer", plain)
+def test_where_letters_are_read(tokenizer, stage, given, weight):
     wte = torch.nn.Embedding(tokenizer.vocab_size, 6)
     before = wte.weight.detach().clone()
-    optimizer = letters.make_optimizer(kind(**given), wte, wte, tokenizer)
+    optimizer = torch.optim.SGD(wte.parameters(), lr=1.0)
+    letters.join(stage.Knobs(**given), optimizer, SimpleNamespace(wte=wte), tokenizer)
     gradient = torch.randn(before.shape, generator=torch.manual_seed(0))
     wte.weight.grad = gradient.clone()
     optimizer.step()  # rows get the gradient, and by way of vectors S S^T times it

@@ -10,6 +10,7 @@ adds to the vectors is added to the sum by way of S.
 Left out: groups that reach over several tokens, whose sums no row could hold.
 """
 
+import math
 from collections import Counter
 from itertools import chain
 
@@ -17,29 +18,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf.engine import optim, parallel
+from minirlhf.engine import parallel
 
 SIZES = (3, 4, 5)  # letters in a group, the marks of a token's ends counted
 
 
-def make_optimizer(knobs, model, wte, tokenizer):
-    """AdamW of a model by --lr, --weight-decay and --embedding-lr; its token embedding wte, (V, C),
-    learns by way of the vectors of groups of letters, too, if --letters says so."""
-    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(model, knobs.lr, **rates)
+def join(knobs, optimizer, gpt, tokenizer):
+    """From now on the optimizer trains a GPT's token embedding by way of its letters, too, at the
+    rate of matrices, if --letters says so."""
     weight = knobs.letters
-    if weight < 0:
+    if math.isnan(weight):
         weight = 6.0 if knobs.data == "reviews" else 0.0
     if weight:
-        learn_together(optimizer, wte, *numbered_groups(tokenizer), weight)
-    return optimizer
+        learn_together(optimizer, gpt.wte, *numbered_groups(tokenizer), weight)
 
 
 def learn_together(optimizer, wte, groups, count, weight):
-    """From now on the optimizer trains vectors of `count` groups, too, at the rate of matrices.
-
-    groups: of each token, the numbers of its groups.
-    """
+    """wte: nn.Embedding (V, C); groups: of each token, the numbers of its groups, of `count`."""
     letters = Letters(groups, count, weight, wte.weight.device)
     change = torch.nn.Parameter(torch.zeros(count, wte.embedding_dim, device=wte.weight.device))
     optimizer.add_param_group({"params": [change], "weight_decay": 0.0, "scale": 1.0})

@@ -22,15 +22,22 @@ import torch
 import torch.distributed as dist
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.machine import pick_device
+from minirlhf.engine.machine import pick_device, precision
 
 
-def start(name):
-    """The device of this process, which joins those that torchrun started with it.
+def start(knobs):
+    """(device, autocast context) of this process by --device and --dtype; it joins those that
+    torchrun started with it.
 
     The first process prints; of the others nothing is seen, as long as their `contained` function
     runs.
     """
+    device = joined(knobs.device)
+    return device, precision(device, knobs.dtype)
+
+
+def joined(name):
+    """The device of this process, which from now on is one of torchrun's."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(name)
     if name in ("auto", "cuda") and torch.cuda.is_available():
