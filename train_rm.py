@@ -84,7 +84,7 @@ class Knobs(cli.RunKnobs):
     )
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
-    letters: float = knob(math.nan, "how much like-lettered tokens share; nan: 6 of reviews, else 0")
+    letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
