@@ -100,6 +100,7 @@ CHANGES = {
         lr=1e-3,
         warmup=0.9,
         adam_eps=1e-2,
+        letters=3.0,
         max_grad_norm=0.01,
         seed=1,
         dtype="bfloat16",
@@ -111,6 +112,7 @@ CHANGES = {
         lr_schedule="cosine",
     ),
     train_dpo: dict(
+        letters=3.0,
         ref_every=1,
         loss="ipo",
         beta=0.5,

@@ -29,7 +29,7 @@ class Knobs(cli.Checked):
     data: str = knob("reviews", "reviews, toy, a file, a folder of files, hub:OWNER/NAME/FILE")
     init: str = knob("", "model whose tokenizer and context count: run, directory, hub name")
     n_ctx: int = knob(0, "context in tokens; 0: that of --init, or 64")
-    vocab_size: int = knob(8192, "tokens to train without --init, with EOS; toy: 257", least=257)
+    vocab_size: int = knob(12288, "tokens to train without --init, with EOS; toy: 257", least=257)
     overlong: str = knob(
         "truncate", "longer rows than the context: error, or truncate", ("error", "truncate")
     )
