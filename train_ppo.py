@@ -23,13 +23,13 @@ Every detail on which published code differs is a switch. lm-human-preferences, 
     python train_ppo.py --temperature 0.7 --response-length 24 --no-stop-at-eos --truncate . \\
         --truncate-after 16 --missing-eos-score -1 --whiten-rewards --kl-coef 0.15 --kl-target 6 \\
         --critic shared --lam 0.95 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 1e-5 \\
-        --warmup 0 --batch-size 512 --steps 1953
+        --warmup 0 --batch-size 512 --steps 1953 --letters 0
 
 summarize_from_feedback_details (Huang et al. 2024); what it decodes after EOS it drops:
 
     python train_ppo.py --temperature 0.7 --response-length 53 --missing-eos-score -1 --lam 0.95 \\
         --kl-coef 0.05 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 \\
-        --batch-size 512 --steps 1953
+        --batch-size 512 --steps 1953 --letters 0
 
 Left out: values of cut responses, length filters, Adam's epsilon as in TensorFlow.
 """
@@ -76,7 +76,7 @@ class Knobs(cli.RunKnobs):
     fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
-    steps: int = knob(36, "iterations", least=1)
+    steps: int = knob(100, "iterations", least=1)
     batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
@@ -86,7 +86,7 @@ class Knobs(cli.RunKnobs):
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
     missing_eos_score: float = knob(math.nan, "score of the unended; nan: none", least=-math.inf)
     missing_eos_penalty: float = knob(math.nan, "off it if unended; nan: 0.5 for reviews, else 0")
-    kl_coef: float = knob(0.06, "price of a nat of KL, in standard deviations of base scores")
+    kl_coef: float = knob(0.07, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
     kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
@@ -109,8 +109,8 @@ class Knobs(cli.RunKnobs):
     stop_kl: float = knob(0.0, "approxkl of a step that ends an iteration's passes; 0: none does")
     value_clip: float = knob(0.2, "gae: the critic is clipped to its old value +- this")
     vf_coef: float = knob(0.1, "gae: weight of the value loss")
-    ppo_epochs: int = knob(2, "passes over an iteration's episodes", least=1)
-    minibatches: int = knob(2, "optimizer steps a pass", least=1)
+    ppo_epochs: int = knob(1, "passes over an iteration's episodes", least=1)
+    minibatches: int = knob(4, "optimizer steps a pass", least=1)
     micro_batch: int = knob(32, "episodes in memory at a time, on each process; 0: all", free=True)
     lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up", ("linear", "constant", "cosine"))
