@@ -1,6 +1,6 @@
 """Stage 2': DPO and its family: a policy straight from preferences.   python train_dpo.py
 
-    python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 3 minutes
+    python train_dpo.py                                  # laptop, 2 cores: reviews, 1 to 2 minutes
     python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
     python train_dpo.py --loss ipo                       # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
@@ -122,11 +122,11 @@ class Knobs(cli.RunKnobs):
     )
     ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
     ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
-    epochs: int = knob(3, "passes over the responses, stored ones", least=1)
+    epochs: int = knob(2, "passes over the responses, stored ones", least=1)
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2.2e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     response_length: int = knob(24, "most tokens of a sample", least=1)
