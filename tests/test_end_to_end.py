@@ -187,7 +187,7 @@ def test_pairs_from_a_file_go_through_all_stages(tmp_path):
     def stage(script, name, **changes):
         return script.main(script.Knobs(data=source, out=str(tmp_path / name), **changes))
 
-    stage(sft, "sft", vocab_size=300, n_layer=1, n_head=1, n_embd=32, epochs=5)
+    stage(sft, "sft", vocab_size=300, n_layer=1, n_head=1, n_embd=32, epochs=5, lr=2e-3)
     rm = stage(train_rm, "rm", epochs=20, lr=1e-2)
     assert rm["eval/accuracy"] == 1.0
     policy = stage(train_ppo, "ppo", steps=1, batch_size=8, response_length=6)

@@ -581,7 +581,7 @@ def trained(toy, alone, monkeypatch):
 
     def main(out, **knobs):
         models = {"init": str(toy / "sft"), "reward": str(toy / "rm")}
-        sizes = {"steps": 2, "batch_size": 16, "response_length": 6, "eval_samples": 8}
+        sizes = {"steps": 2, "batch_size": 16, "response_length": 6, "eval_samples": 8, "lr": 5e-4}
         own = models | sizes | {"save_every": 1} | knobs
         own = {"data": "toy", "online": True, "out": str(out)} | own
         return train_dpo.main(train_dpo.Knobs(**own))

@@ -249,8 +249,8 @@ def test_passes_stop_where_the_policy_has_moved_enough(limit, passes, toy):
 
 def test_switches_go_through_a_run_and_processes_agree(toy, tmp_path):
     all_on = dict(advantage="grpo", clip_high=0.28, ratio="response", loss_mean="response",
-                  entropy_coef=0.01, stop_kl=0.5, skip_flat=True, missing_eos_penalty=1.0,
-                  kl_in="loss", kl_kind="k3")  # fmt: skip
+                  entropy_coef=0.01, stop_kl=0.5, ppo_epochs=2, skip_flat=True,
+                  missing_eos_penalty=1.0, kl_in="loss", kl_kind="k3")  # fmt: skip
     rows = train(toy, tmp_path, **all_on)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert {"objective/flat_groups", "ppo/optimizer_steps"} <= rows[0].keys()

@@ -48,7 +48,7 @@ def case(stage, sizes, batch_size, micro_batch, prompt_length, response_length, 
 CASES = []
 for stage in plan.MODELS:
     CASES.append(case(stage, WIDE, 4, 0, 8, 8))
-    CASES.append(case(stage, DEEP, 16, 0, 80, 16))
+    CASES.append(case(stage, DEEP, 48 if stage == "ppo" else 16, 0, 80, 16))
     CASES.append(case(stage, DEEP, 16, 4, 88, 8))
 CASES += [
     case("sft", LONG, 4, 0, 160, 160),

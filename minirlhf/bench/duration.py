@@ -2,7 +2,7 @@
 
 from minirlhf.bench.memory import MINIBATCHES, MODELS, parameters, row_length, split, width
 
-EPOCHS = 2  # default of ppo
+EPOCHS = 1  # default of ppo
 DECODING = 0.4  # share of the memory's bandwidth that decoding reaches
 
 

@@ -10,7 +10,7 @@ from minirlhf.kernels import CHUNK, KEEP
 
 # Models of a stage, trained and frozen: ppo trains policy and critic.
 MODELS = {"sft": (1, 0), "rm": (1, 1), "ppo": (2, 2), "dpo": (1, 1)}
-MINIBATCHES, DROPOUT = 2, 0.2  # defaults of ppo, of rm
+MINIBATCHES, DROPOUT = 4, 0.2  # defaults of ppo, of rm
 
 
 class Parameters(NamedTuple):
