@@ -127,7 +127,6 @@ class Knobs(cli.RunKnobs):
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
     lr: float = knob(2.2e-4, "peak learning rate: 5 % warm-up, then linear to 0")
-    letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)

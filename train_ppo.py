@@ -116,7 +116,6 @@ class Knobs(cli.RunKnobs):
     lr_schedule: str = knob("linear", "after the warm-up", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the rate rises", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")
-    letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
     save_every: int = knob(10, "steps between states to resume from; 0: the last alone", free=True)
 

@@ -25,7 +25,6 @@ Left out: ensembles.
 
 if __name__ == "__main__":  # first, as torch takes a while
     import minirlhf.engine.interrupts  # noqa: F401
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,7 +83,6 @@ class Knobs(cli.RunKnobs):
     )
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
-    letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)

@@ -53,7 +53,6 @@ class Knobs(cli.RunKnobs):
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
     lr: float = knob(2.5e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
-    letters: float = knob(math.nan, "what like-lettered tokens share; nan: 6 of reviews, else 0")
     weight_decay: float = knob(0.1, "AdamW decay of matrices")
 
 

@@ -187,6 +187,15 @@ def test_cases_cover_both_regimes():
         assert weights[0] > 0.7 and weights[1] < 0.3
 
 
+def test_it_plans_for_the_defaults_of_the_scripts():
+    import train_ppo
+    import train_rm
+
+    own = train_ppo.Knobs()
+    assert own.ppo_epochs == duration.EPOCHS and own.minibatches == memory.MINIBATCHES
+    assert train_rm.Knobs().dropout == memory.DROPOUT
+
+
 def test_recorded_language_model_step():
     """bench/README.md: 32 x 1,024 tokens of GPT-2 in bf16 on an H100, 12,143 MiB and 0.082 s.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minirlhf import sft
 from minirlhf.data import __main__ as command
 from minirlhf.data import load_feedback, show
 from minirlhf.tokenizer import Tokenizer
@@ -32,6 +33,10 @@ def shown(path, capsys, **knobs):
     found = json.loads(capsys.readouterr().out)
     command.main(command.Knobs(data=path, **knobs))
     return found, capsys.readouterr().out
+
+
+def test_without_a_model_it_has_the_tokens_of_a_fresh_one():
+    assert command.Knobs().vocab_size == sft.Knobs().vocab_size
 
 
 def test_figures_of_pairs(tmp_path, capsys):

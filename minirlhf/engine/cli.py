@@ -143,6 +143,9 @@ class RunKnobs(Checked):
     compile: bool = knob(
         False, "compile the models' layers first: a minute, then a tenth quicker", free=True
     )
+    letters: float = knob(
+        math.nan, "how much tokens of like letters learn together; nan: 6 of reviews, else 0"
+    )
     max_grad_norm: float = knob(
         1.0, "a gradient longer than this is shortened to it before a step; 0: never"
     )
