@@ -22,9 +22,11 @@ reward model, without another one and without sampling. One step:
     4 update       AdamW
 
 The reference is the base model, whose log-probs are computed once and kept in the cache, or with
---rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). Where every response has the
-ratings of several people, all pairs of a batch are compared, and under the sigmoid loss with soft
-labels: the chance that a rater of the one gives more than a rater of the other. Leaves runs/dpo.
+--rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). With --delete some tokens of
+each batch are hidden from both, so that fewer responses are learned by heart. Where every response
+has the ratings of several people, all pairs of a batch are compared, and under the sigmoid loss
+with soft labels: the chance that a rater of the one gives more than a rater of the other. Leaves
+runs/dpo.
 
 Losses without a reference load none: such a run reports no KL, and its implicit reward is the
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the
@@ -54,7 +56,7 @@ import torch
 
 import train_rm
 from minirlhf import data, dpo, sft
-from minirlhf.data import stored_logps, total
+from minirlhf.data import total
 from minirlhf.engine import cli, letters, machine, optim, parallel
 from minirlhf.engine.cli import knob
 from minirlhf.engine.files import figures_beside
@@ -122,12 +124,16 @@ class Knobs(cli.RunKnobs):
     )
     ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
     ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
-    epochs: int = knob(2, "passes over the responses, stored ones", least=1)
+    epochs: int = knob(3, "passes over the responses, stored ones", least=1)
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(2.2e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2.5e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
+    delete: float = knob(
+        math.nan, "share of tokens that policy and reference both do not see, at random, of stored "
+        "responses; nan: 0.2 of the reviews, else 0", most=0.99,
+    )  # fmt: skip
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
 
@@ -160,7 +166,7 @@ def main(knobs):
     else:
         train, rows = encode(feedback.train, tokenizer, knobs, policy)
         plan = kinds.plan(train, method.kind, knobs, rng)
-        supply = batches.Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
+        supply = batches.stored(base, rows, autocast, knobs)
     labels = knobs.online and preferring.content_of(knobs.labeler or reward)
     given = {"data": supply.texts, "base model": knobs.reference or source, "reward": labels}
     if moves(knobs):

@@ -81,7 +81,7 @@ class Knobs(cli.RunKnobs):
     micro_batch: int = knob(
         0, "responses in memory at a time, for a second forward pass; 0: all", free=True
     )
-    lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(7e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
@@ -205,25 +205,13 @@ def step_0_check(model, rows, pairs, autocast, n=300):
 
 def compared_loss(knobs, model, items, rows, autocast, batch):
     """(loss, {metric: value}) of a batch, a data.Compared of items, whose Rows are `rows`."""
-    thinned = thin(rows, batch.rows, knobs.delete)
+    thinned = rows.take(batch.rows).thinned(knobs.delete)
     with autocast:
         outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
     loss = batch_loss(knobs, model, outputs, items, batch)
     accuracy = batch_accuracy(model, outputs.detach(), batch)
     n_tokens = sum(map(len, thinned.tokens))
     return loss, {"rewards/accuracies": accuracy, "perf/tokens": n_tokens}
-
-
-def thin(rows, chosen, delete):
-    """The chosen rows without a random share of their tokens; the EOS at both ends stay."""
-    thinned, prompt_lengths = [], []
-    for i in chosen:
-        row = rows.tokens[i]
-        keep = np.random.random(len(row)) >= delete
-        keep[[0, -1]] = True
-        thinned.append(row[keep])
-        prompt_lengths.append(keep[: rows.prompt_lengths[i]].sum())
-    return rows._replace(tokens=thinned, prompt_lengths=np.array(prompt_lengths))
 
 
 def forward(model, rows, micro_batch=0):

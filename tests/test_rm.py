@@ -234,14 +234,14 @@ def test_ratings_take_no_switch_of_pairs():
 # Rows and micro-batches
 
 
-def test_thin_keeps_both_ends_and_counts_the_prompt():
+def test_thinned_rows_keep_both_ends_and_counts_the_prompt():
     row, prompt_lengths = np.arange(100, 160), np.array([1, 20, 59])
     np.random.seed(0)
-    thinned = train_rm.thin(Rows([row] * 3, prompt_lengths, 0, "cpu"), [0, 1, 2], 0.5)
+    thinned = Rows([row] * 3, prompt_lengths, 0, "cpu").thinned(0.5)
     for n, kept, p in zip(prompt_lengths, thinned.tokens, thinned.prompt_lengths, strict=True):
         assert kept[0] == 100 and kept[-1] == 159 and 10 < len(kept) < 50
         assert kept[:p].tolist() == [t for t in kept if t < 100 + n]
-    assert train_rm.thin(thinned, [2], 0.0).tokens[0].tolist() == thinned.tokens[2].tolist()
+    assert thinned.thinned(0.0).tokens[2].tolist() == thinned.tokens[2].tolist()
 
 
 def some_rows(n=8, seed=0):

@@ -463,6 +463,45 @@ def test_a_second_run_reads_the_cache(toy, tmp_path, cache, monkeypatch):
     assert first[0]["eval/implicit_accuracy"] == second[0]["eval/implicit_accuracy"]
 
 
+def test_deleted_tokens_are_hidden_from_policy_and_reference_alike():
+    reference, rows = tiny(1), some_rows(200)
+    np.random.seed(0)
+    supply = batches.stored(reference, rows, None, train_dpo.Knobs(data="toy", delete=0.3))
+    batch = supply.at(0, Compared(np.arange(200), None, None))
+    kept = sum(map(len, batch.rows.tokens)) / sum(map(len, rows.tokens))
+    inner = 1 - 2 * len(rows.tokens) / sum(map(len, rows.tokens))  # but for those at both ends
+    assert abs(kept - (1 - 0.3 * inner)) < 0.03
+    for i in (0, 50, 199):
+        row, p = batch.rows.tokens[i], batch.rows.prompt_lengths[i]
+        assert row[0] == rows.tokens[i][0] and row[-1] == rows.tokens[i][-1]
+        logits = reference(torch.tensor(row)[None])[0].detach().double().numpy()
+        by_hand = 0
+        for t in range(p, len(row)):
+            z = logits[t - 1]
+            by_hand += z[row[t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
+        assert abs(batch.ref_logps[i].item() - by_hand) < 1e-4
+
+
+def test_tokens_are_deleted_of_stored_reviews_unless_said(cache):
+    off = torch.autocast("cpu", enabled=False)
+
+    def share(**given):
+        supply = batches.stored(tiny(), some_rows(), off, train_dpo.Knobs(**given))
+        assert (supply.reference is None) == (supply.ref_logps is not None) == (not supply.delete)
+        return supply.delete
+
+    assert share() == share(data="reviews") == 0.2
+    assert share(data="toy") == share(delete=0.0) == 0
+    assert share(data="toy", delete=0.4) == 0.4
+
+
+def test_what_is_deleted_follows_from_the_seed(toy, tmp_path):
+    first = run(toy, tmp_path / "a", delete=0.3, steps=3)
+    again = run(toy, tmp_path / "b", delete=0.3, steps=3)
+    whole = run(toy, tmp_path / "c", steps=3)
+    assert not differ(first[2], again[2]) and differ(first[2], whole[2])
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(cache):
     cache.parent.write_text("a file where the folder should be")
     rows = some_rows()

@@ -148,6 +148,16 @@ class Rows(NamedTuple):
         prompt_lengths = self.prompt_lengths[index]
         return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
+    def thinned(self, delete):
+        """These rows without a random share of their tokens; the EOS at both ends stay."""
+        tokens, prompt_lengths = [], []
+        for row, p in zip(self.tokens, self.prompt_lengths, strict=True):
+            keep = np.random.random(len(row)) >= delete
+            keep[[0, -1]] = True
+            tokens.append(row[keep])
+            prompt_lengths.append(keep[:p].sum())
+        return self._replace(tokens=tokens, prompt_lengths=np.array(prompt_lengths))
+
     def joined(self, others):
         """These rows, and the others behind them."""
         tokens = self.tokens + others.tokens

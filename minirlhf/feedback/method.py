@@ -182,7 +182,7 @@ def check(knobs, method):
         f"in loss {kind}, which takes one sample to a prompt": kind in GAMES and "samples select",
         "where nothing is sampled: offline": not many and "samples",
         f"in loss {kind}, which has no mixture": kind != "nash_md" and "mixture",
-        "where nothing is stored: --online has --steps": online and "epochs",
+        "where nothing is stored: --online has --steps": online and "epochs delete",
         "without --ref-every": not knobs.ref_every and "ref_mix",
         "without --online, where people have compared": not online and "labeler select",
         "without --select": not knobs.select and "budget",

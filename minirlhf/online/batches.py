@@ -4,11 +4,12 @@ Left out: thumbs and lists of own samples.
 """
 
 import copy
+import math
 from functools import partial
 
 import torch
 
-from minirlhf.data import all_logps
+from minirlhf.data import all_logps, stored_logps
 from minirlhf.engine import parallel
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
@@ -36,17 +37,30 @@ def sizes_of(model):
     return [tuple(p.shape) for p in model.parameters()]
 
 
-class Stored:
-    """Batches of stored responses, of which the reference's log-probs (N,) are known, or None."""
+def stored(base, rows, autocast, knobs):
+    """Stored responses as --delete says, by default a fifth of the reviews' tokens; else the base's
+    log-probs are known from the start."""
+    delete = knobs.delete
+    if math.isnan(delete):
+        delete = 0.2 if knobs.data == "reviews" else 0.0
+    known = None if delete else stored_logps(base, rows, autocast, knobs.dtype)
+    return Stored(rows, known, base if delete else None, delete)
 
-    def __init__(self, rows, ref_logps):
+
+class Stored:
+    """Batches of stored responses, of which a share of the tokens may be deleted at random. The
+    reference's log-probs (N,) are known, or it is asked batch by batch; or there is none."""
+
+    def __init__(self, rows, ref_logps, reference=None, delete=0.0):
         self.rows, self.ref_logps = rows, ref_logps
-        self.reference = None
+        self.reference, self.delete = reference, delete
         self.texts = rows.tokens, rows.prompt_lengths  # what a resumed run must have again
         self.parts = {}  # what of it changes, and is saved
 
     def at(self, step, said):
         rows, ref_logps = self.rows.take(said.index), None
+        if self.delete:
+            rows = rows.thinned(self.delete)
         if self.reference:
             ref_logps = all_logps(self.reference, rows)
         elif self.ref_logps is not None:
