@@ -76,7 +76,7 @@ class Knobs(cli.RunKnobs):
     fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
-    steps: int = knob(80, "iterations", least=1)
+    steps: int = knob(76, "iterations", least=1)
     batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")

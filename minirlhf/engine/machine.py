@@ -7,6 +7,7 @@ a reading of the weights, for which MKL has less to set up.
 
 import contextlib
 import functools
+import os
 import platform
 import random
 
@@ -14,6 +15,10 @@ import numpy as np
 import torch
 
 from minirlhf.engine.cli import UserError
+
+# oneDNN keeps the code of 1,024 shapes of products, half a megabyte each and more: with rows of all
+# lengths that is most of a run's memory, and making it again takes no time that one can measure.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def pick_device(name):
