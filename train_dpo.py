@@ -23,10 +23,10 @@ reward model, without another one and without sampling. One step:
 
 The reference is the base model, whose log-probs are computed once and kept in the cache, or with
 --rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). With --delete some tokens of
-each batch are hidden from both, so that fewer responses are learned by heart. Where every response
-has the ratings of several people, all pairs of a batch are compared, and under the sigmoid loss
-with soft labels: the chance that a rater of the one gives more than a rater of the other. Leaves
-runs/dpo.
+each batch are hidden from both, so that fewer responses are learned by heart, and the reference is
+asked each time. Where every response has the ratings of several people, all pairs of a batch are
+compared, and under the sigmoid loss with soft labels: the chance that a rater of the one gives more
+than a rater of the other. Leaves runs/dpo.
 
 Losses without a reference load none: such a run reports no KL, and its implicit reward is the
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the

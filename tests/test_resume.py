@@ -33,12 +33,14 @@ from minirlhf.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 SMALL = dict(vocab_size=257, n_layer=1, n_head=2, n_embd=32)
 SAMPLES = dict(response_length=8, eval_samples=16)
-FORTY = dict(batch_size=40)
 STAGES = {
     "sft": (sft, dict(epochs=2, batch_size=40, save_every=4, **SMALL)),
     "rm": (train_rm, dict(epochs=2, batch_size=40, save_every=4)),
     "ppo": (train_ppo, dict(steps=8, batch_size=16, save_every=2, kl_target=1.0, **SAMPLES)),
-    "dpo": (train_dpo, dict(epochs=2, delete=0.2, rounds=3, save_every=4, **FORTY, **SAMPLES)),
+    "dpo": (
+        train_dpo,
+        dict(epochs=2, batch_size=40, delete=0.2, rounds=3, save_every=4, **SAMPLES),
+    ),
     "simpo": (train_dpo, dict(loss="simpo", epochs=1, batch_size=40, save_every=2, **SAMPLES)),
     "online": (train_dpo, dict(online=True, steps=8, batch_size=16, save_every=3, **SAMPLES)),
 }

@@ -234,7 +234,7 @@ def test_ratings_take_no_switch_of_pairs():
 # Rows and micro-batches
 
 
-def test_thinned_rows_keep_both_ends_and_counts_the_prompt():
+def test_thinned_rows_keep_both_ends_and_count_the_prompt():
     row, prompt_lengths = np.arange(100, 160), np.array([1, 20, 59])
     np.random.seed(0)
     thinned = Rows([row] * 3, prompt_lengths, 0, "cpu").thinned(0.5)

@@ -102,6 +102,13 @@ def wrong_with(value, field):
     return f"{value}: expected {expected}"
 
 
+def given_or(value, source, reviews):
+    """A knob's value; where that is NaN, what the reviews take, and 0 for data of other sources."""
+    if math.isnan(value):
+        return reviews if source == "reviews" else 0.0
+    return value
+
+
 def refuse(wrongs):
     """Raises UserError with the first message of {message: whether it is so} that is so."""
     for message, wrong in wrongs.items():

@@ -10,7 +10,6 @@ adds to the vectors is added to the sum by way of S.
 Left out: groups that reach over several tokens, whose sums no row could hold.
 """
 
-import math
 from collections import Counter
 from itertools import chain
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf.engine import parallel
+from minirlhf.engine import cli, parallel
 
 SIZES = (3, 4, 5)  # letters in a group, the marks of a token's ends counted
 
@@ -26,11 +25,10 @@ SIZES = (3, 4, 5)  # letters in a group, the marks of a token's ends counted
 def join(knobs, optimizer, gpt, tokenizer):
     """From now on the optimizer trains a GPT's token embedding by way of its letters, too, at the
     rate of matrices, if --letters says so."""
-    weight = knobs.letters
-    if math.isnan(weight):
-        weight = 6.0 if knobs.data == "reviews" else 0.0
+    weight = cli.given_or(knobs.letters, knobs.data, reviews=6.0)
     if weight:
-        learn_together(optimizer, gpt.wte, *numbered_groups(tokenizer), weight)
+        groups, count = numbered_groups(tokenizer)
+        learn_together(optimizer, gpt.wte, groups, count, weight)
 
 
 def learn_together(optimizer, wte, groups, count, weight):

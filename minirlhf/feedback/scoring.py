@@ -120,7 +120,5 @@ def charge_unended(scores, ended, mask, knobs):
 def penalty_of(knobs):
     """What an unended response loses. A reward model of the reviews has read nothing but texts that
     end, and may like what does not: most policies then never end."""
-    if not math.isnan(knobs.missing_eos_penalty):
-        return knobs.missing_eos_penalty
     free = not math.isnan(knobs.missing_eos_score) or not knobs.stop_at_eos
-    return 0.5 if knobs.data == "reviews" and not free else 0.0
+    return cli.given_or(knobs.missing_eos_penalty, knobs.data, reviews=0.0 if free else 0.5)

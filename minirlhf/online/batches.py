@@ -4,13 +4,12 @@ Left out: thumbs and lists of own samples.
 """
 
 import copy
-import math
 from functools import partial
 
 import torch
 
 from minirlhf.data import all_logps, stored_logps
-from minirlhf.engine import parallel
+from minirlhf.engine import cli, parallel
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
 from minirlhf.online.asked import asked_batch, make_asked
@@ -38,13 +37,12 @@ def sizes_of(model):
 
 
 def stored(base, rows, autocast, knobs):
-    """Stored responses as --delete says, by default a fifth of the reviews' tokens; else the base's
-    log-probs are known from the start."""
-    delete = knobs.delete
-    if math.isnan(delete):
-        delete = 0.2 if knobs.data == "reviews" else 0.0
-    known = None if delete else stored_logps(base, rows, autocast, knobs.dtype)
-    return Stored(rows, known, base if delete else None, delete)
+    """Stored responses with the base's log-probs, which are known from the start unless --delete
+    hides other tokens each time."""
+    delete = cli.given_or(knobs.delete, knobs.data, reviews=0.2)
+    if delete:
+        return Stored(rows, None, base, delete)
+    return Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
 
 
 class Stored:
