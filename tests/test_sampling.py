@@ -316,6 +316,32 @@ def test_top_k_keeps_the_likeliest(model):
 # Precision, errors, and answers
 
 
+def test_rows_that_have_ended_are_left_out(model, monkeypatch):
+    """Each row is what it would be without an end, up to its end; fewer and fewer are decoded."""
+    prompts, lengths = ragged(LENGTHS * 6)
+    n = CONTEXT - Q
+    decoded, advance = [], Decoder.advance
+
+    def counted(self, model):
+        decoded.append(len(self.ended))
+        advance(self, model)
+
+    monkeypatch.setattr(Decoder, "advance", counted)
+    endless = sampled(model, (prompts, lengths), n, eos=NEVER, temperature=2.0)
+    assert decoded == [24] * (n - 1)
+    decoded.clear()
+    out = sampled(model, (prompts, lengths), n, eos=5, temperature=2.0)
+    assert len(set(decoded)) > 2 and sorted(decoded, reverse=True) == decoded
+    for i, (p, (prompt, response)) in enumerate(zip(lengths, rows_of(endless), strict=True)):
+        end = response.index(5) + 1 if 5 in response else n
+        row = prompt + response[:end]
+        padding = [PAD] * (Q + n - len(row))
+        assert out.tokens[i].tolist() == row + padding
+        assert out.response_lengths[i] == end and out.prompt_lengths[i] == p
+        close(out.logprobs[i, :end], endless.logprobs[i, :end])
+        assert not out.logprobs[i, end:].any()
+
+
 def test_bfloat16_autocast_runs(model):
     with torch.autocast("cpu", torch.bfloat16):
         out = sampled(model, temperature=0.7)

@@ -5,6 +5,8 @@ p+t of its own row. On a GPU the step is captured once as a CUDA graph and repla
 small kernels for the price of one launch.
 """
 
+import contextlib
+import copy
 import weakref
 from typing import NamedTuple
 
@@ -37,13 +39,20 @@ def decode(model, prompts, prompt_lengths, width, generator=None, first_row=0, *
     prompts, prompt_lengths = prompts[mine], prompt_lengths[mine]
     make, every = (on_gpu, 16) if prompts.is_cuda else (Decoder, 4)  # to look makes a GPU wait
     quicker = torch.inference_mode(not prompts.is_cuda)  # a tenth less an operation on a CPU
-    with parallel.sampling(model), machine.quick_library(prompts), quicker, torch.no_grad():
+    exact = contextlib.nullcontext()
+    if not prompts.is_cuda:  # which would round all weights again for the few rows of each step
+        exact = torch.autocast("cpu", enabled=False)
+    with parallel.sampling(model), machine.quick_library(prompts), quicker, exact, torch.no_grad():
         decoder = make(model, len(prompts), Q + width, **options)
         decoder.start(model, prompts, prompt_lengths, seed, first_row + int(mine[0]))
+        going = decoder
         for t in range(1, width):
-            if t % every == 0 and decoder.ended.all():
-                break
-            decoder.advance(model)
+            if t % every == 0:
+                if going.ended.all():
+                    break
+                going = going.without_ended()
+            going.advance(model)
+        decoder.put_together()
     torch.clear_autocast_cache()  # weights that were cast here have no gradient
     tokens = decoder.tokens[:, : Q + width].to(prompts.dtype, copy=True)
     logprobs = window(decoder.logprobs, prompt_lengths, width)
@@ -58,6 +67,9 @@ def row_noise(seed, first_row, rows, width):
     return torch.rand(size, dtype=torch.float64, generator=generator)[first_row:]
 
 
+OF_ROWS = "tokens", "logprobs", "lengths", "ended", "token", "slot", "noise"
+
+
 class Decoder:
     """B rows of S slots: the buffers that a step works on, and the step, which reads and writes
     these buffers and the weights alone."""
@@ -65,6 +77,7 @@ class Decoder:
     def __init__(self, model, batch, slots, *, eos, pad, temperature, top_k):
         self.eos, self.pad, self.temperature, self.top_k = eos, pad, temperature, top_k
         self.rounded = self.graph = None  # by on_gpu
+        self.going = self.rest = None  # by without_ended
         self.parts = quick.parts_of(model) if quick.fits(model) else None
         c, self.weight = model.config, model.lm_head_weight.detach()
         self.vocab = len(self.weight)
@@ -94,6 +107,26 @@ class Decoder:
         torch._foreach_zero_([self.logprobs, self.lengths, self.ended, self.steps])
         hidden = (self.rounded or model).hidden(self.tokens[:, :Q], cache=self.cache)  # (B, Q, C)
         self.pick(hidden[torch.arange(B, device=prompts.device), self.slot])
+
+    def without_ended(self):
+        """A decoder of the rows that go on, where those are three quarters or less; or this one, as
+        always on a GPU, whose graph has the rows it has."""
+        if self.cache.is_cuda or 4 * self.ended.sum() < len(self.ended):
+            return self
+        going = (~self.ended).nonzero().squeeze(1)
+        rest = copy.copy(self)
+        for name in OF_ROWS:
+            setattr(rest, name, getattr(self, name)[going])
+        rest.cache = self.cache[:, :, going]
+        self.going, self.rest = going, rest
+        return rest
+
+    def put_together(self):
+        """Takes what the decoder of the rows that went on has written since."""
+        if self.rest:
+            self.rest.put_together()
+            for name in OF_ROWS:
+                getattr(self, name)[self.going] = getattr(self.rest, name)
 
     def advance(self, model):
         """One more token a row, also of those that have ended, where it is padding."""
@@ -180,17 +213,17 @@ def with_rounded_weights(decoder, model):
 def rounded_copy(model, dtype):
     """A copy whose matrix products have weights of that type."""
     with torch.device("meta"):  # draws no random numbers
-        copy = type(model)(model.config).requires_grad_(False).eval()
-    copy.to_empty(device=model.lm_head_weight.device)
-    copy_state(copy, model)
-    for linear in copy.modules():
+        rounded = type(model)(model.config).requires_grad_(False).eval()
+    rounded.to_empty(device=model.lm_head_weight.device)
+    copy_state(rounded, model)
+    for linear in rounded.modules():
         if isinstance(linear, torch.nn.Linear):
             linear.to(dtype)
-    return copy
+    return rounded
 
 
-def copy_state(copy, model):
+def copy_state(rounded, model):
     """Weights, and what else a changed model keeps of numbers, as the angles of its positions."""
-    own = [*copy.parameters(), *copy.buffers()]
+    own = [*rounded.parameters(), *rounded.buffers()]
     theirs = [*model.parameters(), *model.buffers()]
     torch._foreach_copy_(own, theirs)

@@ -6,6 +6,7 @@ a reading of the weights, for which MKL has less to set up.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -19,6 +20,18 @@ from minirlhf.engine.cli import UserError
 # oneDNN keeps the code of 1,024 shapes of products, half a megabyte each and more: with rows of all
 # lengths that is most of a run's memory, and making it again takes no time that one can measure.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory():
+    """Lets glibc keep what a step frees for the next one: it would give arrays of over 32 MB, and
+    the heap's free end, back to the system, whose fresh pages take up to a tenth of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, 1 << 28)
 
 
 def pick_device(name):
@@ -92,6 +105,12 @@ def onednn_is_exact():
     with matmul_precision("medium"), torch.autocast("cpu", enabled=False):
         error = a @ b - (a.double() @ b.double())
     return error.abs().max().item() < 1e-3  # fp32 2e-5, TF32 2e-2, bf16 0.2
+
+
+@functools.cache
+def has_bf16_units():
+    """Whether this CPU has instructions for products of bf16 numbers."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def seed_everything(seed, step=None):

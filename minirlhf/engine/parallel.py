@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.machine import pick_device, precision
+from minirlhf.engine.machine import keep_freed_memory, pick_device, precision
 
 
 def start(knobs):
@@ -32,6 +32,7 @@ def start(knobs):
     The first process prints; of the others nothing is seen, as long as their `contained` function
     runs.
     """
+    keep_freed_memory()
     device = joined(knobs.device)
     return device, precision(device, knobs.dtype)
 

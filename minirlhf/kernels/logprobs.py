@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from minirlhf.engine.machine import quick_library
 from minirlhf.kernels.choice import fused
 from minirlhf.kernels.fused_logprobs import fused_backward, fused_forward
-from minirlhf.kernels.matmul import KEEP, chunks, matmul, operand_dtype
+from minirlhf.kernels.matmul import (
+    KEEP,
+    chunks,
+    gradient_matmul,
+    matmul,
+    operand_dtype,
+    operands,
+)  # fmt: skip
 
 
 def token_logprobs(hidden, weight, targets, *, temperature=1.0):
@@ -68,7 +75,7 @@ ARGUMENTS = "Tensor hidden, Tensor weight, Tensor targets, float temperature, Sc
 
 def walk_vocabulary(hidden, weight, targets, temperature, dtype, keep, entropy):
     """Log-probs, log-sum-exp, entropy (N,); softmax - onehot of `keep` parts, for backward."""
-    h, w = hidden.to(dtype), weight.to(dtype)
+    h, w = operands(hidden, weight, dtype)
     if fused(hidden):
         return *fused_forward(h.contiguous(), w.contiguous(), targets, temperature, entropy), []
     if len(targets) and not 0 <= targets.min() <= targets.max() < len(w):
@@ -132,8 +139,9 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
     scale = grad / temperature
     if fused(hidden):
         return fused_backward(hidden, weight, targets, temperature, dtype, scale, lse)
-    h, w, wide = hidden.to(dtype), weight.to(dtype), lse.dtype
-    d_hidden, d_weight = torch.zeros_like(h, dtype=wide), torch.empty_like(w, dtype=wide)
+    h, w = operands(hidden, weight, dtype)
+    d_hidden, d_weight = torch.zeros_like(h, dtype=lse.dtype), torch.empty_like(w, dtype=lse.dtype)
+    narrow = weight.to(dtype)
     scaled = (-scale[:, None] * hidden).to(dtype)  # rather than each row of logits
     with quick_library(h), torch.autocast(h.device.type, enabled=False):
         for i, cols in enumerate(chunks(len(w), len(h), w.device)):
@@ -143,8 +151,8 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
                 p = matmul(h, w[cols].t(), temperature).sub_(lse[:, None]).exp_()
                 p[places_of(targets, cols)] -= 1
             error = p.to(dtype)
-            d_hidden += matmul(error, w[cols])
-            d_weight[cols] = matmul(error.t(), scaled)
+            d_hidden += gradient_matmul(error, narrow[cols])
+            d_weight[cols] = gradient_matmul(error.t(), scaled)
     return (-scale[:, None] * d_hidden).to(hidden.dtype), d_weight.to(weight.dtype)
 
 

@@ -7,7 +7,7 @@ largest source of a ratio that is not 1.
 import torch
 import torch.nn.functional as F
 
-from minirlhf.engine.machine import quick_library
+from minirlhf.engine.machine import has_bf16_units, quick_library
 from minirlhf.kernels.choice import fused
 
 # Logits held at a time. CPU: 29 MB in fp32, as the C library keeps an array of up to 32 for the
@@ -20,18 +20,29 @@ MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def operand_dtype(hidden, weight):
-    """The type in which hidden and weight are multiplied: on a CPU fp32 at least."""
+    """The type in which hidden and weight are multiplied; on a CPU that of backward's products."""
     both = torch.promote_types(hidden.dtype, weight.dtype)
-    if hidden.is_cuda:
-        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else both
-    return both if fused(hidden) else torch.promote_types(both, torch.float32)
+    kind = hidden.device.type
+    if kind == "cpu" and fused(hidden):  # in the interpreter
+        return both
+    if torch.is_autocast_enabled(kind) and (kind != "cpu" or has_bf16_units()):
+        return torch.get_autocast_dtype(kind)
+    return both if kind == "cuda" else torch.promote_types(both, torch.float32)
+
+
+def operands(hidden, weight, dtype):
+    """Both as a forward product takes them: on a CPU in fp32 at least, as there no product of
+    narrow ones keeps its sums."""
+    if not hidden.is_cuda and not fused(hidden):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def head_logits(hidden, weight):
     """hidden @ weight.T: (N, V), fp32 at least."""
-    dtype = operand_dtype(hidden, weight)
+    h, w = operands(hidden, weight, operand_dtype(hidden, weight))
     with quick_library(hidden), torch.autocast(hidden.device.type, enabled=False):
-        return matmul(hidden.to(dtype), weight.to(dtype).t())
+        return matmul(h, w.t())
 
 
 def matmul(a, b, temperature=1.0):
@@ -40,6 +51,12 @@ def matmul(a, b, temperature=1.0):
     narrow = a.is_cuda and a.dtype != wide
     product = narrow_matmul(a, b, wide) if narrow else a.to(wide) @ b.to(wide)
     return product if temperature == 1 else product.div_(temperature)
+
+
+def gradient_matmul(a, b):
+    """a @ b in fp32 at least; on a CPU sums of narrow operands are rounded first, as a gradient's
+    may be under autocast, which takes half the time."""
+    return matmul(a, b) if a.is_cuda else (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def narrow_matmul(a, b, wide):
