@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf import kernels
-from minirlhf.engine import machine
+from minirlhf import kernels, sft
+from minirlhf.engine import machine, parallel
 from minirlhf.kernels import logprobs, matmul, token_logprobs
 
 N, C = 5, 8
@@ -265,6 +265,18 @@ def test_autocast_rounds_no_logprob(chunked, monkeypatch, units):
     for one, other in zip(exact_gradients, rounded_gradients, strict=True):
         apart = (one - other).norm() / one.norm()
         assert 1e-4 < apart < 2**-7 if units else apart == 0
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_dtype_auto(monkeypatch, capsys, units):
+    """A run is of the type that it took, as its state and what it caches must know."""
+    monkeypatch.setattr(machine, "has_bf16_units", lambda: units)
+    knobs = sft.Knobs(dtype="auto", device="cpu")
+    _, autocast = parallel.start(knobs)
+    taken = "bfloat16" if units else "float32"
+    assert knobs.dtype == taken and capsys.readouterr().out == f"--dtype auto: {taken}\n"
+    with autocast:
+        assert torch.is_autocast_enabled("cpu") == units
 
 
 def test_bfloat16_hidden(chunked):

@@ -30,7 +30,8 @@ class Bench:
         self.peers = [peer for peer in chosen if importlib.util.find_spec(PEERS[peer])]
         gpt2, tiny = (50304, 1024, 12, 12, 768), (8192, 64, 4, 4, 128)
         self.config = GPTConfig(*(gpt2 if self.cuda else tiny))
-        self.dtype = knobs.dtype or ("bfloat16" if self.cuda else "float32")
+        given = knobs.dtype or ("bfloat16" if self.cuda else "float32")
+        self.dtype = machine.pick_dtype(given, self.device)
         self.autocast = machine.precision(self.device, self.dtype)
         self.out = knobs.out
         self.n = 30 if self.cuda else 7  # runs of a function

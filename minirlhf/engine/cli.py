@@ -32,7 +32,7 @@ class ModelKept(Exception):
     """What was to come after the training failed; the model is in place. The cause is its own."""
 
 
-DTYPES = ("float32", "tf32", "bfloat16")
+DTYPES = ("float32", "tf32", "bfloat16", "auto")
 
 
 def knob(default, help, choices=None, *, least=0, most=float("inf"), free=False):
@@ -145,8 +145,9 @@ class RunKnobs(Checked):
         "auto", "what computes: cpu, cuda, cuda:1, ...; auto: the GPU where there is one", free=True
     )
     dtype: str = knob(
-        "float32", "how matrices multiply: float32, bfloat16 autocast, or a GPU's tf32", DTYPES
-    )
+        "float32", "how matrices multiply: float32, bfloat16 autocast, a GPU's tf32, or auto: "
+        "bfloat16 where the device has units for it", DTYPES,
+    )  # fmt: skip
     compile: bool = knob(
         False, "compile the models' layers first: a minute, then a tenth quicker", free=True
     )

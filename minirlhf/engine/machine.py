@@ -48,6 +48,17 @@ def pick_device(name):
     return device
 
 
+def pick_dtype(name, device):
+    """`auto` is bfloat16 where the device has units for it, else float32, and says so."""
+    if name != "auto":
+        return name
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on_cpu = device.type == "cpu" and has_bf16_units()
+    found = "bfloat16" if on_gpu or on_cpu else "float32"
+    print(f"--dtype auto: {found}")
+    return found
+
+
 def precision(device, dtype):
     """How matrix products are made from now on, and an autocast context for bfloat16 ones.
 

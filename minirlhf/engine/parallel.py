@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from minirlhf.engine.cli import UserError
-from minirlhf.engine.machine import keep_freed_memory, pick_device, precision
+from minirlhf.engine.machine import keep_freed_memory, pick_device, pick_dtype, precision
 
 
 def start(knobs):
@@ -34,6 +34,7 @@ def start(knobs):
     """
     keep_freed_memory()
     device = joined(knobs.device)
+    knobs.dtype = pick_dtype(knobs.dtype, device)  # what the run is from now on
     return device, precision(device, knobs.dtype)
 
 
