@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 8 train_ppo.py --shard  # many GPUs; --resume goes on
 
 The policy starts as the base model and learns to write what the reward model scores high, while a
-price on the KL from the frozen base model keeps it a language model (Ziegler et al. 2019,
-Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
+price on the KL from the frozen base model keeps it a language model; of the reviews that price is
+steered to 9 nats (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
 
     1 rollout      the policy answers a batch of prompts, sampled until EOS or --response-length
     2 score        the reward model reads prompt and response: one number a response (or a token)
@@ -23,13 +23,13 @@ Every detail on which published code differs is a switch. lm-human-preferences, 
     python train_ppo.py --temperature 0.7 --response-length 24 --no-stop-at-eos --truncate . \\
         --truncate-after 16 --missing-eos-score -1 --whiten-rewards --kl-coef 0.15 --kl-target 6 \\
         --critic shared --lam 0.95 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 1e-5 \\
-        --warmup 0 --batch-size 512 --steps 1953 --letters 0
+        --warmup 0 --batch-size 512 --steps 1953 --letters 0 --kl-horizon 10000
 
 summarize_from_feedback_details (Huang et al. 2024); what it decodes after EOS it drops:
 
     python train_ppo.py --temperature 0.7 --response-length 53 --missing-eos-score -1 --lam 0.95 \\
         --kl-coef 0.05 --ppo-epochs 4 --minibatches 1 --max-grad-norm 0 --lr 3e-6 --warmup 0 \\
-        --batch-size 512 --steps 1953 --letters 0
+        --batch-size 512 --steps 1953 --letters 0 --kl-target 0
 
 Left out: values of cut responses, length filters, Adam's epsilon as in TensorFlow.
 """
@@ -52,7 +52,7 @@ from minirlhf.engine.files import figures_beside
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
 from minirlhf.engine.rows import endless, mean_step, pad_rows, response_mask, rowwise, window
-from minirlhf.feedback.checks import check_ppo
+from minirlhf.feedback.checks import check_ppo, kl_target_of
 from minirlhf.feedback.groups import learned_from, rivals
 from minirlhf.feedback.preferring import content_of
 from minirlhf.feedback.scoring import LEVELS, charge_unended, expect_fit, find_function, make_scorer
@@ -76,7 +76,7 @@ class Knobs(cli.RunKnobs):
     fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
-    steps: int = knob(76, "iterations", least=1)
+    steps: int = knob(84, "iterations", least=1)
     batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
@@ -86,11 +86,11 @@ class Knobs(cli.RunKnobs):
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
     missing_eos_score: float = knob(math.nan, "score of the unended; nan: none", least=-math.inf)
     missing_eos_penalty: float = knob(math.nan, "off it if unended; nan: 0.5 for reviews, else 0")
-    kl_coef: float = knob(0.07, "price of a nat of KL, in standard deviations of base scores")
+    kl_coef: float = knob(0.08, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
-    kl_target: float = knob(0.0, "nats a response that kl_coef is steered to; 0: kl_coef stays")
-    kl_horizon: int = knob(10000, "episodes over which it is steered", least=1)
+    kl_target: float = knob(math.nan, "nats it is steered to; 0: it stays; nan: 9.1 of reviews")
+    kl_horizon: int = knob(2560, "episodes over which it is steered", least=1)
     whiten_rewards: bool = knob(False, "rewards get variance 1 over the batch, their mean kept")
     advantage: str = knob("gae", "gae; without a critic rloo, grpo, reinforce", ppo.ADVANTAGES)
     group_size: int = knob(4, "answers to each prompt without a critic; gae takes one", least=2)
@@ -155,7 +155,8 @@ def main(knobs):
     trained = parallel.Together(policy, critic)
     optimizer = optim.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), eps=knobs.adam_eps)
     letters.join(knobs, optimizer, policy, tokenizer)
-    controller = ppo.AdaptiveKL(knobs.kl_coef, knobs.kl_target, knobs.kl_horizon)
+    target = kl_target_of(knobs)
+    controller = ppo.AdaptiveKL(knobs.kl_coef, target, knobs.kl_horizon)
 
     # Data: prompts, and which of them each step takes
     room = policy.config.n_ctx - knobs.response_length
@@ -184,7 +185,7 @@ def main(knobs):
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs,
                                       controller.coef)  # fmt: skip
         stats |= update(policy, critic, episodes, take_step, knobs, controller.coef, step)
-        if knobs.kl_target:
+        if target:
             controller.update(stats["objective/kl"].item(), knobs.batch_size)
         if step == 0 and not knobs.reference:
             run.say(step_0_check(stats))

@@ -14,7 +14,7 @@ from minirlhf import ppo
 from minirlhf.engine import curves
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import mean_step
-from minirlhf.feedback.checks import check_ppo
+from minirlhf.feedback.checks import check_ppo, kl_target_of
 from minirlhf.feedback.scoring import charge_unended
 
 GRPO = dict(advantage="grpo", group_size=4, kl_coef=0.0)
@@ -173,6 +173,19 @@ def test_a_penalty_is_taken_off_what_never_ended(toy):
     unended = torch.tensor([256 not in response(off, b) for b in range(32)])
     assert 0 < unended.sum() < 32
     torch.testing.assert_close(scores(on), scores(off) - 2.5 * unended)
+
+
+@pytest.mark.parametrize(
+    "data, switches, target",
+    [
+        ("reviews", {}, 9.1),
+        ("reviews", {"kl_target": 0.0}, 0.0),
+        ("toy", {}, 0.0),
+        ("mine.jsonl", {"kl_target": 6.0}, 6.0),
+    ],
+)
+def test_what_the_kl_is_steered_to_by_default(data, switches, target):
+    assert kl_target_of(train_ppo.Knobs(data=data, **switches)) == target
 
 
 @pytest.mark.parametrize(

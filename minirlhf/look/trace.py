@@ -20,6 +20,7 @@ from safetensors import safe_open
 from minirlhf import ppo
 from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import pad_rows, response_mask, rowwise, window
+from minirlhf.feedback.checks import kl_target_of
 from minirlhf.feedback.groups import learned_from, rivals
 from minirlhf.feedback.preferring import find_function
 from minirlhf.feedback.scoring import charge_unended, make_scorer
@@ -82,7 +83,7 @@ def print_episode(policy, index, seed, reward, episodes):
 def knobs_of(policy):
     """The run's knobs, as train_ppo has them."""
     knobs = BEFORE | policy.knobs
-    for name in ("missing_eos_score", "missing_eos_penalty"):
+    for name in ("missing_eos_score", "missing_eos_penalty", "kl_target"):
         if knobs[name] is None:  # NaN is no JSON
             knobs[name] = math.nan
     missing = [name for name in NEEDED if name not in knobs]
@@ -140,7 +141,7 @@ def load_critic(critic, path):
 def coefficient(policy, knobs):
     """(the price of a nat of KL, where it comes from), which --kl-target moves."""
     coef = newest_state(policy.run)[1].get("numbers", {}).get("kl", {}).get("coef")
-    if not knobs.kl_target or coef is None:
+    if not kl_target_of(knobs) or coef is None:
         return knobs.kl_coef, ""
     return coef, " at the end, steered from " + f"{knobs.kl_coef:g}"
 
