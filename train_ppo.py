@@ -89,7 +89,7 @@ class Knobs(cli.RunKnobs):
     kl_coef: float = knob(0.08, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
-    kl_target: float = knob(math.nan, "nats it is steered to; 0: it stays; nan: 9.1 of reviews")
+    kl_target: float = knob(math.nan, "nats it is steered to; 0: it stays; nan: 9 of reviews")
     kl_horizon: int = knob(2560, "episodes over which it is steered", least=1)
     whiten_rewards: bool = knob(False, "rewards get variance 1 over the batch, their mean kept")
     advantage: str = knob("gae", "gae; without a critic rloo, grpo, reinforce", ppo.ADVANTAGES)
