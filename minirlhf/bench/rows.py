@@ -307,7 +307,6 @@ def main(knobs):
     rows = names(knobs.rows, ROWS, "--rows")
     if machine.pick_device(knobs.device).type == "cpu":
         torch.set_num_threads(1)
-    machine.keep_freed_memory()
     bench = Bench(knobs)
     product, copy = f"{bench.flops / 1e12:.3g} TFLOP/s", f"{bench.bandwidth / 1e9:.4g} GB/s"
     print(machine.versions(bench.device))
