@@ -22,13 +22,16 @@ from minirlhf.engine.cli import UserError
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# Of malloc.h, and the variables that set them before a process starts
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 def keep_freed_memory():
     """Lets glibc keep what a step frees for the next one: it would give arrays of over 32 MB, and
-    the heap's free end, back to the system, whose fresh pages take up to a tenth of a step."""
-    if platform.libc_ver()[0] == "glibc":
+    the heap's free end, back to the system, whose fresh pages take up to a tenth of a step. What
+    the caller has set stays."""
+    if platform.libc_ver()[0] == "glibc" and not MALLOC_VARIABLES & os.environ.keys():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
         mallopt(M_MMAP_THRESHOLD, 1 << 28)
@@ -120,8 +123,9 @@ def onednn_is_exact():
 
 @functools.cache
 def has_bf16_units():
-    """Whether this CPU has instructions for products of bf16 numbers."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether this CPU has instructions for products of bf16 numbers, as far as torch can say."""
+    asked = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 def seed_everything(seed, step=None):
