@@ -185,8 +185,7 @@ def main(knobs):
             episodes, stats = rollout(policy, reference, scorer, critic, batch, tokenizer, knobs,
                                       controller.coef)  # fmt: skip
         stats |= update(policy, critic, episodes, take_step, knobs, controller.coef, step)
-        if target:
-            controller.update(stats["objective/kl"].item(), knobs.batch_size)
+        controller.update(stats["objective/kl"].item(), knobs.batch_size)
         if step == 0 and not knobs.reference:
             run.say(step_0_check(stats))
         run.log(step, stats, show=("objective/score", "objective/kl"))

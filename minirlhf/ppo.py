@@ -243,8 +243,8 @@ def flat_groups(groups):
 class AdaptiveKL:
     """A KL coefficient that steers the KL to a target in nats (Ziegler et al. 2019, 2.2).
 
-    After n episodes: coef *= 1 + clip(kl/target - 1, -0.2, 0.2) * n / horizon. A KL that is not
-    finite changes nothing.
+    After n episodes: coef *= 1 + clip(kl/target - 1, -0.2, 0.2) * n / horizon. Without a target, or
+    at a KL that is not finite, it stays.
     """
 
     def __init__(self, coef, target, horizon):
@@ -253,6 +253,6 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl, n):
-        if math.isfinite(kl):
+        if self.target and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * n / self.horizon

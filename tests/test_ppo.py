@@ -408,6 +408,13 @@ def test_group_advantages_invariants(kind):
             ppo.group_advantages(bad_scores, size, name)
 
 
+@pytest.mark.parametrize("kl", [0.0, 12.0])
+def test_without_a_target_the_coefficient_stays(kl):
+    controller = ppo.AdaptiveKL(0.2, 0.0, 100)
+    controller.update(kl, 10)
+    assert controller.coef == 0.2
+
+
 def test_adaptive_kl_by_hand():
     """Target 6, horizon 100, 10 episodes a step: a tenth of the error, which is clipped to -0.2 ..
     0.2, is applied."""

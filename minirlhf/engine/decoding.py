@@ -67,7 +67,8 @@ def row_noise(seed, first_row, rows, width):
     return torch.rand(size, dtype=torch.float64, generator=generator)[first_row:]
 
 
-OF_ROWS = "tokens", "logprobs", "lengths", "ended", "token", "slot", "noise"
+WRITTEN = "tokens", "logprobs", "lengths"  # what a rollout is made of
+OF_ROWS = *WRITTEN, "ended", "token", "slot", "noise"
 
 
 class Decoder:
@@ -125,7 +126,7 @@ class Decoder:
         """Takes what the decoder of the rows that went on has written since."""
         if self.rest:
             self.rest.put_together()
-            for name in OF_ROWS:
+            for name in WRITTEN:
                 getattr(self, name)[self.going] = getattr(self.rest, name)
 
     def advance(self, model):

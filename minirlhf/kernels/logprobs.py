@@ -21,7 +21,7 @@ from minirlhf.kernels.matmul import (
     matmul,
     operand_dtype,
     operands,
-)  # fmt: skip
+)
 
 
 def token_logprobs(hidden, weight, targets, *, temperature=1.0):
@@ -141,7 +141,7 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
         return fused_backward(hidden, weight, targets, temperature, dtype, scale, lse)
     h, w = operands(hidden, weight, dtype)
     d_hidden, d_weight = torch.zeros_like(h, dtype=lse.dtype), torch.empty_like(w, dtype=lse.dtype)
-    narrow = weight.to(dtype)
+    narrow = w.to(dtype)
     scaled = (-scale[:, None] * hidden).to(dtype)  # rather than each row of logits
     with quick_library(h), torch.autocast(h.device.type, enabled=False):
         for i, cols in enumerate(chunks(len(w), len(h), w.device)):

@@ -22,12 +22,13 @@ MM_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 def operand_dtype(hidden, weight):
     """The type in which hidden and weight are multiplied; on a CPU that of backward's products."""
     both = torch.promote_types(hidden.dtype, weight.dtype)
-    kind = hidden.device.type
-    if kind == "cpu" and fused(hidden):  # in the interpreter
+    if hidden.is_cuda:
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else both
+    if fused(hidden):  # in the interpreter
         return both
-    if torch.is_autocast_enabled(kind) and (kind != "cpu" or has_bf16_units()):
-        return torch.get_autocast_dtype(kind)
-    return both if kind == "cuda" else torch.promote_types(both, torch.float32)
+    if torch.is_autocast_enabled("cpu") and has_bf16_units():
+        return torch.get_autocast_dtype("cpu")
+    return torch.promote_types(both, torch.float32)
 
 
 def operands(hidden, weight, dtype):
