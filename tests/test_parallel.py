@@ -144,17 +144,17 @@ def rows(out, name="metrics.jsonl"):
 
 def same(one, many, atol=1e-3):
     """Losses of each step within 1e-4, all other figures near, weights within 1e-3, samples
-    equal."""
+    equal. Rounding may order a few pairs that a fresh model scores alike, and move a token."""
     assert [row["step"] for row in rows(one)] == [row["step"] for row in rows(many)]
     for a, b in zip(rows(one), rows(many), strict=True):
         for key in a.keys() - set(curves.CLOCK):
-            within = 1e-4 if "loss" in key else 1e-3
+            within = 1e-4 if "loss" in key else 5e-3 if "accuracies" in key else 1e-3
             assert a[key] == pytest.approx(b[key], abs=within, nan_ok=True), (key, a["step"])
     a, b = (load_file(out / "model" / "model.safetensors") for out in (one, many))
     assert a.keys() == b.keys()
     assert all(np.abs(a[key] - b[key]).max() < atol for key in a)
     equal = [x == y for x, y in zip(texts(one), texts(many), strict=True)]
-    assert np.mean(equal) > 0.95  # rounding may move a token
+    assert np.mean(equal) > 0.95
     assert not list((many / "model").glob("*.tmp*"))
 
 

@@ -14,12 +14,13 @@ import random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from minirlhf.engine.cli import UserError
 
-# oneDNN keeps the code of 1,024 shapes of products, half a megabyte each and more: with rows of all
-# lengths that is most of a run's memory, and making it again takes no time that one can measure.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# oneDNN keeps the code of 1,024 sizes of products, half a megabyte each and more: with rows of all
+# lengths that is most of a run's memory. With few_sizes half as many are enough.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 # Of malloc.h, and the variables that set them before a process starts
@@ -99,6 +100,13 @@ def quick_library(x):
     finally:
         if before:
             torch.set_float32_matmul_precision(before)
+
+
+def few_sizes(x):
+    """x (N, ...), on a CPU with zeros up to a multiple of 64 rows, or of 8 below 256: for each new
+    size of a product oneDNN writes code, on one core, for longer than many a product takes."""
+    spare = -len(x) % (8 if len(x) < 256 else 64) if x.device.type == "cpu" else 0
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, spare)) if spare else x
 
 
 def cpu_precision(rows=1024):

@@ -5,7 +5,8 @@ A block computes `x + run.drop(self.attn(self.ln_1(x), run))`, and goes on with 
 only `run` knows what kind of pass it is:
 
     Pass   rows of token ids (B, T). Layers see (B, T, C), or where a sixth is padding the N real
-           tokens alone, (N, C). With a cache, keys and values stay there for the steps to come.
+           tokens alone, (N, C), on a CPU with a few that nobody reads behind them (few_sizes). With
+           a cache, keys and values stay there for the steps to come.
     Step   the newest token of each row, which attends to its row's cache. Layers see (B, C).
 
 `run.idx` and `run.places` are the ids and the positions of the tokens that the layers see.
@@ -17,6 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from minirlhf.engine.machine import few_sizes
 from minirlhf.engine.rows import window
 from minirlhf.kernels.attention import attention, drop_out, noise_of
 from minirlhf.kernels.decoding import decode_attention
@@ -46,7 +48,7 @@ class Pass:
         where, self.groups, first = [], [], 0
         parts = min(4, 1 + T // 64, -(-B // 8))
         for rows in lengths.argsort().tensor_split(parts):
-            longest = max(1, int(lengths[rows[-1]]))
+            longest = -(-max(1, int(lengths[rows[-1]])) // 8) * 8
             places = torch.arange(longest, device=rows.device)
             row, column = (places < lengths[rows, None]).nonzero().unbind(1)
             where.append(rows[row] * T + column)
@@ -54,10 +56,10 @@ class Pass:
             self.groups.append((part, row * longest + column, shape))
             first = part.stop
         self.where = torch.cat(where)  # (N,) places in the flattened rows
-        self.idx = self.idx.flatten()[self.where]
-        self.places = self.where % T
+        self.idx = few_sizes(self.idx.flatten()[self.where])
+        self.places = few_sizes(self.where % T)
         if self.noise is not None:
-            self.noise = self.noise.flatten()[self.where]
+            self.noise = few_sizes(self.noise.flatten()[self.where])
 
     def attend(self, qkv, n_head):
         """Causal attention within rows: (..., C) of q, k and v side by side (..., 3C)."""
@@ -75,7 +77,7 @@ class Pass:
             key = None if noise is None else spread(noise[part], inside, shape)
             y = attention(spread(qkv[part], inside, shape), n_head, self.p, key)
             found.append(y.flatten(0, 1)[inside])
-        return torch.cat(found)
+        return few_sizes(torch.cat(found))
 
     def drop(self, x):
         """Dropout, with noise of this place in the network."""
@@ -105,7 +107,8 @@ class Pass:
         if self.cut:
             self.expect(x.shape[:-1] == self.shape[:1])
             return x
-        x = x if self.where is None else spread(x, self.where, self.shape)
+        if self.where is not None:
+            x = spread(x[: len(self.where)], self.where, self.shape)
         return x if self.at is None else window(x, self.at, 1)[:, 0]
 
     @staticmethod

@@ -11,7 +11,7 @@ Left out: attention in training, LayerNorm, GELU and Adam, where PyTorch's own a
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf.engine.machine import quick_library
+from minirlhf.engine.machine import few_sizes, quick_library
 from minirlhf.kernels.choice import fused
 from minirlhf.kernels.fused_logprobs import fused_backward, fused_forward
 from minirlhf.kernels.matmul import (
@@ -46,10 +46,12 @@ def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entr
     options = float(temperature), operand_dtype(hidden, weight), keep, entropy and not grad
     direct = not grad and not torch.compiler.is_compiling()  # the operator's first call: 3 seconds
     walk = walk_vocabulary if direct else token_logprobs_op
-    logprobs, _, entropies, _ = walk(hidden, weight, targets.contiguous(), *options)
+    N = len(targets)
+    given = few_sizes(hidden), weight, few_sizes(targets.contiguous())
+    logprobs, _, entropies, _ = walk(*given, *options)
     if entropy and grad:
-        return logprobs, token_entropy(hidden, weight, temperature)
-    return logprobs, entropies.detach()
+        return logprobs[:N], token_entropy(hidden, weight, temperature)
+    return logprobs[:N], entropies[:N].detach()
 
 
 def token_entropy(hidden, weight, temperature=1.0):
