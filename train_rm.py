@@ -1,6 +1,6 @@
 """Stage 1: a reward model from human preferences.   python train_rm.py
 
-    python train_rm.py                                       # laptop: 1 to 2 min; accuracy 0.768
+    python train_rm.py                                       # laptop: 1 to 2 min; accuracy 0.773
     python train_rm.py --loss plackett_luce --group-size 8   # rankings; also best_of_k and ratings
     python train_rm.py --model pairwise --out runs/pairwise  # P(a preferred to b) without a score
     torchrun --nproc-per-node 8 train_rm.py --shard          # many GPUs; --resume after a stop
@@ -13,14 +13,15 @@ Where every response has the ratings of several people, all pairs of a batch are
 a soft label: the chance that a rater of the one gives more than a rater of the other. The base
 model's weights are the start; dropout and deleted input tokens keep ten thousand snippets from
 being learned by heart, tokens that share letters learn together (engine/letters.py), and other text
-that people rated is read first (feedback/further.py). At the end scores of base samples are
-normalised to mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
+that people rated is read first (feedback/further.py). On the reviews two models learn at a time and
+end as one of twice the width (--members, rewards/side_by_side.py). At last scores of base samples
+get mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
 
 With --level token every response token has a reward; their sum is the score. With --model pairwise
 two embeddings say which is preferred, in circles, too, which no score can hold and PPO cannot use.
 Labels of many kinds, stops, say: feedback/mixture.py; misspelt copies: rewards/augment.py.
 
-Left out: ensembles.
+Left out: ensembles that stay several models (but --reward RM,RM asks several).
 """
 
 if __name__ == "__main__":  # first, as torch takes a while
@@ -47,6 +48,7 @@ from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
 from minirlhf.online import losses
 from minirlhf.rewards.augment import augmented
+from minirlhf.rewards.side_by_side import members_of, one_of, turns
 from minirlhf.sampling import generate
 from minirlhf.tokenizer import load_base
 
@@ -67,6 +69,7 @@ class Knobs(cli.RunKnobs):
     share: float = knob(1.0, "of what people said, how much is learned from", least=1e-6, most=1)
     model: str = knob("pointwise", "a score of each response, or pairwise preferences", MODELS)
     layers: int = knob(0, "how many of the base model's lowest blocks are read; 0: all")
+    members: int = knob(0, "models that learn at once and end as one; 0: 2 of the reviews, else 1")
     level: str = knob("response", "the score is of the last token, or a sum over tokens", LEVELS)
     loss: str = knob(
         "pairs", "all pairs; whole rankings; the best of K; squared error of mean ratings; the "
@@ -111,42 +114,42 @@ def main(knobs):
     source = sft.base_model(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     base, tokenizer = load_base(source, device)
-    model = fresh_model(knobs, base).to(device)
-    prepare(knobs, base, model)
+    members = [fresh_model(knobs, base).to(device) for _ in range(members_of(knobs))]
+    prepare(knobs, base, *members)
     kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
-    trained = parallel.Together(model)
+    trained = parallel.Together(*members)
     learned = torch.nn.ModuleList(filter(None, (trained, kinds and kinds.to(device))))
-    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(learned, knobs.lr, **rates)
-    letters.join(knobs, optimizer, model.transformer, tokenizer)
+    optimizer = optim.make_optimizer(learned, knobs.lr, **optim.rates_of(knobs))
+    letters.join(knobs, optimizer, trained, tokenizer)
 
     # Data: rows of token ids, the fixed test pairs, and which responses each step compares
     train, train_rows = encode(feedback.train.some(knobs.share, knobs.seed), tokenizer, base, knobs)
     test, test_rows = encode(feedback.test, tokenizer, base, knobs)
     test_pairs, gaps = mixture.held_out_pairs(test, 20_000)
-    epoch = partial(mixture.epoch, train) if kinds else train.epoch
-    plan = [batch for _ in range(knobs.epochs) for batch in epoch(knobs.batch_size, rng)]
+    plan = mixture.plan(kinds, train, knobs, rng)
     read = augmented(knobs.augment, train, train_rows, plan, base, tokenizer, rng)
-    read, read_rows, plan = further_first(knobs, feedback, base, tokenizer, rng, *read)
+    read, read_rows, *plans = further_first(knobs, feedback, base, tokenizer, rng, *read)
+    plan = turns(plans, len(members))
     prompts = sample_prompts(train, tokenizer, base, knobs)
 
     parts = {"model": learned if kinds else trained, "optimizer": optimizer}
     given = {"data": (read_rows.tokens, read_rows.prompt_lengths), "base model": source}
     run = Run("rm", knobs, plan, device, tokenizer, parts, given)
     if run.first == 0 and len(gaps):
-        run.say(step_0_check(model, test_rows, test_pairs, autocast))
+        run.say(step_0_check(members[0], test_rows, test_pairs, autocast))
 
-    step_loss = partial(mixture.step_loss, kinds) if kinds else compared_loss
-    for step, batch in run.steps():
+    for step, batches in run.steps():
         optim.set_lr(optimizer, step, len(plan), knobs.lr)
-        loss, stats = step_loss(knobs, model, read, read_rows, autocast, batch)
+        loss, stats = mean_loss(kinds, knobs, members, read, read_rows, autocast, batches)
         trained.backward(loss)
-        nonfinite = partial(run.nonfinite, step, [read_rows.tokens[i] for i in batch.rows])
+        some = [read_rows.tokens[i] for batch in batches for i in batch.rows]
+        nonfinite = partial(run.nonfinite, step, some)
         loss, norm = optim.optimizer_step(optimizer, knobs.max_grad_norm, loss, nonfinite)
         stats |= {"loss": loss, "grad_norm": norm}
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
-    # Normalisation on samples of the base model, then evaluation
+    # One model, its normalisation on samples of the base model, then evaluation
+    model = one_of(members, partial(read_all, rows=test_rows, autocast=autocast), run.say)
     with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
         figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:
@@ -203,6 +206,16 @@ def step_0_check(model, rows, pairs, autocast, n=300):
     return f"step-0 check: a fresh head orders {share:.3f} of {len(few)} test pairs (chance is 0.5)"
 
 
+def mean_loss(kinds, knobs, members, items, rows, autocast, batches):
+    """The mean of the members' losses, each of its own batch, and the last one's statistics."""
+    step_loss = partial(mixture.step_loss, kinds) if kinds else compared_loss
+    losses = []
+    for model, batch in zip(members, batches, strict=True):
+        loss, stats = step_loss(knobs, model, items, rows, autocast, batch)
+        losses.append(loss)
+    return torch.stack(losses).mean(), stats
+
+
 def compared_loss(knobs, model, items, rows, autocast, batch):
     """(loss, {metric: value}) of a batch, a data.Compared of items, whose Rows are `rows`."""
     thinned = rows.take(batch.rows).thinned(knobs.delete)
@@ -247,7 +260,8 @@ def pairs_loss(knobs, model, outputs, batch):
     if not knobs.soft_labels:
         labels = labels.astype(np.float32)  # in float64 a tie may miss one half by rounding
         decided = labels != 0.5
-        pairs, labels, margin = pairs[decided], labels[decided] > 0.5, margin[decided]
+        pairs, margin = pairs[decided], margin[decided]
+        labels = labels[decided] > 0.5
     if not len(pairs):  # nothing but ties, or one response alone
         return 0 * outputs.sum()
     margin = as_floats(margin + knobs.margin, outputs)
@@ -278,7 +292,8 @@ def batch_accuracy(model, outputs, batch):
     """The share of pairs that the model orders as most people do, where people are not divided."""
     label = batch.labels.astype(np.float32)  # in float64 a tie may miss one half by rounding
     swap = label < 0.5
-    pairs = np.where(swap[:, None], batch.pairs[:, ::-1], batch.pairs)
+    other_way = batch.pairs[:, ::-1]
+    pairs = np.where(swap[:, None], other_way, batch.pairs)
     decided = pairs[label != 0.5]
     ahead = differences(model, outputs, decided)
     return reward.share_positive(ahead)

@@ -87,8 +87,7 @@ def main(knobs):
 
     prepare(knobs, model)
     trained = parallel.Together(model)
-    rates = {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
-    optimizer = optim.make_optimizer(trained, knobs.lr, **rates)
+    optimizer = optim.make_optimizer(trained, knobs.lr, **optim.rates_of(knobs))
     letters.join(knobs, optimizer, model, tokenizer)
     parts = {"model": trained, "optimizer": optimizer}
     given = {"data": rows, "init": source}

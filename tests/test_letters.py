@@ -1,7 +1,6 @@
 """Tokens that learn with their letters: expected values come from NumPy loops, and from a model
 that holds rows and vectors apart."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,7 +104,7 @@ def test_what_one_token_learns_another_knows(tokenizer):
     wte = torch.nn.Embedding(tokenizer.vocab_size, 6)
     before = wte.weight.detach().clone()
     optimizer = torch.optim.AdamW(wte.parameters(), weight_decay=0.0)
-    letters.join(sft.Knobs(), optimizer, SimpleNamespace(wte=wte), tokenizer)
+    letters.join(sft.Knobs(), optimizer, torch.nn.ModuleDict({"wte": wte}), tokenizer)
     gone, again, other = (tokenizer.ranks[t] for t in (b"gone", b" Gone", b"h"))
     wte(torch.tensor([[gone]])).sum().backward()
     optimizer.step()
@@ -126,7 +125,7 @@ def test_where_letters_are_read(tokenizer, stage, given, weight):
     wte = torch.nn.Embedding(tokenizer.vocab_size, 6)
     before = wte.weight.detach().clone()
     optimizer = torch.optim.SGD(wte.parameters(), lr=1.0)
-    letters.join(stage.Knobs(**given), optimizer, SimpleNamespace(wte=wte), tokenizer)
+    letters.join(stage.Knobs(**given), optimizer, torch.nn.ModuleDict({"wte": wte}), tokenizer)
     gradient = torch.randn(before.shape, generator=torch.manual_seed(0))
     wte.weight.grad = gradient.clone()
     optimizer.step()  # rows get the gradient, and by way of vectors S S^T times it

@@ -38,7 +38,7 @@ STAGES = {
     "select": f"dpo --online --select lpbrl --samples 3 --steps 5 {FEW} --batch-size 30",
     "kto": f"dpo --loss kto --steps 8 {FEW}",
     "token": "rm --level token --epochs 1 --batch-size 60 --micro-batch 7",
-    "letters": "rm --letters 3 --epochs 1 --batch-size 60 --micro-batch 7",
+    "letters": "rm --letters 3 --epochs 1 --batch-size 60 --micro-batch 7 --members 2",
 }
 LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # torch's own, by its first optimizer
 PROCESSES = multiprocessing.get_context("forkserver")  # has imported all, so starts at once

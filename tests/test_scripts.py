@@ -52,6 +52,7 @@ CHANGES = {
     train_rm: dict(
         share=0.5,
         layers=1,
+        members=2,
         epochs=2,
         batch_size=64,
         lr=1e-2,

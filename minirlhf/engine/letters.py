@@ -22,13 +22,15 @@ from minirlhf.engine import cli, parallel
 SIZES = (3, 4, 5)  # letters in a group, the marks of a token's ends counted
 
 
-def join(knobs, optimizer, gpt, tokenizer):
-    """From now on the optimizer trains a GPT's token embedding by way of its letters, too, at the
-    rate of matrices, if --letters says so."""
+def join(knobs, optimizer, model, tokenizer):
+    """From now on the optimizer trains the token embedding of each GPT in the model by way of its
+    letters, too, at the rate of matrices, if --letters says so."""
     weight = cli.given_or(knobs.letters, knobs.data, reviews=6.0)
     if weight:
         groups, count = numbered_groups(tokenizer)
-        learn_together(optimizer, gpt.wte, groups, count, weight)
+        for part in model.modules():
+            if hasattr(part, "wte"):
+                learn_together(optimizer, part.wte, groups, count, weight)
 
 
 def learn_together(optimizer, wte, groups, count, weight):

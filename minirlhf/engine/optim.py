@@ -36,6 +36,11 @@ def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, 
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+def rates_of(knobs):
+    """What a stage's knobs say of it."""
+    return {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
+
+
 def set_lr(optimizer, step, steps, lr, warmup=0.05, schedule="linear"):
     """Linear warm-up over a share of the steps, then linear or half a cosine to 0, or constant."""
     rising = max(1, int(warmup * steps)) if warmup else 0

@@ -36,10 +36,11 @@ def check_rm(knobs, items, further=()):
         "in --loss parl of labels, which copies do not have":
             knobs.loss == "parl" and items.labels is not None and "augment",
         "where the records say what was ranked": items.ratings is None and "group_size",
-        "without scores": knobs.model == "pairwise" and "normalize response_length",
+        "without scores": knobs.model == "pairwise" and "members normalize response_length",
         "where no further text is rated": not len(further) and "text_epochs",
         "without --normalize": not knobs.normalize and "response_length",
         "where labels are not read by their kinds": not of_kinds and "kind_weights kind_betas",
+        "where labels are read by their kinds": of_kinds and "members",
     })  # fmt: skip
     if of_kinds:
         mixture.check(knobs, items)
@@ -80,7 +81,7 @@ def check_ppo(knobs):
 def kl_target_of(knobs):
     """The KL in nats a response that the coefficient is steered to; 0: it stays. One coefficient
     would buy 8 nats by one reward model of the reviews, and 12 by that of another seed."""
-    return cli.given_or(knobs.kl_target, knobs.data, reviews=9.0)
+    return cli.given_or(knobs.kl_target, knobs.data, reviews=8.9)
 
 
 def refuse_idle_ppo(knobs, groups):

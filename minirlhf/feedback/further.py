@@ -9,10 +9,10 @@ from minirlhf.engine.rows import Rows
 
 
 def further_first(knobs, feedback, base, tokenizer, rng, items, rows, plan):
-    """(items, rows, plan) with --text-epochs passes over the source's further rated text before
-    what is planned; it stands behind the items, and is compared with itself alone."""
+    """(items, rows, first, plan): the source's further rated text stands behind the items, and
+    `first` are --text-epochs passes over it, in which it is compared with itself alone."""
     if not knobs.text_epochs or not feedback.more_ratings:
-        return items, rows, plan
+        return items, rows, [], plan
     n = len(items)
     more = feedback.further().some(knobs.share, knobs.seed)
     more, *encoded = data.encode_items(more, tokenizer, base.config.n_ctx, "truncate")
@@ -26,4 +26,4 @@ def further_first(knobs, feedback, base, tokenizer, rng, items, rows, plan):
         where=items.where + more.where,
         ratings=items.ratings + more.ratings,
     )
-    return both, rows.joined(Rows(*encoded, rows.pad, rows.device)), first + plan
+    return both, rows.joined(Rows(*encoded, rows.pad, rows.device)), first, plan

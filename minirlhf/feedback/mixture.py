@@ -11,6 +11,7 @@ Left out: betas that are fitted along with the reward (the two have one scale), 
 
 import math
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,12 @@ def held_out_pairs(items, n):
     if items.labels is not None and not items.can_compare():
         return np.zeros((0, 2), dtype=int), np.zeros(0)
     return items.comparisons(n, seed=1)
+
+
+def plan(kinds, items, knobs, rng):
+    """The batches of all --epochs passes, of labels of many kinds or of one."""
+    batches = partial(epoch, items) if kinds else items.epoch
+    return [batch for _ in range(knobs.epochs) for batch in batches(knobs.batch_size, rng)]
 
 
 def epoch(items, batch_size, rng):

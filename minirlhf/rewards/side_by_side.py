@@ -1,0 +1,87 @@
+"""Several reward models as one: their channels side by side, and its score is the mean of theirs.
+
+Models that differ in their random numbers alone err differently, and the mean of their scores
+orders pairs better than each (Lakshminarayanan et al. 2017, arXiv 1612.01474). Here that mean is a
+plain GPT-2 again, as wide as all together: each model has its part of the residual stream, with
+heads and hidden units of its own, and no weight leads from one part to another.
+
+One thing they share: LayerNorm divides by the standard deviation of all channels, where each model
+had that of its own. So the scores are not quite what they were; `one_of` says by how much.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from minirlhf.engine import parallel
+from minirlhf.gpt import RewardModel
+
+
+def members_of(knobs):
+    """How many models learn: --members, or on the reviews two, if they have scores."""
+    scores = knobs.data == "reviews" and knobs.model == "pointwise"
+    return knobs.members or (2 if scores else 1)
+
+
+def turns(plans, n):
+    """[the batch of each of n models] of each step of the plans, one after the other. Each model
+    reads all of a plan, but from another place on: so they differ in what they have read when."""
+    steps = []
+    for batches in plans:
+        for step in range(len(batches)):
+            others = [step + k * len(batches) // n for k in range(n)]
+            steps.append([batches[i % len(batches)] for i in others])
+    return steps
+
+
+def one_of(models, read, say):
+    """The models as one; says how far its scores read(model), (N,), are from the mean of theirs."""
+    one = side_by_side(models)
+    if len(models) > 1:
+        theirs = sum(map(read, models)) / len(models)
+        apart = (read(one) - theirs).std() / theirs.std()
+        say(f"{len(models)} models as one: its scores are {apart:.3f} deviations from their mean")
+    return one
+
+
+def side_by_side(models):
+    """One RewardModel of several of the same sizes; of one, that one."""
+    if len(models) == 1:
+        return models[0]
+    first = models[0]
+    n, config = len(models), first.config
+    wide = replace(config, n_head=n * config.n_head, n_embd=n * config.n_embd)
+    shift = sum(model.shift for model in models) / n
+    one = RewardModel(wide, level=first.level, shift=shift)
+    theirs = [centered(model) for model in models]
+    one.load_state_dict({name: joined(name, [own[name] for own in theirs]) for name in theirs[0]})
+    return one.to(first.score.weight.device).train(first.training)
+
+
+def centered(model):
+    """A model's weights, those that write into the residual stream with a mean of 0 over its
+    channels. LayerNorm takes the mean away, but then that of all channels together."""
+    weights = {name: parallel.full(w).detach().clone() for name, w in model.state_dict().items()}
+    for name, w in weights.items():
+        if "wte" in name or "wpe" in name:
+            w -= w.mean(1, keepdim=True)  # (V, C) or (T, C)
+        if "c_proj" in name:
+            w -= w.mean(0)  # (C, ...)
+    return weights
+
+
+def joined(name, parts):
+    """The weights of that name of all models, as those of the wide one."""
+    if name == "score.weight":
+        return torch.cat(parts, 1) / len(parts)  # (1, n C)
+    if "wte" in name or "wpe" in name:
+        return torch.cat(parts, 1)  # (V, n C)
+    if "c_attn" in name:  # all queries, then all keys, then all values
+        thirds = zip(*(part.chunk(3) for part in parts), strict=True)
+        return torch.cat([beside(third) for third in thirds])
+    return beside(parts)
+
+
+def beside(parts):
+    """Matrices as blocks on a diagonal, vectors behind one another."""
+    return torch.cat(parts) if parts[0].dim() == 1 else torch.block_diag(*parts)

@@ -1,0 +1,152 @@
+"""Several reward models side by side in one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train_rm
+from minirlhf.engine import cli
+from minirlhf.gpt import GPTConfig, RewardModel
+from minirlhf.rewards.side_by_side import side_by_side, turns
+
+CONFIG = GPTConfig(vocab_size=11, n_ctx=7, n_layer=2, n_head=2, n_embd=8)
+ROWS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 0]])
+LENGTHS = torch.tensor([6, 4])
+
+
+def fresh(seed, **options):
+    torch.manual_seed(seed)
+    model = RewardModel(CONFIG, **options).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def shuffled(model, seed, **options):
+    """Another model that computes the same, its channels in another order."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(CONFIG.n_embd))
+    other = RewardModel(CONFIG, **options).eval()
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    for name, w in weights.items():
+        reads = ("c_attn.weight", "c_fc.weight", "wte.weight", "wpe.weight", "score.weight")
+        if name.endswith(reads):
+            weights[name] = w[:, order]
+        if "c_proj" in name or "ln_" in name:
+            weights[name] = w[order]
+    other.load_state_dict(weights)
+    return other
+
+
+@pytest.mark.parametrize("level", train_rm.LEVELS)
+def test_models_whose_channels_vary_alike_have_the_mean_of_their_scores(level):
+    """Channels in another order have the same deviation at each token: nothing is lost."""
+    first = fresh(0, level=level, shift=1.0)
+    others = [shuffled(first, seed, level=level, shift=4.0) for seed in (1, 2)]
+    for seed, other in enumerate(others):
+        torch.manual_seed(7 + seed)
+        torch.nn.init.normal_(other.score.weight)
+    args = ROWS, LENGTHS, torch.tensor([1, 2])
+    expected = sum(model(*args) for model in (first, *others)) / 3
+    one = side_by_side([first, *others])
+    assert (one.config.n_embd, one.config.n_head, one.config.n_layer) == (24, 6, 2)
+    assert not one.training and one.shift == 3.0
+    torch.testing.assert_close(one(*args), expected, rtol=1e-4, atol=1e-5)
+
+
+def streams(models, tokens):
+    """Scores of one row by the formulas, in float64: two streams of C channels, each normalised by
+    the deviation of all 2 C of them."""
+    W = [{name: w.double().numpy() for name, w in m.state_dict().items()} for m in models]
+    T, C, H = len(tokens), CONFIG.n_embd, CONFIG.n_head
+
+    def norms(x, name):
+        centred = [part - part.mean(1, keepdims=True) for part in x]
+        std = np.sqrt(np.concatenate(centred, 1).var(1, keepdims=True) + 1e-5)
+        full = f"transformer.{name}"
+        return [
+            part / std * w[f"{full}.weight"] + w[f"{full}.bias"]
+            for part, w in zip(centred, W, strict=True)
+        ]
+
+    def linear(x, name):
+        full = f"transformer.{name}"
+        pairs = zip(x, W, strict=True)
+        return [part @ w[f"{full}.weight"].T + w[f"{full}.bias"] for part, w in pairs]
+
+    def attended(qkv):
+        q, k, v = (part.reshape(T, H, C // H) for part in np.split(qkv, 3, 1))
+        out = np.zeros((T, C))
+        for t in range(T):
+            for h in range(H):
+                z = k[: t + 1, h] @ q[t, h] / np.sqrt(C // H)
+                p = np.exp(z - z.max())
+                out[t, h * C // H : (h + 1) * C // H] = p / p.sum() @ v[: t + 1, h]
+        return out
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    x = [w["transformer.wte.weight"][tokens] + w["transformer.wpe.weight"][:T] for w in W]
+    for i in range(CONFIG.n_layer):
+        heads = [attended(part) for part in linear(norms(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")]
+        added = linear(heads, f"h.{i}.attn.c_proj")
+        x = [a + b for a, b in zip(x, added, strict=True)]
+        hidden = linear(norms(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        added = linear([gelu(part) for part in hidden], f"h.{i}.mlp.c_proj")
+        x = [a + b for a, b in zip(x, added, strict=True)]
+    ends = [part[-1] @ w["score.weight"][0] for part, w in zip(norms(x, "ln_f"), W, strict=True)]
+    return sum(ends) / len(ends)
+
+
+def test_other_models_share_the_deviation_alone():
+    models = [fresh(0), fresh(1)]
+    one = side_by_side(models)
+    got = one(ROWS, LENGTHS)
+    for row, n, score in zip(ROWS, LENGTHS, got, strict=True):
+        assert score.item() == pytest.approx(streams(models, row[:n].numpy()), abs=1e-4)
+    apart = [model(ROWS, LENGTHS) for model in models]
+    assert not torch.allclose(got, sum(apart) / 2, atol=1e-3)  # so it is said
+
+
+def test_one_model_is_itself_and_theirs_stay(tmp_path):
+    models = [fresh(0), fresh(1)]
+    before = [{name: w.clone() for name, w in m.state_dict().items()} for m in models]
+    assert side_by_side(models[:1]) is models[0]
+    one = side_by_side(models)
+    for model, weights in zip(models, before, strict=True):
+        for name, w in model.state_dict().items():
+            assert torch.equal(w, weights[name])
+    one.save_pretrained(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ROWS, LENGTHS), one(ROWS, LENGTHS))
+
+
+def test_how_many_learn():
+    many = {"data": "toy"}, {"model": "pairwise"}, {"members": 1}, {}, {"members": 3, "data": "toy"}
+    assert [train_rm.members_of(train_rm.Knobs(**given)) for given in many] == [1, 1, 1, 2, 3]
+
+
+def test_each_reads_all_of_a_plan_from_a_place_of_its_own():
+    steps = turns([["a", "b"], [], list(range(7))], 3)
+    first, second, third = zip(*steps, strict=True)
+    assert first == ("a", "b", 0, 1, 2, 3, 4, 5, 6)
+    assert second == ("a", "b", 2, 3, 4, 5, 6, 0, 1)  # 2 / 3 of a step is none
+    assert third == ("b", "a", 4, 5, 6, 0, 1, 2, 3)
+    assert turns([["a", "b"]], 1) == [["a"], ["b"]]
+
+
+def test_a_run_leaves_one_model_twice_as_wide(toy, tmp_path, capsys):
+    out = tmp_path / "rm"
+    flags = ["--data", "toy", "--init", toy / "sft", "--members", "2", "--out", out]
+    flags += ["--lr", "3e-3", "--embedding-lr", "1", "--delete", "0", "--dropout", "0"]
+    knobs = cli.parse(train_rm.Knobs, "", [str(flag) for flag in flags])
+    summary = train_rm.main(knobs)
+    assert "2 models as one: its scores are 0." in capsys.readouterr().out
+    base, config = (json.loads((path / "model" / "config.json").read_text())
+                    for path in (toy / "sft", out))  # fmt: skip
+    assert (config["n_embd"], config["n_head"]) == (2 * base["n_embd"], 2 * base["n_head"])
+    assert summary["eval/accuracy"] > 0.6
+    with pytest.raises(cli.UserError, match="members"):
+        train_rm.main(train_rm.Knobs(data="toy", members=2, model="pairwise", out=str(out)))
