@@ -48,7 +48,7 @@ from minirlhf.gpt import RewardModel
 from minirlhf.look.accuracy import accuracy_figures, scored_texts
 from minirlhf.online import losses
 from minirlhf.rewards.augment import augmented
-from minirlhf.rewards.side_by_side import members_of, one_of, turns
+from minirlhf.rewards.side_by_side import fresh_members, side_by_side, turns
 from minirlhf.sampling import generate
 from minirlhf.tokenizer import load_base
 
@@ -114,7 +114,7 @@ def main(knobs):
     source = sft.base_model(knobs, feedback)
     rng = machine.seed_everything(knobs.seed)
     base, tokenizer = load_base(source, device)
-    members = [fresh_model(knobs, base).to(device) for _ in range(members_of(knobs))]
+    members = fresh_members(knobs, lambda: fresh_model(knobs, base).to(device))
     prepare(knobs, base, *members)
     kinds = mixture.fresh(knobs, feedback.train, tokenizer, base.config.n_embd)
     trained = parallel.Together(*members)
@@ -149,7 +149,7 @@ def main(knobs):
         run.log(step, stats, show=("loss", "rewards/accuracies"))
 
     # One model, its normalisation on samples of the base model, then evaluation
-    model = one_of(members, partial(read_all, rows=test_rows, autocast=autocast), run.say)
+    model = side_by_side(members)
     with run.kept(model, final=not prompts, **feedback.facts(knobs.data, tokenizer)):
         figures = mixture.held_out(kinds, model, test, test_rows, autocast) if kinds else {}
         if prompts:

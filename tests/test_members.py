@@ -1,6 +1,7 @@
 """Several reward models side by side in one."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 import train_rm
 from minirlhf.engine import cli
-from minirlhf.gpt import GPTConfig, RewardModel
-from minirlhf.rewards.side_by_side import side_by_side, turns
+from minirlhf.gpt import GPT, GPTConfig, RewardModel
+from minirlhf.rewards.side_by_side import fresh_members, side_by_side, turns
 
 CONFIG = GPTConfig(vocab_size=11, n_ctx=7, n_layer=2, n_head=2, n_embd=8)
 ROWS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 0]])
@@ -123,9 +124,64 @@ def test_one_model_is_itself_and_theirs_stay(tmp_path):
     assert torch.equal(again(ROWS, LENGTHS), one(ROWS, LENGTHS))
 
 
-def test_how_many_learn():
-    many = {"data": "toy"}, {"model": "pairwise"}, {"members": 1}, {}, {"members": 3, "data": "toy"}
-    assert [train_rm.members_of(train_rm.Knobs(**given)) for given in many] == [1, 1, 1, 2, 3]
+@pytest.mark.parametrize(
+    "given, n",
+    [({"data": "toy"}, 1), ({"model": "pairwise"}, 1), ({"members": 1}, 1), ({}, 2),
+     ({"members": 3, "data": "toy"}, 3)],
+)  # fmt: skip
+def test_how_many_learn(given, n):
+    base = GPT(replace(CONFIG, dropout=0.5))
+    knobs = train_rm.Knobs(**given)
+    models = fresh_members(knobs, lambda: train_rm.fresh_model(knobs, base))
+    assert len(models) == n and all(model.training for model in models)
+    heads = [model.score.weight for model in models]
+    assert n == 1 or not torch.equal(heads[0], heads[1])
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Does not take a mean away, so models with one are not what they were once centred."""
+
+
+class Unknown(torch.nn.Module):
+    """A layer whose weights are no matrices or vectors."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, 2, width))
+
+    def forward(self, x):
+        return x * self.weight.mean((0, 1))
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, Unknown])
+@pytest.mark.parametrize("where", ["ln_f", "ln_1"])
+def test_one_learns_where_a_fork_does_not_fit(norm, where, capsys):
+    torch.manual_seed(0)
+    base = GPT(CONFIG)
+    torch.nn.init.normal_(base.wte.weight)
+
+    def make():
+        model = RewardModel.from_base(base)
+        trunk = model.transformer
+        setattr(trunk if where == "ln_f" else trunk.h[1], where, norm(CONFIG.n_embd))
+        return model
+
+    (model,) = fresh_members(train_rm.Knobs(), make)
+    assert isinstance(model, RewardModel)
+    assert "do not fit side by side: one learns, not 2" in capsys.readouterr().out
+
+
+def test_one_learns_where_the_norm_keeps_the_mean(monkeypatch, capsys):
+    """A fork of gpt.py, whose wide model is one of the fork, too: the weights fit, the scores do
+    not."""
+    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+    torch.manual_seed(0)
+    base = GPT(CONFIG)
+    torch.nn.init.normal_(base.wte.weight, mean=1.0)
+    models = fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(base))
+    assert len(models) == 1 and "one learns" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert len(fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(GPT(CONFIG)))) == 2
 
 
 def test_each_reads_all_of_a_plan_from_a_place_of_its_own():
@@ -137,13 +193,12 @@ def test_each_reads_all_of_a_plan_from_a_place_of_its_own():
     assert turns([["a", "b"]], 1) == [["a"], ["b"]]
 
 
-def test_a_run_leaves_one_model_twice_as_wide(toy, tmp_path, capsys):
+def test_a_run_leaves_one_model_twice_as_wide(toy, tmp_path):
     out = tmp_path / "rm"
     flags = ["--data", "toy", "--init", toy / "sft", "--members", "2", "--out", out]
     flags += ["--lr", "3e-3", "--embedding-lr", "1", "--delete", "0", "--dropout", "0"]
     knobs = cli.parse(train_rm.Knobs, "", [str(flag) for flag in flags])
     summary = train_rm.main(knobs)
-    assert "2 models as one: its scores are 0." in capsys.readouterr().out
     base, config = (json.loads((path / "model" / "config.json").read_text())
                     for path in (toy / "sft", out))  # fmt: skip
     assert (config["n_embd"], config["n_head"]) == (2 * base["n_embd"], 2 * base["n_head"])
