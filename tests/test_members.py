@@ -181,7 +181,8 @@ def test_one_learns_where_the_norm_keeps_the_mean(monkeypatch, capsys):
     models = fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(base))
     assert len(models) == 1 and "one learns" in capsys.readouterr().out
     monkeypatch.undo()
-    assert len(fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(GPT(CONFIG)))) == 2
+    plain = GPT(CONFIG)
+    assert len(fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(plain))) == 2
 
 
 def test_each_reads_all_of_a_plan_from_a_place_of_its_own():
