@@ -40,7 +40,7 @@ def fits(models):
     try:
         together = [*models, side_by_side(models)]
         *theirs, score = [model.eval()(rows, lengths, lengths // 2) for model in together]
-    except (KeyError, RuntimeError, ValueError):  # weights of other names or shapes
+    except Exception:  # whatever a changed model's layers make of weights of other shapes
         return False
     finally:
         for model in models:
