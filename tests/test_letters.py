@@ -1,7 +1,6 @@
 """Tokens that learn with their letters: expected values come from NumPy loops, and from a model
 that holds rows and vectors apart."""
 
-
 import numpy as np
 import pytest
 import torch
