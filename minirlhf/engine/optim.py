@@ -37,7 +37,7 @@ def make_optimizer(model, lr, *, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, 
 
 
 def rates_of(knobs):
-    """What a stage's knobs say of it."""
+    """What make_optimizer takes of a stage's knobs."""
     return {"weight_decay": knobs.weight_decay, "embedding_lr": knobs.embedding_lr}
 
 

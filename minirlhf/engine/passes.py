@@ -48,7 +48,8 @@ class Pass:
         where, self.groups, first = [], [], 0
         parts = min(4, 1 + T // 64, -(-B // 8))
         for rows in lengths.argsort().tensor_split(parts):
-            longest = -(-max(1, int(lengths[rows[-1]])) // 8) * 8
+            longest = max(1, int(lengths[rows[-1]]))
+            longest = -(-longest // 8) * 8  # few sizes of attention's products, too
             places = torch.arange(longest, device=rows.device)
             row, column = (places < lengths[rows, None]).nonzero().unbind(1)
             where.append(rows[row] * T + column)

@@ -6,7 +6,7 @@ plain GPT-2 again, as wide as all together: each model has its part of the resid
 heads and hidden units of its own, and no weight leads from one part to another.
 
 One thing they share: LayerNorm divides by the standard deviation of all channels, where each model
-had that of its own. So scores are not quite what they were: on the reviews by .04 to .07 of their
+had that of its own. So scores are not quite what they were: on the reviews by .03 to .07 of their
 deviation.
 """
 
