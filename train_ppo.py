@@ -36,7 +36,6 @@ Left out: values of cut responses, length filters, Adam's epsilon as in TensorFl
 
 if __name__ == "__main__":  # first, as torch takes a while
     import minirlhf.engine.interrupts  # noqa: F401
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +60,7 @@ from minirlhf.look.alarms import alarms
 from minirlhf.look.answers import answers, compare
 from minirlhf.look.episodes import rollout_stats, step_0_check, update_stats
 from minirlhf.online.batches import base_of
+from minirlhf.rewards.side_by_side import first_of
 from minirlhf.sampling import generate, response_logprobs
 from minirlhf.tokenizer import load_base
 
@@ -76,7 +76,7 @@ class Knobs(cli.RunKnobs):
     fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
-    steps: int = knob(90, "iterations", least=1)
+    steps: int = knob(100, "iterations", least=1)
     batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
@@ -331,13 +331,13 @@ def losses(logprobs, values, mb, mask, knobs, kl_coef, entropy=None):
 
 
 def make_critic(knobs, policy, reference, rm):
-    """The value function: a copy of the reward model, or a head of zeros, on the policy or on the
-    base."""
+    """The value function: the reward model, or its first member; or a fresh one of zeros."""
     if knobs.advantage != "gae":
         return None
     own = rm and knobs.critic == "own"
     base = policy if knobs.critic == "shared" else reference
-    critic = copy.deepcopy(rm) if own else RewardModel.from_base(base).to(base.wte.weight.device)
+    critic = first_of(rm) if own else RewardModel.from_base(base)
+    critic.to(base.wte.weight.device)
     if base is policy:
         critic.transformer = policy
     if not own or rm.level == "token":  # a token's reward is not the sum of those to come

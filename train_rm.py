@@ -78,13 +78,13 @@ class Knobs(cli.RunKnobs):
     beta: float = knob(1.0, "parl: what a nat of KL costs that policy, in raw scores", least=1e-6)
     group_size: int = knob(4, "rated responses in a ranking; in a file the record says it", least=2)
     soft_labels: bool = knob(True, "labels are shares of raters; off: the majority, without ties")
-    epochs: int = knob(4, "passes over the responses", least=1)
+    epochs: int = knob(5, "passes over the responses", least=1)
     text_epochs: int = knob(1, "passes before, over the source's further text, if that is rated")
     batch_size: int = knob(64, "responses a step; what people compared of them counts", least=1)
     micro_batch: int = knob(
         0, "responses in memory at a time, for a second forward pass; 0: all", free=True
     )
-    lr: float = knob(7e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)

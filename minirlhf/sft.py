@@ -1,13 +1,13 @@
 """Stage 0: the base language model, trained on the next token.   python -m minirlhf.sft
 
-    python -m minirlhf.sft                       # laptop, 2 cores: the reviews, 1 to 3 minutes
+    python -m minirlhf.sft                       # laptop, 2 cores: the reviews, a minute or two
     python -m minirlhf.sft --data my.jsonl --init gpt2 --overlong truncate --n-ctx 512 \\
         --dtype bfloat16 --lr 1e-4               # GPU
     torchrun --nproc-per-node 8 -m minirlhf.sft --shard   # many GPUs; --resume goes on
 
 Reads text, learns a tokenizer on it (or takes that of --init), and trains a GPT on rows `[EOS]
-prompt response EOS`, the prompt included; tokens that share letters learn together (engine/
-letters.py). Leaves runs/sft.
+prompt response EOS`, the prompt included; tokens that share letters learn together, and matrices
+by Muon (engine/letters.py and muon.py). Leaves runs/sft.
 
 Left out: packing rows into one, held-out early stopping.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine import cli, letters, machine, optim, parallel, stages
+from minirlhf.engine import cli, letters, machine, muon, optim, parallel, stages
 from minirlhf.engine.cli import knob
 from minirlhf.engine.log import Run
 from minirlhf.engine.prepare import prepare
@@ -48,12 +48,13 @@ class Knobs(cli.RunKnobs):
     n_head: int = knob(4, "attention heads, when fresh", least=1)
     n_embd: int = knob(96, "width, when fresh", least=1)
     overlong: str = knob("", "longer rows than the context: error, or truncate (reviews)", OVERLONG)
-    epochs: int = knob(2, "passes over the responses", least=1)
+    epochs: int = knob(1, "passes over the responses", least=1)
     batch_size: int = knob(32, "rows a step", least=1)
     micro_batch: int = knob(0, "rows in memory at a time; 0: all", free=True)
-    lr: float = knob(2.5e-3, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(4e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(4.0, "the token embeddings' rate, as a multiple of --lr", least=1e-6)
-    weight_decay: float = knob(0.1, "AdamW decay of matrices")
+    weight_decay: float = knob(0.1, "decay of matrices")
+    optimizer: str = knob("", "of the matrices in blocks; if fresh, muon", muon.OPTIMIZERS)
 
 
 @cli.contained
@@ -66,7 +67,7 @@ def main(knobs):
 
     # Model, and the tokenizer that belongs to it
     texts = feedback.texts()
-    source = Path(model_directory(knobs.init)) if knobs.init else None
+    source = model_directory(knobs.init) if knobs.init else None
     if source:
         model, tokenizer = load_base(source)
     else:
@@ -83,16 +84,17 @@ def main(knobs):
     plan = []
     for _ in range(knobs.epochs):
         plan += bucketed(lengths, knobs.batch_size, rng)
-    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    n_parameters = sum(p.numel() for p in model.parameters())
 
     prepare(knobs, model)
     trained = parallel.Together(model)
     optimizer = optim.make_optimizer(trained, knobs.lr, **optim.rates_of(knobs))
     letters.join(knobs, optimizer, model, tokenizer)
+    muon.join(knobs, optimizer, trained)
     parts = {"model": trained, "optimizer": optimizer}
     given = {"data": rows, "init": source}
     run = Run("sft", knobs, plan, device, tokenizer, parts, given)
-    size = f"{n_parameters:.2f} M parameters, vocabulary {tokenizer.vocab_size}"
+    size = f"{n_parameters / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}"
     run.say(f"base model: {size}, {lengths.sum():,} tokens of text")
 
     for step, index in run.steps():
@@ -108,23 +110,22 @@ def main(knobs):
         figures = evaluate(model, held_out, tokenizer, autocast, device)
         run.samples(samples(model, feedback.test, tokenizer, rng, autocast, knobs.seed))
         summary = run.finish(figures)
-        report(figures, len(held_out), summary["seconds"], run.out)
+        report(figures, held_out, summary, run.out)
         return summary
 
 
-def report(figures, n, seconds, out):
+def report(figures, held_out, summary, out):
     perplexity = figures["eval/perplexity"]
     bits = figures["eval/bits_per_byte"]
     print(
-        f"base model: perplexity {perplexity:.1f} on {n} held-out texts, {bits:.3f} bits a byte; "
-        f"{seconds:.0f} s; left in {out}"
+        f"base model: perplexity {perplexity:.1f} on {len(held_out)} held-out texts, {bits:.3f} "
+        f"bits a byte; {summary['seconds']:.0f} s; left in {out}"
     )
 
 
 def check(knobs):
     """Refuses knobs that have no say beside others."""
-    sizes = "vocab_size n_ctx n_layer n_head n_embd"
-    idle = {"beside --init, which has it": knobs.init and sizes}
+    idle = {"beside --init, which has it": knobs.init and "vocab_size n_ctx n_layer n_head n_embd"}
     cli.refuse_idle(knobs, idle)
 
 

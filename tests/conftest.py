@@ -37,6 +37,7 @@ def toy(tmp_path_factory):
             batch_size=64,
             lr=5e-3,
             embedding_lr=1.0,
+            optimizer="adamw",
         )
     )
     train_rm.main(

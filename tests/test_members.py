@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import train_ppo
 import train_rm
 from minirlhf.engine import cli
 from minirlhf.gpt import GPT, GPTConfig, RewardModel
-from minirlhf.rewards.side_by_side import fresh_members, side_by_side, turns
+from minirlhf.rewards.side_by_side import first_of, fresh_members, side_by_side, turns
 
 CONFIG = GPTConfig(vocab_size=11, n_ctx=7, n_layer=2, n_head=2, n_embd=8)
 ROWS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 0]])
@@ -54,6 +55,38 @@ def test_models_whose_channels_vary_alike_have_the_mean_of_their_scores(level):
     assert (one.config.n_embd, one.config.n_head, one.config.n_layer) == (24, 6, 2)
     assert not one.training and one.shift == 3.0
     torch.testing.assert_close(one(*args), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_first_of_several_scores_as_it_did(n):
+    models = [fresh(seed, shift=1.0) for seed in range(n)]
+    one = first_of(side_by_side(models))
+    assert one.config == CONFIG
+    args = ROWS, LENGTHS, torch.tensor([1, 2])
+    torch.testing.assert_close(one(*args), models[0](*args), rtol=1e-4, atol=1e-5)
+
+
+def test_the_critic_is_the_first_of_two():
+    first, rm = fresh(0), side_by_side([fresh(0), fresh(1)])
+    critic = train_ppo.make_critic(train_ppo.Knobs(), GPT(CONFIG), GPT(CONFIG), rm)
+    assert critic.config == CONFIG and rm.config.n_embd == 2 * CONFIG.n_embd
+    expected = first.values(ROWS, LENGTHS)
+    torch.testing.assert_close(critic.values(ROWS, LENGTHS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", train_rm.LEVELS)
+def test_of_a_model_that_is_not_several_the_first_is_all_of_it(level):
+    model = fresh(0, level=level)
+    copied = first_of(model)
+    assert copied is not model and copied.config == CONFIG and copied.level == level
+    weights = copied.state_dict()
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+
+
+def test_of_a_changed_model_the_first_is_all_of_it():
+    model = fresh(0)
+    model.transformer.h[0].gate = torch.nn.Parameter(torch.ones(3, 5, 7))  # parts of no size fit
+    assert torch.equal(first_of(model).transformer.h[0].gate, torch.ones(3, 5, 7))
 
 
 def streams(models, tokens):
@@ -183,6 +216,20 @@ def test_one_learns_where_the_norm_keeps_the_mean(monkeypatch, capsys):
     monkeypatch.undo()
     plain = GPT(CONFIG)
     assert len(fresh_members(train_rm.Knobs(), lambda: RewardModel.from_base(plain))) == 2
+
+
+def test_two_start_with_opposite_heads():
+    torch.manual_seed(0)
+    base = GPT(CONFIG)
+    models = fresh_members(train_rm.Knobs(members=3), lambda: RewardModel.from_base(base))
+    first, second, third = (model.eval()(ROWS, LENGTHS) for model in models)
+    torch.testing.assert_close(first + second, torch.zeros(2), rtol=0, atol=1e-6)
+    torch.manual_seed(0)
+    GPT(CONFIG)
+    alone = RewardModel.from_base(base)
+    assert torch.equal(models[0].score.weight, 3 * alone.score.weight)
+    assert first.abs().max() > 0.1 and (first - third).abs().max() > 0.1
+    assert all(model.score.weight.requires_grad for model in models)
 
 
 def test_each_reads_all_of_a_plan_from_a_place_of_its_own():

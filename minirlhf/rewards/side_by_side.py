@@ -10,6 +10,7 @@ had that of its own. So scores are not quite what they were: on the reviews by .
 deviation.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -17,16 +18,28 @@ import torch
 from minirlhf.engine import parallel
 from minirlhf.gpt import RewardModel
 
+HEAD = 3.0  # length of opposite heads, where that of a single one is near 1
+
 
 def fresh_members(knobs, make):
     """--members models make(), on the reviews two if they have scores; one where a changed GPT
-    cannot lie side by side, which is tried before it learns."""
+    cannot lie side by side, which is tried before it learns.
+
+    Of two the heads are opposites, so that what they say at random cancels out: the mean starts at
+    0. They are long, as by LayerNorm a score is bounded by the length of its head.
+    """
     scores = knobs.data == "reviews" and knobs.model == "pointwise"
     models = [make() for _ in range(knobs.members or (2 if scores else 1))]
-    if len(models) == 1 or fits(models):
+    if len(models) == 1:
         return models
-    print(f"note: models like these do not fit side by side: one learns, not {len(models)}")
-    return models[:1]
+    if not fits(models):
+        print(f"note: models like these do not fit side by side: one learns, not {len(models)}")
+        return models[:1]
+    for model, other in zip(models[::2], models[1::2], strict=False):
+        head = HEAD * model.score.weight
+        model.load_state_dict({"score.weight": head}, strict=False)
+        other.load_state_dict({"score.weight": -head}, strict=False)
+    return models
 
 
 @torch.no_grad()
@@ -100,3 +113,41 @@ def joined(name, parts):
 def beside(parts):
     """Matrices as blocks on a diagonal, vectors behind one another."""
     return torch.cat(parts) if parts[0].dim() == 1 else torch.block_diag(*parts)
+
+
+def first_of(model):
+    """A copy of the first of the models that lie side by side in a RewardModel; of any other model,
+    of all of it."""
+    config, weights = model.config, model.state_dict()
+    for n in range(config.n_head, 1, -1):
+        try:
+            parts = {name: apart(name, w, n) for name, w in weights.items()}
+            matrices = [name for name in parts if ".h." in name]
+            if not all(torch.equal(joined(name, parts[name]), weights[name]) for name in matrices):
+                continue
+            narrow = replace(config, n_head=config.n_head // n, n_embd=config.n_embd // n)
+            one = RewardModel(narrow, level=model.level, shift=model.shift)
+            one.load_state_dict({name: own[0] for name, own in parts.items()})
+        except Exception:  # sizes that are no multiples, a changed model's layers
+            continue
+        return one.to(model.score.weight.device).train(model.training)
+    return copy.deepcopy(model)
+
+
+def apart(name, w, n):
+    """The weights of that name of each of n models, of which `joined` made w."""
+    if name == "score.weight":
+        return (n * w).chunk(n, 1)
+    if "wte" in name or "wpe" in name:
+        return w.chunk(n, 1)
+    if "c_attn" in name:
+        thirds = [on_diagonal(third, n) for third in w.chunk(3)]
+        return [torch.cat(own) for own in zip(*thirds, strict=True)]
+    return on_diagonal(w, n)
+
+
+def on_diagonal(w, n):
+    """The n blocks on a matrix's diagonal, or the n parts of a vector."""
+    if w.dim() == 1:
+        return w.chunk(n)
+    return [rows.chunk(n, 1)[i] for i, rows in enumerate(w.chunk(n))]
