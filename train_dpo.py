@@ -124,15 +124,15 @@ class Knobs(cli.RunKnobs):
     )
     ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
     ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
-    epochs: int = knob(0, "passes over the responses, stored ones; 0: 8 of the reviews, else 3")
+    epochs: int = knob(0, "passes over the responses, stored ones; 0: 5 of the reviews, else 3")
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(1.8e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2.1e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     delete: float = knob(
         math.nan, "share of tokens that policy and reference both do not see, at random, of stored "
-        "responses; nan: 0.5 of the reviews, else 0", most=0.99,
+        "responses; nan: 0.4 of the reviews, else 0", most=0.99,
     )  # fmt: skip
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)

@@ -490,7 +490,7 @@ def test_tokens_are_deleted_of_stored_reviews_unless_said(cache):
         assert (supply.reference is None) == (supply.ref_logps is not None) == (not supply.delete)
         return supply.delete
 
-    assert share() == share(data="reviews") == 0.5
+    assert share() == share(data="reviews") == 0.4
     assert share(data="toy") == share(delete=0.0) == 0
     assert share(data="toy", delete=0.4) == 0.4
 

@@ -39,7 +39,7 @@ def sizes_of(model):
 def stored(base, rows, autocast, knobs):
     """Stored responses with the base's log-probs, which are known from the start unless --delete
     hides other tokens each time."""
-    delete = cli.given_or(knobs.delete, knobs.data, reviews=0.5)
+    delete = cli.given_or(knobs.delete, knobs.data, reviews=0.4)
     if delete:
         return Stored(rows, None, base, delete)
     return Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
