@@ -1,6 +1,6 @@
 """Stage 0: the base language model, trained on the next token.   python -m minirlhf.sft
 
-    python -m minirlhf.sft                       # laptop, 2 cores: the reviews, a minute or two
+    python -m minirlhf.sft                       # laptop, 2 cores: the reviews, in a minute
     python -m minirlhf.sft --data my.jsonl --init gpt2 --overlong truncate --n-ctx 512 \\
         --dtype bfloat16 --lr 1e-4               # GPU
     torchrun --nproc-per-node 8 -m minirlhf.sft --shard   # many GPUs; --resume goes on

@@ -40,7 +40,9 @@ def move(optimizer, *_):
             if p.grad is None:
                 continue
             state = optimizer.state[p]
-            momentum = state.setdefault("momentum", torch.zeros_like(p))
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"]
             momentum.lerp_(p.grad, 1 - MOMENTUM)
             ahead = p.grad.lerp(momentum, MOMENTUM)  # Nesterov's
             step = orthogonal(parallel.full(ahead)) * (0.2 * max(p.shape) ** 0.5)

@@ -76,7 +76,8 @@ def plan(items, kind, knobs, rng):
         epoch = partial(lists_epoch, items, *sizes, rng, by_rank=kind != "rwr")
     else:
         epoch = partial(pairs_epoch, items, knobs.batch_size, rng)
-    batches, epochs = [], knobs.epochs or (5 if knobs.data == "reviews" else 3)
+    epochs = knobs.epochs or (5 if knobs.data == "reviews" else 3)
+    batches = []
     for _ in range(epochs):
         for batch in epoch():
             batches.append(batch)
