@@ -22,25 +22,24 @@ reward model, without another one and without sampling. One step:
     4 update       AdamW
 
 The reference is the base model, whose log-probs are computed once and kept in the cache, or with
---rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). With --delete some tokens of
-each batch are hidden from both, so that fewer responses are learned by heart, and the reference is
-asked each time. Where every response has the ratings of several people, all pairs of a batch are
-compared, and under the sigmoid loss with soft labels: the chance that a rater of the one gives more
-than a rater of the other. Leaves runs/dpo.
+--rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). With --delete some tokens are
+hidden from both, so that fewer texts are learned by heart, and the reference is asked each time.
+Where every response has the ratings of several people, all pairs of a batch are compared, and under
+sigmoid and r_dpo with soft labels: the chance that a rater of the one gives more than a rater of
+the other. Leaves runs/dpo.
 
 Losses without a reference load none: such a run reports no KL, and its implicit reward is the
 log-prob itself. With --online each step takes batch-size/2 prompts and --samples responses of the
 policy as it is then to each; a labeler says how often each response is preferred to the others, and
 the best is set against the worst (Guo et al. 2024; with more samples and rounds, Rosset et al.
-2024). With --select only some pairs are asked, those that its method would learn most from. Nash-MD
-sets each response against one of a mixture with the reference, xpo against one of the reference;
-d2o, online or not, the rejected responses against --samples answers of the policy's own, of which
+2024). With --select only the pairs are asked of which its method would learn most. Nash-MD sets
+each response against one of a mixture with the reference, xpo against one of the reference; d2o,
+online or not, the rejected responses against --samples answers of the policy's own, of which
 nothing is asked. After an offline run, --init runs/dpo --reference runs/sft goes on.
 
-Every method makes the toy's true reward rise; tests/test_axes.py has the commands. With the
-defaults four do not: npo, d2o and apo_down push down most of what they see until the policy leaves
-the language, which a higher beta or alpha or an nll_weight prevents, and discopop's loss falls to
-both sides of where it starts, but for a higher temperature.
+With the commands in tests/test_axes.py every method makes the toy's true reward rise. By defaults
+npo, d2o and apo_down push down what they see until the policy leaves the language (a higher beta or
+alpha, or an nll_weight, prevents it), and discopop needs a higher temperature.
 
 Left out: thumbs and lists online.
 """
@@ -105,7 +104,7 @@ class Knobs(cli.RunKnobs):
         0.0, "probability that a label is swapped, for losses that have it", most=1
     )
     soft_labels: bool = knob(
-        True, "sigmoid, sppo: labels are shares of raters, where there are several"
+        True, "sigmoid, r_dpo, sppo: labels are shares of raters, where there are several"
     )
     group_size: int = knob(
         4, "rated responses to a ranked list; of a file, a record is a list", least=2
@@ -131,8 +130,8 @@ class Knobs(cli.RunKnobs):
     lr: float = knob(2.1e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     delete: float = knob(
-        math.nan, "share of tokens that policy and reference both do not see, at random, of stored "
-        "responses; nan: 0.4 of the reviews, else 0", most=0.99,
+        math.nan, "share of tokens that policy and reference both do not see, of each stored "
+        "response another, 0 to twice this; nan: 0.4 of the reviews, else 0", most=0.5,
     )  # fmt: skip
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)

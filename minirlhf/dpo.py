@@ -213,11 +213,10 @@ def sft(pairs, beta):
     return -pairs.policy_chosen / pairs.chosen_lengths
 
 
-def r_dpo(pairs, beta, *, alpha=0.01):
-    """R-DPO (Park et al. 2024): DPO for a reward that charges alpha a token."""
-    logit = beta * pairs.margin
-    longer = pairs.chosen_lengths - pairs.rejected_lengths
-    return -logsigmoid(logit + alpha * longer.to(logit))
+def r_dpo(pairs, beta, label_smoothing=0.0, *, alpha=0.01):
+    """R-DPO (Park et al. 2024): DPO for a reward that charges alpha a token, or below 0 pays it."""
+    longer = alpha / beta * (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen)
+    return sigmoid(pairs._replace(chosen=pairs.chosen + longer), beta, label_smoothing)
 
 
 def tdpo1(pairs, beta, *, chosen_kl, rejected_kl):

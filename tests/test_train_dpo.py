@@ -482,6 +482,15 @@ def test_deleted_tokens_are_hidden_from_policy_and_reference_alike():
         assert abs(batch.ref_logps[i].item() - by_hand) < 1e-4
 
 
+def test_each_response_has_its_own_share_of_deleted_tokens():
+    rows = Rows([np.arange(1002)] * 400, np.full(400, 2), PAD, CPU)
+    np.random.seed(0)
+    batch = batches.Stored(rows, None, delete=0.4).at(0, Compared(np.arange(400), None, None))
+    shares = np.array([1002 - len(row) for row in batch.rows.tokens]) / 1000
+    evenly = np.linspace(0, 0.8, 400)
+    np.testing.assert_allclose(np.sort(shares), evenly, atol=0.08)
+
+
 def test_tokens_are_deleted_of_stored_reviews_unless_said(cache):
     off = torch.autocast("cpu", enabled=False)
 

@@ -149,10 +149,12 @@ class Rows(NamedTuple):
         return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
     def thinned(self, delete):
-        """These rows without a random share of their tokens; the EOS at both ends stay."""
+        """These rows without a random share of their tokens, of all or of each row its own; the EOS
+        at both ends stay."""
+        shares = np.broadcast_to(delete, len(self.tokens))
         tokens, prompt_lengths = [], []
-        for row, p in zip(self.tokens, self.prompt_lengths, strict=True):
-            keep = np.random.random(len(row)) >= delete
+        for row, p, share in zip(self.tokens, self.prompt_lengths, shares, strict=True):
+            keep = np.random.random(len(row)) >= share
             keep[[0, -1]] = True
             tokens.append(row[keep])
             prompt_lengths.append(keep[:p].sum())

@@ -17,7 +17,7 @@ PER_TOKEN = ("simpo", "orpo", "rrhf", "pro", "sigmoid_norm")  # what these compa
 SWITCHES = ("length_normalise",)  # options that are true or false, not numbers
 NO_BETA = ("orpo", "slic", "sft", "rrhf", "pro", "rwr")
 BY_THEMSELVES = ("sppo", "tdpo1", "tdpo2", "d2o")  # these take more than the log-probs of pairs
-SOFT = ("sigmoid", "sppo", "xpo")  # what takes shares of raters for labels
+SOFT = ("sigmoid", "r_dpo", "sppo", "xpo")  # what takes shares of raters for labels
 
 
 class Method(NamedTuple):

@@ -6,6 +6,7 @@ Left out: thumbs and lists of own samples.
 import copy
 from functools import partial
 
+import numpy as np
 import torch
 
 from minirlhf.data import all_logps, stored_logps
@@ -46,8 +47,9 @@ def stored(base, rows, autocast, knobs):
 
 
 class Stored:
-    """Batches of stored responses, of which a share of the tokens may be deleted at random. The
-    reference's log-probs (N,) are known, or it is asked batch by batch; or there is none."""
+    """Batches of stored responses, of which a share of the tokens may be deleted at random, of each
+    another share, so that some are read whole: `delete` in the mean. The reference's log-probs (N,)
+    are known, or it is asked batch by batch; or there is none."""
 
     def __init__(self, rows, ref_logps, reference=None, delete=0.0):
         self.rows, self.ref_logps = rows, ref_logps
@@ -58,7 +60,8 @@ class Stored:
     def at(self, step, said):
         rows, ref_logps = self.rows.take(said.index), None
         if self.delete:
-            rows = rows.thinned(self.delete)
+            shares = np.random.uniform(0, 2 * self.delete, len(rows.tokens))
+            rows = rows.thinned(shares)
         if self.reference:
             ref_logps = all_logps(self.reference, rows)
         elif self.ref_logps is not None:
