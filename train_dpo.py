@@ -127,7 +127,7 @@ class Knobs(cli.RunKnobs):
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(2.1e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(2.6e-4, "peak learning rate: 5 % warm-up, then linear to 0")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     delete: float = knob(
         math.nan, "share of tokens that policy and reference both do not see, of each stored "
