@@ -30,6 +30,7 @@ from minirlhf.look import chat, command, judging, page, policies, terminal, trac
 from minirlhf.look.policies import open_policy
 from minirlhf.look.replies import Reply, Sampling, replies
 from minirlhf.look.terminal import Piece
+from minirlhf.rewards.side_by_side import side_by_side
 from minirlhf.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -367,6 +368,28 @@ def test_a_shared_critic_is_read_from_its_state(toy, tmp_path, capsys):
     look(out, "--trace")
     coef = 0.08 * (1 - 0.2 * 4 / 2560)  # Ziegler et al. 2019, 2.2: the KL was 0, far below 3
     assert f"a nat costs {coef:.4g} at the end" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_critic_of_a_reward_model_of_two_is_read_from_its_state(toy, tmp_path, capsys):
+    shutil.copytree(toy / "sft", tmp_path / "sft")
+    first, second = (RewardModel.from_pretrained(toy / "rm" / "model") for _ in range(2))
+    with torch.no_grad():
+        second.score.weight.neg_().add_(0.1)
+    tokenizer = Tokenizer.load(toy / "sft" / "model")
+    side_by_side([first, second]).save_pretrained(tmp_path / "both", tokenizer)
+    out = tmp_path / "ppo"
+    small = {"steps": 1, "batch_size": 4, "response_length": 6, "eval_samples": 4, "warmup": 0.0}
+    reward = str(tmp_path / "both")
+    train_ppo.main(train_ppo.Knobs(data="toy", out=str(out), reward=reward, **small))
+    expected, _ = critic_by_hand(out / "state" / "00000001.safetensors")
+    policy = open_policy(str(out), CPU)
+    rm = RewardModel.from_pretrained(tmp_path / "both")
+    critic, whose = trace.critic_of(policy, trace.knobs_of(policy), rm)
+    ids = torch.arange(40).view(2, 20)
+    assert "after step 1" in whose and torch.equal(critic.values(ids), expected.values(ids))
+    capsys.readouterr()
+    look(out, "--trace")
+    assert "the critic after step 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_pair_by_numpy(runs, capsys):

@@ -8,7 +8,6 @@ policy is the trained one, which here also samples: its old log-probs are its ow
 Left out: the clips of the update, which at a ratio of 1 do nothing.
 """
 
-import copy
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from minirlhf.feedback.scoring import charge_unended, make_scorer
 from minirlhf.gpt import RewardModel
 from minirlhf.look.policies import feedback_of, held_out, newest_state, prompt_rows, reward_beside
 from minirlhf.look.terminal import bytes_of, columns, escaped, number, padded, print_wrapped
+from minirlhf.rewards.side_by_side import first_of
 from minirlhf.sampling import generate, response_logprobs
 
 
@@ -109,7 +109,7 @@ def critic_of(policy, knobs, rm):
         return None, f"none: {knobs.advantage} compares the {knobs.group_size} answers to a prompt"
     shared = knobs.critic == "shared"
     base = policy.model if shared else policy.reference
-    critic = copy.deepcopy(rm) if rm and not shared else RewardModel.from_base(base)
+    critic = first_of(rm) if rm and not shared else RewardModel.from_base(base)
     critic = critic.to(policy.model.lm_head_weight.device).eval()
     if shared:
         critic.transformer = policy.model
