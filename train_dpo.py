@@ -37,7 +37,7 @@ each response against one of a mixture with the reference, xpo against one of th
 online or not, the rejected responses against --samples answers of the policy's own, of which
 nothing is asked. After an offline run, --init runs/dpo --reference runs/sft goes on.
 
-With the commands in tests/test_axes.py every method makes the toy's true reward rise. By defaults
+With the commands in tests/test_axes.py every method makes the toy's true reward rise. By default
 npo, d2o and apo_down push down what they see until the policy leaves the language (a higher beta or
 alpha, or an nll_weight, prevents it), and discopop needs a higher temperature.
 
