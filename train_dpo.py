@@ -1,6 +1,6 @@
 """Stage 2': DPO and its family: a policy straight from preferences.   python train_dpo.py
 
-    python train_dpo.py                                  # laptop, 2 cores: reviews, 1 to 2 minutes
+    python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 4 minutes
     python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
     python train_dpo.py --loss ipo                       # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
@@ -19,7 +19,7 @@ reward model, without another one and without sampling. One step:
     1 batch        --batch-size responses, and how many people preferred which to which
     2 log-probs    of each whole response, under the policy and under the frozen reference
     3 loss         -log sigmoid(beta (h of the preferred - h of the other)), or another of dpo.py
-    4 update       AdamW
+    4 update       AdamW, its rate with 5 % warm-up, then linear to 0
 
 The reference is the base model, whose log-probs are computed once and kept in the cache, or with
 --rounds a copy of the policy that moves (sDPO, iterative DPO, SPPO). With --delete some tokens are
@@ -123,11 +123,11 @@ class Knobs(cli.RunKnobs):
     )
     ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
     ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
-    epochs: int = knob(0, "passes over the responses, stored ones; 0: 5 of the reviews, else 3")
+    epochs: int = knob(0, "passes over the responses, stored ones; 0: 8 of the reviews, else 3")
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(2.6e-4, "peak learning rate: 5 % warm-up, then linear to 0")
+    lr: float = knob(math.nan, "peak learning rate; nan: 1.7e-4 of stored reviews, else 2.6e-4")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     delete: float = knob(
         math.nan, "share of tokens that policy and reference both do not see, of each stored "
@@ -152,7 +152,8 @@ def main(knobs):
     base, reference = copies(policy, tokenizer, method, knobs, device)
     scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
-    optimizer = optim.make_optimizer(trained, knobs.lr, weight_decay=knobs.weight_decay)
+    lr, decay = kinds.rate(knobs), knobs.weight_decay
+    optimizer = optim.make_optimizer(trained, lr, betas=(0.9, 0.999), weight_decay=decay)
     letters.join(knobs, optimizer, policy, tokenizer)
 
     # Data: the plan of all batches, of stored responses or of prompts that the policy answers
@@ -178,7 +179,7 @@ def main(knobs):
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
 
     for step, planned in run.steps():
-        optim.set_lr(optimizer, step, len(plan), knobs.lr)
+        optim.set_lr(optimizer, step, len(plan), lr)
         with autocast:
             batch = supply.at(step, planned)
         with autocast:  # anew: it would use again what it cast for sampling, without a gradient

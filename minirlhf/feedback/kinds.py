@@ -8,6 +8,7 @@ which of the stored responses take part, all else is about their places in the b
 Left out: thumbs that mean different things from one prompt to another.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def plan(items, kind, knobs, rng):
         epoch = partial(lists_epoch, items, *sizes, rng, by_rank=kind != "rwr")
     else:
         epoch = partial(pairs_epoch, items, knobs.batch_size, rng)
-    epochs = knobs.epochs or (5 if knobs.data == "reviews" else 3)
+    epochs = knobs.epochs or (8 if knobs.data == "reviews" else 3)
     batches = []
     for _ in range(epochs):
         for batch in epoch():
@@ -84,6 +85,13 @@ def plan(items, kind, knobs, rng):
             if len(batches) == knobs.steps:
                 return batches
     return batches
+
+
+def rate(knobs):
+    """--lr; unless it is given a low one for the many passes over the stored reviews."""
+    if not math.isnan(knobs.lr):
+        return knobs.lr
+    return 1.7e-4 if knobs.data == "reviews" and not knobs.online else 2.6e-4
 
 
 def pairs_epoch(items, batch_size, rng):
