@@ -504,6 +504,22 @@ def test_tokens_are_deleted_of_stored_reviews_unless_said(cache):
     assert share(data="toy", delete=0.4) == 0.4
 
 
+def test_stored_reviews_are_read_often_at_a_low_rate_unless_said():
+    halves = items(10, groups=[[i, i + 5] for i in range(5)])
+
+    def times_read(**given):
+        knobs = train_dpo.Knobs(batch_size=4, **given)
+        plan = kinds.plan(halves, "kto", knobs, np.random.default_rng(0))
+        return np.bincount(np.concatenate([batch.index for batch in plan])).tolist()
+
+    assert times_read() == [8] * 10
+    assert times_read(data="toy") == [3] * 10
+    assert times_read(epochs=2) == times_read(epochs=2, data="toy") == [2] * 10
+    cases = ({}, 1.7e-4), ({"online": True}, 2.6e-4), ({"data": "toy"}, 2.6e-4), ({"lr": 0.5}, 0.5)
+    for given, rate in cases:
+        assert kinds.rate(train_dpo.Knobs(**given)) == rate
+
+
 def test_what_is_deleted_follows_from_the_seed(toy, tmp_path):
     first = run(toy, tmp_path / "a", delete=0.3, steps=3)
     again = run(toy, tmp_path / "b", delete=0.3, steps=3)
