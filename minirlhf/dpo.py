@@ -215,8 +215,9 @@ def sft(pairs, beta):
 
 def r_dpo(pairs, beta, label_smoothing=0.0, *, alpha=0.01):
     """R-DPO (Park et al. 2024): DPO for a reward that charges alpha a token, or below 0 pays it."""
-    longer = alpha / beta * (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen)
-    return sigmoid(pairs._replace(chosen=pairs.chosen + longer), beta, label_smoothing)
+    longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen)  # tokens
+    charged = pairs._replace(chosen=pairs.chosen + alpha / beta * longer)
+    return sigmoid(charged, beta, label_smoothing)
 
 
 def tdpo1(pairs, beta, *, chosen_kl, rejected_kl):

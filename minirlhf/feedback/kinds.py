@@ -88,7 +88,7 @@ def plan(items, kind, knobs, rng):
 
 
 def rate(knobs):
-    """--lr; unless it is given a low one for the many passes over the stored reviews."""
+    """--lr; where that is NaN one for the passes of `plan`, of which the reviews have many."""
     if not math.isnan(knobs.lr):
         return knobs.lr
     return 1.7e-4 if knobs.data == "reviews" and not knobs.online else 2.6e-4
