@@ -21,10 +21,10 @@ def pad_rows(rows, pad, device="cpu"):
     """Token ids (B, T) of rows of unequal length, right-padded, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     shape = len(rows), int(lengths.max())
-    tokens = torch.full(shape, pad)
+    tokens = np.full(shape, pad, dtype=np.int64)
     for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.as_tensor(row)
-    return tokens.to(device), lengths.to(device)
+        tokens[i, : len(row)] = row
+    return torch.from_numpy(tokens).to(device), lengths.to(device)
 
 
 def cut_left(ids, room):

@@ -36,9 +36,9 @@ def drop_out(x, p, noise=None):
     n, dropped = x.shape[-1], min(255, round(256 * p))
     words = torch.arange(1, -(-n // 8) + 1)  # an int64 has the bytes of eight numbers
     eight = scramble(noise[..., None] + 0x1E3779B97F4A7C15 * words)
-    kept = eight.view(torch.uint8)[..., :n] >= dropped
-    # as bytes they become floats in a third of the time
-    return x * kept.view(torch.uint8).to(x.dtype).mul_(256 / (256 - dropped))
+    kept = eight.view(torch.uint8)[..., :n].to(x.dtype)
+    kept.sub_(dropped - 1).clamp_(0, 1)  # in half the time of a comparison of bytes
+    return x * kept.mul_(256 / (256 - dropped))
 
 
 def scramble(h):
