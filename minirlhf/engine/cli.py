@@ -102,10 +102,10 @@ def wrong_with(value, field):
     return f"{value}: expected {expected}"
 
 
-def given_or(value, source, reviews):
-    """A knob's value; where that is NaN, what the reviews take, and 0 for data of other sources."""
+def given_or(value, source, reviews, other=0.0):
+    """A knob's value; where that is NaN, what the reviews take, or data of other sources."""
     if math.isnan(value):
-        return reviews if source == "reviews" else 0.0
+        return reviews if source == "reviews" else other
     return value
 
 

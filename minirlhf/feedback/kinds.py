@@ -8,7 +8,6 @@ which of the stored responses take part, all else is about their places in the b
 Left out: thumbs that mean different things from one prompt to another.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine.cli import UserError
+from minirlhf.engine.cli import UserError, given_or
 from minirlhf.engine.rows import Rows
 from minirlhf.lists import LISTS, THUMBS
 
@@ -89,9 +88,9 @@ def plan(items, kind, knobs, rng):
 
 def rate(knobs):
     """--lr; where that is NaN one for the passes of `plan`, of which the reviews have many."""
-    if not math.isnan(knobs.lr):
-        return knobs.lr
-    return 1.7e-4 if knobs.data == "reviews" and not knobs.online else 2.6e-4
+    usual = 2.6e-4
+    reviews = usual if knobs.online else 1.7e-4
+    return given_or(knobs.lr, knobs.data, reviews, usual)
 
 
 def pairs_epoch(items, batch_size, rng):

@@ -37,7 +37,7 @@ def drop_out(x, p, noise=None):
     words = torch.arange(1, -(-n // 8) + 1)  # an int64 has the bytes of eight numbers
     eight = scramble(noise[..., None] + 0x1E3779B97F4A7C15 * words)
     kept = eight.view(torch.uint8)[..., :n].to(x.dtype)
-    kept.sub_(dropped - 1).clamp_(0, 1)  # in half the time of a comparison of bytes
+    kept.sub_(dropped - 1).clamp_(0, 1)  # byte >= dropped: in half the time of comparing bytes
     return x * kept.mul_(256 / (256 - dropped))
 
 
