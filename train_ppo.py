@@ -85,7 +85,7 @@ class Knobs(cli.RunKnobs):
     truncate: str = knob("", "a token that ends a response for the scorer, in place of EOS")
     truncate_after: int = knob(0, "first position of the response, from 0, where that token counts")
     missing_eos_score: float = knob(math.nan, "score of the unended; nan: none", least=-math.inf)
-    missing_eos_penalty: float = knob(math.nan, "off it if unended; nan: 0.5 for reviews, else 0")
+    missing_eos_penalty: float = knob(0.0, "taken off the score of the unended")
     kl_coef: float = knob(0.08, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))

@@ -9,13 +9,12 @@
 
 A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last token a score, trained
 so that the difference of two scores predicts which one people prefer (Bradley and Terry 1952).
-Where every response has the ratings of several people, all pairs of a batch are compared, each with
-a soft label: the chance that a rater of the one gives more than a rater of the other. The base
-model's weights are the start; dropout and deleted input tokens keep ten thousand snippets from
-being learned by heart, tokens that share letters learn together (engine/letters.py), and other text
-that people rated is read first (feedback/further.py). On the reviews two models learn at a time and
-end as one of twice the width (--members, rewards/side_by_side.py). At last scores of base samples
-get mean 0 and standard deviation 1, and that is saved with the model. Leaves runs/rm.
+Where every response has the ratings of several people, all pairs of a batch are compared, with soft
+labels: the chance that a rater of the one gives more than a rater of the other. Dropout and deleted
+tokens keep ten thousand snippets from being learned by heart; a fifth is read without its EOS, as
+what a limit cuts. Tokens that share letters learn together (engine/letters.py), other rated text is
+read first (feedback/further.py), and on the reviews two models end as one of twice the width
+(rewards/side_by_side.py). At last base samples get scores of mean 0, deviation 1. Leaves runs/rm.
 
 With --level token every response token has a reward; their sum is the score. With --model pairwise
 two embeddings say which is preferred, in circles, too, which no score can hold and PPO cannot use.
@@ -89,6 +88,7 @@ class Knobs(cli.RunKnobs):
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
     dropout: float = knob(0.2, "dropout while training", most=0.99)
     delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
+    delete_eos: float = knob(0.2, "share of responses that lose their EOS, as cut ones do", most=1)
     augment: str = knob("", "convexda: misspelt copies of the responses are read, too", AUGMENT)
     margin: float = knob(0.0, "how far the preferred score should lead; plus a record's own")
     center: float = knob(0.0, "weight of (sum of the two scores)^2")
@@ -218,7 +218,7 @@ def mean_loss(kinds, knobs, members, items, rows, autocast, batches):
 
 def compared_loss(knobs, model, items, rows, autocast, batch):
     """(loss, {metric: value}) of a batch, a data.Compared of items, whose Rows are `rows`."""
-    thinned = rows.take(batch.rows).thinned(knobs.delete)
+    thinned = rows.take(batch.rows).thinned(knobs.delete, knobs.delete_eos)
     with autocast:
         outputs = forward(model, thinned, knobs.micro_batch)  # (b,) or (b, dim)
     loss = batch_loss(knobs, model, outputs, items, batch)

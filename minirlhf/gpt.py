@@ -138,12 +138,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_name, *, dropout=0.0):
-        """Reads a Hugging Face GPT-2 directory, or with the `hub` extra a model of that name on the
-        hub.
-
-        Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another
-        shape.
-        """
+        """Reads a Hugging Face GPT-2 directory, or with the `hub` extra a model of that name there.
+        Raises FileNotFoundError, or ValueError naming what is missing, too much or misshapen."""
         sizes, weights, _ = read_directory(directory_or_hub_name)
         for name in weights:
             if f"transformer.{name}" in weights:
@@ -158,6 +154,14 @@ class GPT(nn.Module):
         return load_strictly(model, weights, directory_or_hub_name)
 
 
+class Head(nn.Linear):
+    """A linear layer that autocast leaves in fp32: bf16 scores near 2 have steps of 1/64."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class HeadedGPT(nn.Module):
     """A GPT with a linear head without a bias, in the layout of GPT2ForSequenceClassification."""
 
@@ -165,7 +169,7 @@ class HeadedGPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = GPT(config)
-        self.score = nn.Linear(config.n_embd, outputs, bias=False)
+        self.score = Head(config.n_embd, outputs, bias=False)
         nn.init.normal_(self.score.weight, std=std)
 
     @classmethod
@@ -189,11 +193,9 @@ class HeadedGPT(nn.Module):
 class RewardModel(HeadedGPT):
     """A GPT with a scalar head: the reward model, and the critic that starts as its copy.
 
-    The head is a vector without a bias, N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a
-    fresh score of a unit-variance hidden state has a standard deviation near 1. `level` says what
-    the score of a response is: the head at its last token ("response"), or the sum of the head over
-    all its tokens ("token"), a reward for each of them. `shift` is a constant that belongs to the
-    last token.
+    The head is N(0, 1/sqrt(C+1)) as in Stiennon et al. 2020, so that a fresh score has a standard
+    deviation near 1. The score of a response is by `level` the head at its last token ("response")
+    or the sum of the head over all its tokens ("token"), and `shift`, which is the last token's.
     """
 
     def __init__(self, config, *, level="response", shift=0.0):
@@ -246,15 +248,13 @@ class RewardModel(HeadedGPT):
 
     @classmethod
     def from_pretrained(cls, directory, *, dropout=0.0):
-        """Reads a Hugging Face GPT2ForSequenceClassification directory of one label; errors as in
-        GPT.from_pretrained."""
+        """Reads a directory of GPT2ForSequenceClassification, one label; errors as GPT's."""
         sizes, weights, raw = read_directory(directory)
         expect_kind("reward model", directory, weights)
-        level, shift = raw.get("reward_level", "response"), raw.get("reward_shift", 0.0)
-        where = f"{directory}/config.json"
+        where, level = f"{directory}/config.json", raw.get("reward_level", "response")
         if level not in ("response", "token"):
             what = f"reward_level: expected response or token, found {shown(level)}"
             raise UserError(f"{where}: {what}")
-        shift = number_of(shift, where, "reward_shift")
+        shift = number_of(raw.get("reward_shift", 0.0), where, "reward_shift")
         model = cls(GPTConfig(*sizes, dropout=dropout), level=level, shift=shift)
         return load_strictly(model, weights, directory)

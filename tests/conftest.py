@@ -19,6 +19,16 @@ def pytest_configure(config):
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def dtype_of_runs():
+    """--dtype auto, the default, is float32 here, so that runs compare on every machine."""
+    from minirlhf.engine import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "has_bf16_units", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A folder with finished runs `sft` and `rm` of the toy language."""
@@ -48,6 +58,7 @@ def toy(tmp_path_factory):
             lr=3e-3,
             embedding_lr=1.0,
             delete=0.0,
+            delete_eos=0.0,
             dropout=0.0,
         )
     )

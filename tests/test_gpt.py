@@ -386,6 +386,20 @@ def token_level(**options):
     return roughen(RewardModel(CONFIG, level="token", **options))
 
 
+def test_autocast_leaves_the_head_in_fp32():
+    """A score rounded to bf16 has steps of 2^-8 or more from 1 on, and many pairs of them tie."""
+    torch.manual_seed(0)
+    model = RewardModel(GPTConfig(50, 16, 1, 2, 32)).eval()
+    tokens, lengths = torch.randint(0, 50, (6, 9)), torch.full((6,), 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = model.transformer.hidden(tokens, lengths).double()
+        score, values = model(tokens, lengths), model.values(tokens, lengths)
+    expected = (hidden * model.score.weight.detach().double()[0]).sum(2)
+    assert score.dtype == values.dtype == torch.float32
+    close(values, expected.float())
+    close(score, expected[:, -1].float())
+
+
 def test_token_level_score_is_the_sum_over_the_response():
     model, (tokens, lengths) = token_level(), ragged()
     prompt_lengths = torch.tensor([2, 10, 0, 3])

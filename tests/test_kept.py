@@ -285,7 +285,7 @@ def test_an_epoch_reads_each_token_once(stage, delete, needs, tmp_path):
     """A token a letter, and EOS at both ends, which are never deleted."""
     words = data.load_feedback(str(needs / "words.jsonl")).train.responses
     letters = sum(map(len, words))
-    changes = {"delete": delete} if stage == "rm" else {}
+    changes = {"delete": delete, "delete_eos": 0.0} if stage == "rm" else {}
     train(stage, needs, tmp_path, batch_size=16, **changes)
     _, rows, *_ = left(tmp_path)
     found = [row["perf/tokens"] for row in rows]

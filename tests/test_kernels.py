@@ -267,6 +267,14 @@ def test_autocast_rounds_no_logprob(chunked, monkeypatch, units):
         assert 1e-4 < apart < 2**-7 if units else apart == 0
 
 
+def test_bf16_is_not_taken_where_onednn_is_held_to_older_instructions():
+    """There a bf16 product takes seventy times as long as one of fp32."""
+    script = "from minirlhf.engine import machine; print(machine.has_bf16_units())"
+    held = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", script], env=held, capture_output=True, text=True)
+    assert found.stdout == "False\n", found.stderr
+
+
 @pytest.mark.parametrize("units", [False, True])
 def test_dtype_auto(monkeypatch, capsys, units):
     """A run is of the type that it took, as its state and what it caches must know."""

@@ -189,23 +189,15 @@ def test_what_the_kl_is_steered_to_by_default(data, switches, target):
 
 
 @pytest.mark.parametrize(
-    "data, switches, penalty",
-    [
-        ("reviews", {}, 0.5),
-        ("toy", {}, 0.0),
-        ("mine.jsonl", {}, 0.0),
-        ("toy", {"missing_eos_penalty": 0.25}, 0.25),
-        ("reviews", {"missing_eos_penalty": 0.0}, 0.0),
-        ("reviews", {"missing_eos_score": -1.0}, 0.0),
-        ("reviews", {"stop_at_eos": False}, 0.0),
-    ],
+    "switches, score",
+    [({}, 2.0), ({"missing_eos_penalty": 0.25}, 1.75), ({"missing_eos_score": -1.0}, -1.0)],
 )
-def test_what_the_unended_lose_by_default(data, switches, penalty):
-    knobs = train_ppo.Knobs(data=data, **switches)
+def test_what_the_unended_have(switches, score):
+    knobs = train_ppo.Knobs(**switches)
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    found = charge_unended(torch.zeros(2, 3), torch.tensor([True, False]), mask, knobs)
-    score = switches.get("missing_eos_score", 0.0)
-    assert found.tolist() == [[0, 0, 0], [0, 0, score - penalty]]
+    given = torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 2.0]])
+    found = charge_unended(given, torch.tensor([True, False]), mask, knobs)
+    assert found.tolist() == [[0, 3, 0], [0, 0, score]]
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_entropy(toy):

@@ -68,7 +68,8 @@ def flags_of(stage, needs, out, *flags):
         given += ["--init", needs["sft"]]
     if module == "ppo" or "--online" in given:
         given += ["--reward", needs["rm"]]
-    return [str(word) for word in (*given, "--data", needs["words"], "--out", out, *flags)]
+    given += ["--data", needs["words"], "--out", out, "--dtype", "float32"]
+    return [str(word) for word in (*given, *flags)]
 
 
 def one_of_them(stage, flags, rank, processes, port, log, pause):

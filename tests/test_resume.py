@@ -82,7 +82,7 @@ def touch(rows, path):
 
 def knobs(stage, needs, out, **changes):
     module, cheap = STAGES[stage]
-    given = {"data": needs["words"], "out": out}
+    given = {"data": needs["words"], "out": out, "dtype": "float32"}
     if stage != "sft":
         given |= {"init": needs["sft"]}
     if stage in ("ppo", "online"):

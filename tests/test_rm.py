@@ -244,6 +244,19 @@ def test_thinned_rows_keep_both_ends_and_count_the_prompt():
     assert thinned.thinned(0.0).tokens[2].tolist() == thinned.tokens[2].tolist()
 
 
+def test_a_share_of_thinned_rows_lose_their_eos_if_more_of_the_response_is_left():
+    rows = [np.array([7, 1, 2, 3, 9]), np.array([7, 1, 2, 9])] * 500  # the second has its EOS alone
+    rows = Rows(rows, np.array([2, 3] * 500), 0, "cpu")
+    np.random.seed(0)
+    for share, low, high in ((0.0, 0, 0), (0.2, 60, 140), (1.0, 500, 500)):
+        found = [row.tolist() for row in rows.thinned(0.0, share).tokens]
+        assert found[1::2] == [[7, 1, 2, 9]] * 500
+        assert low <= found[::2].count([7, 1, 2, 3]) <= high
+        assert found[::2].count([7, 1, 2, 3, 9]) + found[::2].count([7, 1, 2, 3]) == 500
+    few = rows.thinned(0.9, 1.0)
+    assert all(len(row) > p for row, p in zip(few.tokens, few.prompt_lengths, strict=True))
+
+
 def some_rows(n=8, seed=0):
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 50, k) for k in rng.integers(3, 16, n)]
@@ -346,7 +359,7 @@ def test_ridge_is_that_of_a_dense_solver():
 
 # Whole runs
 
-CHEAP = dict(epochs=1, batch_size=256, delete=0.0, dropout=0.0)
+CHEAP = dict(epochs=1, batch_size=256, delete=0.0, delete_eos=0.0, dropout=0.0)
 
 
 def train(source, init, out, **changes):

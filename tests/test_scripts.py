@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 TOY = {"data": "toy"}
 CHEAP = {
     sft: dict(n_layer=1, n_head=2, n_embd=16, epochs=2, batch_size=512, lr=1e-2),
-    train_rm: dict(epochs=1, batch_size=256, delete=0.0, dropout=0.0),
+    train_rm: dict(epochs=1, batch_size=256, delete=0.0, delete_eos=0.0, dropout=0.0),
     train_ppo: dict(
         steps=4, batch_size=8, response_length=6, eval_samples=4, lr=1e-2, ppo_epochs=2
     ),
@@ -62,6 +62,7 @@ CHANGES = {
         weight_decay=5.0,
         dropout=0.5,
         delete=0.5,
+        delete_eos=0.9,
         margin=1.0,
         center=0.5,
         max_grad_norm=0.01,

@@ -145,7 +145,7 @@ class RunKnobs(Checked):
         "auto", "what computes: cpu, cuda, cuda:1, ...; auto: the GPU where there is one", free=True
     )
     dtype: str = knob(
-        "float32", "how matrices multiply: float32, bfloat16 autocast, a GPU's tf32; auto: "
+        "auto", "how matrices multiply: float32, bfloat16 autocast, a GPU's tf32; auto: "
         "bfloat16 if it has units", DTYPES,
     )  # fmt: skip
     compile: bool = knob(

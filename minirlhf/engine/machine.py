@@ -131,9 +131,12 @@ def onednn_is_exact():
 
 @functools.cache
 def has_bf16_units():
-    """Whether this CPU has instructions for products of bf16 numbers, as far as torch can say."""
+    """Whether this CPU has instructions for products of bf16 numbers, as far as torch can say, and
+    oneDNN may use them: it can be held to older ones, and then takes seventy times as long."""
     asked = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    units = any(getattr(torch.cpu, name, bool)() for name in asked)
+    has_library = torch.backends.mkldnn.is_available()
+    return units and has_library and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def seed_everything(seed, step=None):

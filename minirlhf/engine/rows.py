@@ -148,14 +148,18 @@ class Rows(NamedTuple):
         prompt_lengths = self.prompt_lengths[index]
         return self._replace(tokens=tokens, prompt_lengths=prompt_lengths)
 
-    def thinned(self, delete):
+    def thinned(self, delete, delete_eos=0.0):
         """These rows without a random share of their tokens, of all or of each row its own; the EOS
-        at both ends stay."""
+        at both ends stay, but the last one not in a share `delete_eos` of the rows."""
         shares = np.broadcast_to(delete, len(self.tokens))
         tokens, prompt_lengths = [], []
         for row, p, share in zip(self.tokens, self.prompt_lengths, shares, strict=True):
             keep = np.random.random(len(row)) >= share
             keep[[0, -1]] = True
+            cut = delete_eos and np.random.random() < delete_eos
+            if cut:
+                rest = keep[p:-1]
+                keep[-1] = not rest.any()  # it stays where nothing else is left of a response
             tokens.append(row[keep])
             prompt_lengths.append(keep[:p].sum())
         return self._replace(tokens=tokens, prompt_lengths=np.array(prompt_lengths))

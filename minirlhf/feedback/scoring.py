@@ -114,11 +114,4 @@ def charge_unended(scores, ended, mask, knobs):
         missing = ppo.on_last_token(missing, mask)
         scores = torch.where(ended[:, None], scores, missing)
     unended = ppo.on_last_token((~ended).float(), mask)
-    return scores - penalty_of(knobs) * unended
-
-
-def penalty_of(knobs):
-    """What an unended response loses. A reward model of the reviews has read nothing but texts that
-    end, and may like what does not: most policies then never end."""
-    free = not math.isnan(knobs.missing_eos_score) or not knobs.stop_at_eos
-    return cli.given_or(knobs.missing_eos_penalty, knobs.data, reviews=0.0 if free else 0.5)
+    return scores - knobs.missing_eos_penalty * unended

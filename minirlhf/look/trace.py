@@ -83,9 +83,11 @@ def print_episode(policy, index, seed, reward, episodes):
 def knobs_of(policy):
     """The run's knobs, as train_ppo has them."""
     knobs = BEFORE | policy.knobs
-    for name in ("missing_eos_score", "missing_eos_penalty", "kl_target"):
+    for name in ("missing_eos_score", "kl_target"):
         if knobs[name] is None:  # NaN is no JSON
             knobs[name] = math.nan
+    if knobs["missing_eos_penalty"] is None:  # of runs that took the NaN before for these
+        knobs["missing_eos_penalty"] = 0.5 if knobs["data"] == "reviews" else 0.0
     missing = [name for name in NEEDED if name not in knobs]
     if missing:
         raise UserError(f"{policy.run}/config.json: {missing[0]} is missing: of another version?")
