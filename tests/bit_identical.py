@@ -74,6 +74,7 @@ def digest(out):
 def train(checkout, command, data, out, processes, made):
     """One run of a case; `made` are the places of the runs before it, which a command may name."""
     flags = command.format(**made).split() + ["--data", data, "--out", str(out)]
+    flags += ["--dtype", "float32"]  # as older checkouts have it by default
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launch += ["--master-port", free_port()]
     env = os.environ | {

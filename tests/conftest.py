@@ -21,7 +21,8 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def dtype_of_runs():
-    """--dtype auto, the default, is float32 here, so that runs compare on every machine."""
+    """--dtype auto, the default, is float32 in this process on all CPUs. To processes that a test
+    starts it says what it does."""
     from minirlhf.engine import machine
 
     with pytest.MonkeyPatch.context() as patch:

@@ -267,12 +267,28 @@ def test_autocast_rounds_no_logprob(chunked, monkeypatch, units):
         assert 1e-4 < apart < 2**-7 if units else apart == 0
 
 
-def test_bf16_is_not_taken_where_onednn_is_held_to_older_instructions():
-    """There a bf16 product takes seventy times as long as one of fp32."""
-    script = "from minirlhf.engine import machine; print(machine.has_bf16_units())"
-    held = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    found = subprocess.run([sys.executable, "-c", script], env=held, capture_output=True, text=True)
-    assert found.stdout == "False\n", found.stderr
+@pytest.mark.parametrize(
+    "name, held, takes",
+    [
+        ("ONEDNN_MAX_CPU_ISA", "", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", False),  # there bf16 takes forty times as long as fp32
+        ("DNNL_MAX_CPU_ISA", "avx512_core_vnni", False),  # and here three times
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16", True),
+        ("DNNL_MAX_CPU_ISA", "AVX10_1_512_AMX", True),
+    ],
+)
+def test_bf16_is_taken_only_where_onednn_may_use_its_instructions(monkeypatch, name, held, takes):
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, held)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    asked = {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}
+    for question, answer in asked.items():
+        monkeypatch.setattr(torch.cpu, question, lambda answer=answer: answer, raising=False)
+    has_bf16_units = matmul.has_bf16_units.__wrapped__  # that of machine.py is tests/conftest.py's
+    assert has_bf16_units() == takes
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert not has_bf16_units()
 
 
 @pytest.mark.parametrize("units", [False, True])

@@ -352,6 +352,23 @@ def test_where_values_come_from(runs, ppo_policy, tmp_path):
     assert trace.critic_of(ppo_policy, knobs, rm)[0] is None
 
 
+@pytest.mark.parametrize(
+    "changes, penalty",
+    [
+        ({"data": "reviews"}, 0.5),
+        ({}, 0.0),
+        ({"data": "reviews", "missing_eos_score": -1.0}, 0.0),
+        ({"data": "reviews", "stop_at_eos": False}, 0.0),
+        ({"data": "reviews", "missing_eos_penalty": 0.25}, 0.25),
+    ],
+)
+def test_a_run_that_is_older_had_a_penalty_on_the_reviews(ppo_policy, changes, penalty):
+    """Its NaN, null in the file, was 0.5 there for what never ended, but beside two switches."""
+    older = ppo_policy.knobs | {"missing_eos_penalty": None} | changes
+    found = trace.knobs_of(ppo_policy._replace(knobs=older))
+    assert found.missing_eos_penalty == penalty
+
+
 def test_a_shared_critic_is_read_from_its_state(toy, tmp_path, capsys):
     shutil.copytree(toy / "sft", tmp_path / "sft")
     shutil.copytree(toy / "rm", tmp_path / "rm")

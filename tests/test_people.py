@@ -306,6 +306,7 @@ def test_resumed_as_if_not_stopped(toy, tmp_path):
         ({"kind_weights": "critique=-1"}, "at least 0"),
         ({"kind_weights": "critique=0,comparison=0"}, "nothing is left to learn"),
         ({"margin": 1.0}, "no say in labels of many kinds"),
+        ({"delete_eos": 0.1}, "no say in labels of many kinds"),
         ({"shard": True}, "--shard"),
         ({"loss": "ratings"}, "comparisons, and no ratings"),
         ({"loss": "best_of_k", "kind_weights": "critique=2"}, "not read by their kinds"),

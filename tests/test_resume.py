@@ -516,6 +516,19 @@ def test_a_state_of_another_stage_shape_or_tokenizer(other, expected, tmp_path):
         small_state(tmp_path, **other).load()
 
 
+def test_a_state_that_is_older_than_a_knob(tmp_path):
+    """It had what is the default now, but before there was --delete-eos every EOS was read."""
+    older = small_state(tmp_path)
+    for name in ("augment", "delete_eos"):
+        del older.origin["knobs"][name]
+    older.save(7, seconds=1.5)
+    with pytest.raises(UserError, match=r"had --delete-eos 0\.0, this one has 0\.2"):
+        small_state(tmp_path).load()
+    now = small_state(tmp_path)
+    now.origin["knobs"]["delete_eos"] = 0.0
+    assert now.load()["seconds"] == 1.5
+
+
 def test_a_state_comes_back_to_the_last_bit(tmp_path):
     state = small_state(tmp_path)
     state.parts["kl"] = ppo.AdaptiveKL(0.1 + 0.2, 6.0, 100)

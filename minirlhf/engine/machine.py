@@ -23,6 +23,10 @@ from minirlhf.engine.cli import UserError
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
+# In the names that oneDNN gives to the instructions it may use, of those with bf16
+KNOW_BF16 = "BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"
+
+
 # Of malloc.h, and the variables that set them before a process starts
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
@@ -132,11 +136,12 @@ def onednn_is_exact():
 @functools.cache
 def has_bf16_units():
     """Whether this CPU has instructions for products of bf16 numbers, as far as torch can say, and
-    oneDNN may use them: it can be held to older ones, and then takes seventy times as long."""
+    oneDNN may use them: held to older ones it takes up to seventy times as long."""
     asked = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
     units = any(getattr(torch.cpu, name, bool)() for name in asked)
-    has_library = torch.backends.mkldnn.is_available()
-    return units and has_library and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    return units and onednn and any(name in held.upper() for name in KNOW_BF16)
 
 
 def seed_everything(seed, step=None):

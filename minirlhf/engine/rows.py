@@ -1,8 +1,9 @@
 """Rows of token ids of unequal length: padded, in batches and in parts, by one process or many.
 
-A row is `[EOS] prompt response EOS`, left-aligned, with padding on its right only. What is computed
-for rows is the same whoever computes it: `rowwise` and `Rows.by_parts` give each process its share
-of the rows and everyone the result of all; the gradient comes out right, too.
+A row is `[EOS] prompt response EOS`, left-aligned, with padding on its right only; what was cut has
+no EOS at its end. What is computed for rows is the same whoever computes it: `rowwise` and
+`Rows.by_parts` give each process its share of the rows and everyone the result of all; the gradient
+comes out right, too.
 """
 
 import math

@@ -20,6 +20,7 @@ from minirlhf.engine.cli import UserError
 from minirlhf.engine.files import FileError, file_errors, json_line, parse_json, save_tensors
 
 NAME = re.compile(r"\d{8,}\.safetensors")
+BEFORE = {"delete_eos": 0.0}  # what runs did that are older than a knob, if not its default
 
 
 class State:
@@ -114,7 +115,8 @@ class State:
             )
         old, new = facts["knobs"], self.origin["knobs"]
         for name in sorted((old.keys() | new.keys()) - self.free):
-            had, has = old.get(name, self.defaults.get(name)), new.get(name)  # new knobs since
+            before = BEFORE.get(name, self.defaults.get(name))  # of a knob that is new since
+            had, has = old.get(name, before), new.get(name)
             if had != has:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{path}: that run had {flag} {had}, this one has {has}: {fix}")

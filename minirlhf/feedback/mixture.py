@@ -53,7 +53,7 @@ def check(knobs, items):
         "--shard: labels of many kinds are not read where weights are spread": knobs.shard,
         f"--kind-weights {knobs.kind_weights}: nothing is left to learn": not any(weights.values()),
     })  # fmt: skip
-    idle = "margin center soft_labels group_size augment"
+    idle = "margin center soft_labels group_size augment delete_eos"
     cli.refuse_idle(knobs, {"in labels of many kinds": idle})
     for label in items.labels:
         names = set()

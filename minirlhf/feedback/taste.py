@@ -29,7 +29,7 @@ ABOUT = {
     "actors": r"\b(act|acts|acting|actors?|actress|actresses|cast|performances?|stars?|roles?)\b",
     "films": r"\b(films?|movies?)\b",
 }
-PPO = ["--steps", "24", "--batch-size", "128"]
+PPO = ["--steps", "24", "--batch-size", "128", "--missing-eos-penalty", "0.5"]
 
 
 @dataclass(kw_only=True)

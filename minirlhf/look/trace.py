@@ -86,11 +86,12 @@ def knobs_of(policy):
     for name in ("missing_eos_score", "kl_target"):
         if knobs[name] is None:  # NaN is no JSON
             knobs[name] = math.nan
-    if knobs["missing_eos_penalty"] is None:  # of runs that took the NaN before for these
-        knobs["missing_eos_penalty"] = 0.5 if knobs["data"] == "reviews" else 0.0
     missing = [name for name in NEEDED if name not in knobs]
     if missing:
         raise UserError(f"{policy.run}/config.json: {missing[0]} is missing: of another version?")
+    if knobs["missing_eos_penalty"] is None:  # of runs whose default it was for unended reviews
+        plain = math.isnan(knobs["missing_eos_score"]) and knobs["stop_at_eos"]
+        knobs["missing_eos_penalty"] = 0.5 if plain and knobs["data"] == "reviews" else 0.0
     return SimpleNamespace(**knobs)
 
 
