@@ -38,7 +38,7 @@ def reward_fusion(reward, query_embedding, embeddings, rewards, k, cosine=COSINE
 
         (reward + sum_i s_i rewards_i) / (1 + sum_i s_i)
     """
-    with torch.autocast(embeddings.device.type, enabled=False):  # a rounded cosine is another side
+    with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would move the threshold
         similar = F.normalize(query_embedding, dim=-1) @ F.normalize(embeddings, dim=-1).T  # (B, N)
     nearest, index = similar.topk(min(k, len(rewards)), dim=-1)  # (B, K)
     weights = torch.where(nearest >= cosine, nearest, 0)
