@@ -8,7 +8,7 @@
 
 The policy starts as the base model and learns to write what the reward model scores high, while a
 price on the KL from the frozen base model keeps it a language model; of the reviews that price is
-steered to 9 nats (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
+steered to 8.3 nats (Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022). One iteration:
 
     1 rollout      the policy answers a batch of prompts, sampled until EOS or --response-length
     2 score        the reward model reads prompt and response: one number a response (or a token)
@@ -76,7 +76,7 @@ class Knobs(cli.RunKnobs):
     fuse: int = knob(0, "average a score with those of at most this many like training texts")
     out: str = knob("runs/ppo", "run directory", free=True)
     overlong: str = knob("", "too long a prompt: error, or truncate on the left", sft.OVERLONG)
-    steps: int = knob(100, "iterations", least=1)
+    steps: int = knob(64, "iterations", least=1)
     batch_size: int = knob(256, "episodes an iteration", least=1)
     response_length: int = knob(24, "most tokens of a response", least=1)
     stop_at_eos: bool = knob(True, "EOS ends a response; else it has all --response-length tokens")
@@ -89,7 +89,7 @@ class Knobs(cli.RunKnobs):
     kl_coef: float = knob(0.08, "price of a nat of KL, in standard deviations of base scores")
     kl_kind: str = knob("k1", "KL estimator: k1, k2 or k3", ("k1", "k2", "k3"))
     kl_in: str = knob("reward", "where the KL is paid; loss: k2 or k3", ("reward", "loss"))
-    kl_target: float = knob(math.nan, "nats it is steered to; 0: it stays; nan: 8.9 of reviews")
+    kl_target: float = knob(math.nan, "nats it is steered to; 0: it stays; nan: 8.3 of reviews")
     kl_horizon: int = knob(2560, "episodes over which it is steered", least=1)
     whiten_rewards: bool = knob(False, "rewards get variance 1 over the batch, their mean kept")
     advantage: str = knob("gae", "gae; without a critic rloo, grpo, reinforce", ppo.ADVANTAGES)
@@ -112,7 +112,7 @@ class Knobs(cli.RunKnobs):
     ppo_epochs: int = knob(1, "passes over an iteration's episodes", least=1)
     minibatches: int = knob(4, "optimizer steps a pass", least=1)
     micro_batch: int = knob(64, "episodes in memory at a time, on each process; 0: all", free=True)
-    lr: float = knob(7e-4, "peak learning rate")
+    lr: float = knob(1e-3, "peak learning rate")
     lr_schedule: str = knob("linear", "after the warm-up", ("linear", "constant", "cosine"))
     warmup: float = knob(0.2, "share of the steps over which the rate rises", most=1)
     adam_eps: float = knob(1e-5, "Adam's epsilon")

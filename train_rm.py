@@ -10,10 +10,10 @@
 A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last token a score, trained
 so that the difference of two scores predicts which one people prefer (Bradley and Terry 1952).
 Where every response has the ratings of several people, all pairs of a batch are compared, with soft
-labels: the chance that a rater of the one gives more than a rater of the other. Dropout and deleted
-tokens keep ten thousand snippets from being learned by heart; a fifth is read without its EOS, as
-what a limit cuts. Tokens that share letters learn together (engine/letters.py), other rated text is
-read first (feedback/further.py), and on the reviews two models end as one of twice the width
+labels: the chance that a rater of the one gives more than a rater of the other. With tokens deleted
+no snippet is learned by heart; a fifth is read without its EOS, as what a limit cuts. Tokens that
+share letters learn together (engine/letters.py), other rated text is read first
+(feedback/further.py), and on the reviews two models end as one of twice the width
 (rewards/side_by_side.py). At last base samples get scores of mean 0, deviation 1. Leaves runs/rm.
 
 With --level token every response token has a reward; their sum is the score. With --model pairwise
@@ -86,8 +86,8 @@ class Knobs(cli.RunKnobs):
     lr: float = knob(1e-3, "peak learning rate: 5 % warm-up, then linear to 0")
     embedding_lr: float = knob(3.0, "rate of token embeddings, as a multiple of --lr", least=1e-6)
     weight_decay: float = knob(0.01, "AdamW decay of matrices")
-    dropout: float = knob(0.2, "dropout while training", most=0.99)
-    delete: float = knob(0.35, "share of input tokens deleted at random in training", most=0.99)
+    dropout: float = knob(0.0, "dropout while training", most=0.99)
+    delete: float = knob(0.45, "share of input tokens deleted at random in training", most=0.99)
     delete_eos: float = knob(0.2, "share of responses that lose their EOS, as cut ones do", most=1)
     augment: str = knob("", "convexda: misspelt copies of the responses are read, too", AUGMENT)
     margin: float = knob(0.0, "how far the preferred score should lead; plus a record's own")

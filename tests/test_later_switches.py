@@ -178,7 +178,7 @@ def test_a_penalty_is_taken_off_what_never_ended(toy):
 @pytest.mark.parametrize(
     "data, switches, target",
     [
-        ("reviews", {}, 8.9),
+        ("reviews", {}, 8.3),
         ("reviews", {"kl_target": 0.0}, 0.0),
         ("toy", {}, 0.0),
         ("mine.jsonl", {"kl_target": 6.0}, 6.0),

@@ -92,7 +92,7 @@ def a_step(stage, sizes, flags):
     base = GPT(config)
     model = base
     if stage == "rm":
-        model = RewardModel.from_base(base, dropout=memory.DROPOUT)
+        model = RewardModel.from_base(base)
     elif stage != "sft":
         model = GPT(config)
     rm, critic = (RewardModel(config) if stage == "ppo" else None for _ in range(2))
@@ -189,11 +189,9 @@ def test_cases_cover_both_regimes():
 
 def test_it_plans_for_the_defaults_of_the_scripts():
     import train_ppo
-    import train_rm
 
     own = train_ppo.Knobs()
     assert own.ppo_epochs == duration.EPOCHS and own.minibatches == memory.MINIBATCHES
-    assert train_rm.Knobs().dropout == memory.DROPOUT
 
 
 def test_recorded_language_model_step():

@@ -435,7 +435,7 @@ def contents(out):
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({"lr": 0.5}, "that run had --lr 0.0007, this one has 0.5"),
+    ({"lr": 0.5}, "that run had --lr 0.001, this one has 0.5"),
     ({"seed": 3}, "--seed 0, this one has 3"),
     ({"steps": 9}, "--steps 8, this one has 9"),
     ({"data": "other words"}, "that run had another data"),

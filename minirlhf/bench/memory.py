@@ -10,7 +10,7 @@ from minirlhf.kernels import CHUNK, KEEP
 
 # Models of a stage, trained and frozen: ppo trains policy and critic.
 MODELS = {"sft": (1, 0), "rm": (1, 1), "ppo": (2, 2), "dpo": (1, 1)}
-MINIBATCHES, DROPOUT = 4, 0.2  # defaults of ppo, of rm
+MINIBATCHES = 4  # default of ppo
 
 
 class Parameters(NamedTuple):
@@ -68,7 +68,7 @@ def written_out(k, T):
     return k.device == "cpu" and T <= 256
 
 
-def kept(c, k, T, dropout=0.0, last=False):
+def kept(c, k, T, last=False):
     """Bytes a token that the layers keep for backward, the final hidden state included; with `last`
     the last block's MLP sees the last token of each row alone."""
     C, s = c.n_embd, width(k)
@@ -76,13 +76,10 @@ def kept(c, k, T, dropout=0.0, last=False):
     products = 14 * C * s  # inputs of the products and of GELU; q, k and v
     attention = 4 * c.n_head  # a log-sum-exp
     if written_out(k, T):
-        copies = 3 if dropout else 1
-        attention = copies * c.n_head * T * s
-    mask = C * (s if k.device == "cpu" else 1)  # of dropout
-    masks = 2 * mask if dropout else 0
+        attention = c.n_head * T * s
     norms = 16  # statistics of two LayerNorms
-    a_layer = stream + products + attention + masks + norms
-    end = 12 * C + 9 * C * s + masks / 2 + norms / 2  # of the last MLP, and of the hidden state
+    a_layer = stream + products + attention + norms
+    end = 12 * C + 9 * C * s + norms / 2  # of the last MLP, and of the hidden state
     return c.n_layer * a_layer + 8 * C - last * end * (1 - 1 / T)
 
 
@@ -115,12 +112,14 @@ def graphs(stage, c, k):
         parts = ceil(how.rows * T, 1200)  # Rows.by_parts
     tokens = how.micro * T / parts
     scores = stage == "rm"
-    trunk = tokens * kept(c, k, T, DROPOUT if scores else 0, last=scores)
+    trunk = tokens * kept(c, k, T, last=scores)
     passed = tokens * 24 * c.n_embd  # the gradients that one block hands on
     read = tokens if stage == "sft" else how.micro * k.response_length / parts
     logits = head(c, k, read)
     meeting = embedding(c) + passed - logits.kept  # in the end, the embedding's two gradients
     scored = Graph(trunk, passed)
+    if scores and written_out(k, T):  # backward begins at attention: its softmax's two gradients
+        scored = Graph(trunk, max(passed, tokens * 2 * c.n_head * T * width(k)))
     language = Graph(trunk + logits.kept, max(logits.work, meeting))
     if stage == "ppo":
         return [scored, language]

@@ -9,11 +9,11 @@ what is stored is fp32.
                     block and the embedding at a time whole, with gradients, and the whole policy
                     while it samples; autocast's copies are not divided
     activations     a token and layer 8 C + 14 C s, s = 2 in bf16, else 4: residual stream, inputs
-                    of products, GELU's, q k v (Korthikanti et al. 2022, less their masks);
-                    dropout 2 masks of C; attention written out (CPU, T <= 256) H T s, dropped out
-                    3 H T s. rm and dpo keep one --micro-batch at a time and make it again; logits
-                    exist in parts (kernels/). Autocast: 2 bytes for each weight of a layer while a
-                    graph holds it, and while PPO scores for all four models
+                    of products, GELU's, q k v (Korthikanti et al. 2022, without their masks);
+                    attention written out (CPU, T <= 256) H T s. rm and dpo keep one --micro-batch
+                    at a time and make it again; logits exist in parts (kernels/). Autocast: 2 bytes
+                    for each weight of a layer while a graph holds it, and while PPO scores for all
+                    four models
     rollout         cache 2 L B T C s; on a GPU it and the decoder's copy of the policy stay for
                     the whole run
 Seconds: 2 P FLOPs a token forward, 6 P trained (Kaplan et al. 2020), 4 or 12 L T C of attention;

@@ -81,7 +81,7 @@ def check_ppo(knobs):
 def kl_target_of(knobs):
     """The KL in nats a response that the coefficient is steered to; 0: it stays. One coefficient
     would buy 8 nats by one reward model of the reviews, and 12 by that of another seed."""
-    return cli.given_or(knobs.kl_target, knobs.data, reviews=8.9)
+    return cli.given_or(knobs.kl_target, knobs.data, reviews=8.3)
 
 
 def refuse_idle_ppo(knobs, groups):
