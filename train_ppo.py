@@ -1,6 +1,6 @@
 """Stage 2: PPO against the reward model.   python train_ppo.py
 
-    python train_ppo.py                               # laptop, 2 cores: 3 to 10 minutes
+    python train_ppo.py                               # laptop, 2 cores: 2 to 6 minutes
     python train_ppo.py --data toy --out runs/toy/ppo --steps 20      # a toy language: a minute
     python train_ppo.py --reward my_rules.py:score    # any function (prompts, responses) -> floats
     python train_ppo.py --advantage grpo --kl-in loss --kl-kind k3    # no critic: answers compete
