@@ -11,10 +11,10 @@ A GPT with a scalar head reads `[EOS] prompt response EOS` and gives its last to
 so that the difference of two scores predicts which one people prefer (Bradley and Terry 1952).
 Where every response has the ratings of several people, all pairs of a batch are compared, with soft
 labels: the chance that a rater of the one gives more than a rater of the other. With tokens deleted
-no snippet is learned by heart; a fifth is read without its EOS, as what a limit cuts. Tokens that
-share letters learn together (engine/letters.py), other rated text is read first
-(feedback/further.py), and on the reviews two models end as one of twice the width
-(rewards/side_by_side.py). At last base samples get scores of mean 0, deviation 1. Leaves runs/rm.
+less is learned by heart; a fifth is read without its EOS, as what a limit cuts. Tokens that share
+letters learn together (engine/letters.py), other rated text is read first (feedback/further.py),
+and on the reviews two models end as one of twice the width (rewards/side_by_side.py). At last base
+samples get scores of mean 0, deviation 1. Leaves runs/rm.
 
 With --level token every response token has a reward; their sum is the score. With --model pairwise
 two embeddings say which is preferred, in circles, too, which no score can hold and PPO cannot use.
