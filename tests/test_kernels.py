@@ -303,6 +303,21 @@ def test_dtype_auto(monkeypatch, capsys, units):
         assert torch.is_autocast_enabled("cpu") == units
 
 
+def test_operator_and_direct_walk_are_one(chunked):
+    """What compiled code calls, and what all other code does: the same bits, and no second
+    derivative, which neither has."""
+    chunked(17)
+    hidden, weight, targets = inputs(17)
+    found = []
+    for walk in (logprobs.Walk.apply, logprobs.token_logprobs_op):
+        got, *_ = walk(hidden, weight, targets, 0.7, torch.float32, 1, False)
+        slopes = torch.autograd.grad(got.square().sum(), (hidden, weight), create_graph=True)
+        found.append([got, *slopes])
+        with pytest.raises(RuntimeError, match="once_differentiable|no autograd formula"):
+            slopes[0].sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_bfloat16_hidden(chunked):
     """What a bf16 product leaves: log-probs exact for it, and its gradient in its own type."""
     chunked(17)

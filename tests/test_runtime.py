@@ -4,6 +4,7 @@ knobs, and what a program says and leaves when it ends."""
 import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import math
 import os
@@ -154,6 +155,52 @@ def test_no_step_is_made_by_numbers_that_are_none(value, broken, most):
             assert all(p.grad is None for p in found)  # nothing of it comes into the next step
         assert all(torch.equal(p, b) for p, b in zip(found, before, strict=True))
         assert not optimizer.state
+
+
+def test_adamw_is_the_one_of_torch():
+    """To the last bit, with a group that joins later, and after a state has been loaded."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(5, 3, generator=generator).requires_grad_() for _ in range(3)]
+        optimizer = kind(weights[:2], 0.1, betas=(0.9, 0.95), weight_decay=0.3, fused=True)
+        for step in range(6):
+            if step == 2:
+                optimizer.add_param_group({"params": weights[2:], "weight_decay": 0.0})
+            if step == 4:
+                state = optimizer.state_dict()
+                optimizer = kind([{"params": weights[:2]}, {"params": weights[2:]}], fused=True)
+                optimizer.load_state_dict(state)
+            for p in weights:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in weights)
+        results.append(torch.stack(weights).detach())
+    assert torch.equal(*results)
+
+
+def test_a_step_does_not_load_what_compiles():
+    """torch._dynamo takes seconds and 145 MB, and much of torch loads it at the first call."""
+    code = """
+        import sys, torch
+        from minirlhf.engine.optim import make_optimizer, optimizer_step
+        from minirlhf.gpt import GPT, GPTConfig
+        from minirlhf.kernels import token_logprobs
+        model = GPT(GPTConfig(vocab_size=50, n_ctx=8, n_layer=1, n_head=1, n_embd=4))
+        optimizer = make_optimizer(model, 0.1)
+        tokens = torch.arange(8)[None]
+        hidden = model.hidden(tokens)[0, :-1]
+        loss = -token_logprobs(hidden, model.lm_head_weight, tokens[0, 1:]).mean()
+        loss.backward()
+        optimizer_step(optimizer, 1.0, loss)
+        print(len(optimizer.state), "torch._dynamo" in sys.modules)
+    """
+    command = [sys.executable, "-c", inspect.cleandoc(code)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    states, loaded = said.split()
+    assert int(states) > 5 and loaded == "False"
 
 
 # Knobs made in Python are checked as flags are

@@ -8,7 +8,10 @@ softmax, Milakov and Gimelshein 2018), backward makes the logits again, a part a
 Left out: attention in training, LayerNorm, GELU and Adam, where PyTorch's own are good.
 """
 
+from functools import partial
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf.engine.machine import few_sizes, quick_library
@@ -44,8 +47,7 @@ def token_logprobs_and_entropy(hidden, weight, targets, *, temperature=1.0, entr
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = KEEP if grad and not fused(hidden) and not hidden.is_cuda else 0
     options = float(temperature), operand_dtype(hidden, weight), keep, entropy and not grad
-    direct = not grad and not torch.compiler.is_compiling()  # the operator's first call: 3 seconds
-    walk = walk_vocabulary if direct else token_logprobs_op
+    walk = token_logprobs_op if torch.compiler.is_compiling() else Walk.apply
     N = len(targets)
     given = few_sizes(hidden), weight, few_sizes(targets.contiguous())
     logprobs, _, entropies, _ = walk(*given, *options)
@@ -131,12 +133,7 @@ def _(hidden, weight, targets, temperature, dtype, keep, entropy):
     return logprobs, lse, whole, kept
 
 
-@torch.library.custom_op(
-    "minirlhf::token_logprobs_backward",
-    mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor grad, Tensor lse, Tensor[] kept) -> (Tensor, Tensor)",
-)
-def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad, lse, kept):
+def walk_back(hidden, weight, targets, temperature, dtype, grad, lse, kept):
     """Gradients of hidden and weight, by d logp / d logits = onehot - softmax, a part at a time."""
     scale = grad / temperature
     if fused(hidden):
@@ -158,6 +155,14 @@ def token_logprobs_backward_op(hidden, weight, targets, temperature, dtype, grad
     return (-scale[:, None] * d_hidden).to(hidden.dtype), d_weight.to(weight.dtype)
 
 
+token_logprobs_backward_op = torch.library.custom_op(
+    "minirlhf::token_logprobs_backward",
+    walk_back,
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, Tensor grad, Tensor lse, Tensor[] kept) -> (Tensor, Tensor)",
+)
+
+
 @token_logprobs_backward_op.register_fake
 def _(hidden, weight, targets, temperature, dtype, grad, lse, kept):
     return torch.empty_like(hidden), torch.empty_like(weight)
@@ -169,12 +174,22 @@ def save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else zeros as large as what is kept
 
 
-def backward(ctx, grad, *_):
+def backward(walk, ctx, grad, *_):
     if grad is None:
         return (None,) * 7
     hidden, weight, targets, lse, *kept = ctx.saved_tensors
     given = hidden, weight, targets, ctx.temperature, ctx.dtype, grad.contiguous(), lse, kept
-    return *token_logprobs_backward_op(*given), *(None,) * 5
+    return *walk(*given), *(None,) * 5
 
 
-token_logprobs_op.register_autograd(backward, setup_context=save_for_backward)
+of_op = partial(backward, token_logprobs_backward_op)
+token_logprobs_op.register_autograd(of_op, setup_context=save_for_backward)
+
+
+class Walk(torch.autograd.Function):
+    """The operator without torch.library, which loads torch._dynamo at the first call of one: over
+    a second and 145 MB of each process."""
+
+    forward = staticmethod(walk_vocabulary)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(once_differentiable(partial(backward, walk_back)))
