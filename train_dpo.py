@@ -1,6 +1,6 @@
 """Stage 2': DPO and its family: a policy straight from preferences.   python train_dpo.py
 
-    python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 4 minutes
+    python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 5 minutes
     python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
     python train_dpo.py --loss ipo                       # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
@@ -98,7 +98,7 @@ class Knobs(cli.RunKnobs):
     )  # fmt: skip
     loss_options: str = knob("", "of the loss, as gamma=1.2 or divergence=js,length_normalise=true")
     beta: float = knob(
-        0.1, "price of a nat of KL from the base; orpo, slic, rrhf, pro, rwr have none", least=1e-6
+        math.nan, "price of a nat of KL; nan: 0.125 of stored reviews, else 0.1", least=1e-6
     )
     label_smoothing: float = knob(
         0.0, "probability that a label is swapped, for losses that have it", most=1
@@ -123,15 +123,15 @@ class Knobs(cli.RunKnobs):
     )
     ref_every: int = knob(0, "steps after which the reference follows (TR-DPO); 0: it stays")
     ref_mix: float = knob(0.6, "share of the policy in it then; 1: a copy", least=1e-6, most=1)
-    epochs: int = knob(0, "passes over the responses, stored ones; 0: 8 of the reviews, else 3")
+    epochs: int = knob(0, "passes over the responses, stored ones; 0: 10 of reviews, else 3")
     steps: int = knob(0, "optimizer steps at most; 0: all of --epochs, or online 100")
     batch_size: int = knob(64, "responses a step; every compared pair of them counts", least=1)
     micro_batch: int = knob(0, "responses in memory at a time; 0: the whole batch", free=True)
-    lr: float = knob(math.nan, "peak learning rate; nan: 1.7e-4 of stored reviews, else 2.6e-4")
+    lr: float = knob(math.nan, "peak learning rate; nan: 1.6e-4 of stored reviews, else 2.6e-4")
     weight_decay: float = knob(0.0, "AdamW decay of matrices")
     delete: float = knob(
         math.nan, "share of tokens that policy and reference both do not see, of each stored "
-        "response another, 0 to twice this; nan: 0.4 of the reviews, else 0", most=0.5,
+        "response another, 0 to twice this; nan: 0.3 of the reviews, else 0", most=0.5,
     )  # fmt: skip
     response_length: int = knob(24, "most tokens of a sample", least=1)
     eval_samples: int = knob(512, "held-out prompts answered before and after", least=1, free=True)
@@ -139,7 +139,7 @@ class Knobs(cli.RunKnobs):
 
 @cli.contained
 def main(knobs):
-    method = method_of(knobs)
+    method, knobs = method_of(knobs), kinds.settled(knobs)
     device, autocast = parallel.start(knobs)
     feedback = data.load_feedback(knobs.data)
     check_dpo(feedback, method, knobs)
@@ -152,8 +152,8 @@ def main(knobs):
     base, reference = copies(policy, tokenizer, method, knobs, device)
     scorer, prefer = preferring.load_both(knobs, reward, feedback, tokenizer, policy)
     trained = parallel.Together(policy)
-    lr, decay = kinds.rate(knobs), knobs.weight_decay
-    optimizer = optim.make_optimizer(trained, lr, betas=(0.9, 0.999), weight_decay=decay)
+    decay = knobs.weight_decay
+    optimizer = optim.make_optimizer(trained, knobs.lr, betas=(0.9, 0.999), weight_decay=decay)
     letters.join(knobs, optimizer, policy, tokenizer)
 
     # Data: the plan of all batches, of stored responses or of prompts that the policy answers
@@ -179,7 +179,7 @@ def main(knobs):
     run = Run("dpo", knobs, plan, device, tokenizer, parts, given)
 
     for step, planned in run.steps():
-        optim.set_lr(optimizer, step, len(plan), lr)
+        optim.set_lr(optimizer, step, len(plan), knobs.lr)
         with autocast:
             batch = supply.at(step, planned)
         with autocast:  # anew: it would use again what it cast for sampling, without a gradient

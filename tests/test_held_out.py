@@ -601,7 +601,7 @@ def test_accuracy_of_a_policy(name, scorer, expected, soft, monkeypatch):
     scores = torch.tensor(scores[scorer], dtype=torch.float32)
     tokens = [np.array([0, 1, 0])] * len(items)
     rows = Rows(tokens, np.ones(len(items), dtype=int), 9, torch.device("cpu"))
-    knobs = train_dpo.Knobs(soft_labels=soft)
+    knobs = train_dpo.Knobs(soft_labels=soft, beta=0.1)
     method = method_of(knobs)
     monkeypatch.setattr(accuracy, "all_logps", lambda policy, rows: scores - 4)
     monkeypatch.setattr(accuracy, "stored_logps", lambda *_: torch.full_like(scores, -4))

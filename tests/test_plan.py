@@ -126,7 +126,7 @@ def dpo_loss(k, model, base, rows):
     index = np.arange(len(rows.tokens))
     said = Compared(index, index.reshape(-1, 2), np.ones(len(index) // 2))
     batch = Batch(rows, torch.zeros(len(index)), said)
-    own = train_dpo.Knobs(micro_batch=k.micro_batch)
+    own = train_dpo.Knobs(micro_batch=k.micro_batch, beta=0.1)
     loss, _ = train_dpo.batch_loss(model, base, batch, method_of(own), own)
     return loss
 

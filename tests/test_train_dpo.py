@@ -4,6 +4,7 @@ log-probs."""
 import copy
 import functools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -128,9 +129,10 @@ def sg(x):
 
 def loss_of(kind, rows, said, *, policy, reference, wins=None, **knobs):
     """batch_loss on rows, with the reference's log-probs."""
-    knobs = train_dpo.Knobs(loss=kind, **knobs)
+    knobs = train_dpo.Knobs(loss=kind, data="toy", **knobs)
+    method, knobs = method_of(knobs), kinds.settled(knobs)
     batch = Batch(rows, all_logps(reference, rows), said, wins)
-    return train_dpo.batch_loss(policy, reference, batch, method_of(knobs), knobs)
+    return train_dpo.batch_loss(policy, reference, batch, method, knobs)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 3])
@@ -491,33 +493,30 @@ def test_each_response_has_its_own_share_of_deleted_tokens():
     np.testing.assert_allclose(np.sort(shares), evenly, atol=0.08)
 
 
-def test_tokens_are_deleted_of_stored_reviews_unless_said(cache):
+def test_stored_reviews_are_read_in_their_own_way_unless_said():
+    def way(**given):
+        knobs = kinds.settled(train_dpo.Knobs(**given))
+        return knobs.epochs, knobs.lr, knobs.beta, knobs.delete
+
+    assert way() == way(data="reviews") == (10, 1.6e-4, 0.125, 0.3)
+    assert way(data="toy") == (3, 2.6e-4, 0.1, 0.0)
+    said = dict(epochs=2, lr=0.5, beta=2.0, delete=0.0)
+    assert way(**said) == way(data="toy", **said) == (2, 0.5, 2.0, 0.0)
+    epochs, lr, beta, delete = way(online=True)
+    assert (epochs, lr, beta) == (0, 2.6e-4, 0.1) and math.isnan(delete)
+
+
+def test_epochs_and_delete_are_followed(cache):
     off = torch.autocast("cpu", enabled=False)
-
-    def share(**given):
-        supply = batches.stored(tiny(), some_rows(), off, train_dpo.Knobs(**given))
-        assert (supply.reference is None) == (supply.ref_logps is not None) == (not supply.delete)
-        return supply.delete
-
-    assert share() == share(data="reviews") == 0.4
-    assert share(data="toy") == share(delete=0.0) == 0
-    assert share(data="toy", delete=0.4) == 0.4
-
-
-def test_stored_reviews_are_read_often_at_a_low_rate_unless_said():
+    for delete in (0.0, 0.3):
+        supply = batches.stored(tiny(), some_rows(), off, train_dpo.Knobs(delete=delete))
+        assert supply.delete == delete
+        assert (supply.reference is None) == (supply.ref_logps is not None) == (not delete)
     halves = items(10, groups=[[i, i + 5] for i in range(5)])
-
-    def times_read(**given):
-        knobs = train_dpo.Knobs(batch_size=4, **given)
-        plan = kinds.plan(halves, "kto", knobs, np.random.default_rng(0))
-        return np.bincount(np.concatenate([batch.index for batch in plan])).tolist()
-
-    assert times_read() == [8] * 10
-    assert times_read(data="toy") == [3] * 10
-    assert times_read(epochs=2) == times_read(epochs=2, data="toy") == [2] * 10
-    cases = ({}, 1.7e-4), ({"online": True}, 2.6e-4), ({"data": "toy"}, 2.6e-4), ({"lr": 0.5}, 0.5)
-    for given, rate in cases:
-        assert kinds.rate(train_dpo.Knobs(**given)) == rate
+    knobs = train_dpo.Knobs(batch_size=4, epochs=7)
+    plan = kinds.plan(halves, "kto", knobs, np.random.default_rng(0))
+    read = np.bincount(np.concatenate([batch.index for batch in plan]))
+    assert read.tolist() == [7] * 10
 
 
 def test_what_is_deleted_follows_from_the_seed(toy, tmp_path):
@@ -924,7 +923,7 @@ def test_a_loss_of_ones_own(error, monkeypatch):
     monkeypatch.setitem(dpo.AXES, "mine", dpo.AXES["sigmoid"])
     both = {"policy": tiny(1), "reference": tiny(2)}
     rows, said = some_rows(4), Compared(None, np.array([[0, 1], [3, 2]]), np.array([0.9, 0.2]))
-    knobs = train_dpo.Knobs(loss_options="power=3")
+    knobs = train_dpo.Knobs(loss_options="power=3", beta=0.1)
     knobs.loss = "mine"  # a name that a fork's command line knows
     batch = Batch(rows, all_logps(both["reference"], rows), said)
     loss, _ = train_dpo.batch_loss(*both.values(), batch, method_of(knobs), knobs)

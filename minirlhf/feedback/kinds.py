@@ -8,6 +8,8 @@ which of the stored responses take part, all else is about their places in the b
 Left out: thumbs that mean different things from one prompt to another.
 """
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine.cli import UserError, given_or
+from minirlhf.engine.cli import UserError
 from minirlhf.engine.rows import Rows
 from minirlhf.lists import LISTS, THUMBS
 
@@ -67,8 +69,26 @@ class Batch(NamedTuple):
     bought: int = 0  # comparisons that the labeler was asked for
 
 
+ONLINE = {"lr": 2.6e-4, "beta": 0.1}
+STORED = {"lr": 2.6e-4, "beta": 0.1, "epochs": 3, "delete": 0.0}
+REVIEWS = {"lr": 1.6e-4, "beta": 0.125, "epochs": 10, "delete": 0.3}
+
+
+def settled(knobs):
+    """The knobs, with what is usual for their data where nothing is said. Each pass over the stored
+    reviews hides other tokens of them, so they bear more passes, in smaller steps."""
+    usual = REVIEWS if knobs.data == "reviews" else STORED
+    if knobs.online:
+        usual = ONLINE
+    said = {name: getattr(knobs, name) for name in usual}
+    missing = [name for name, value in said.items() if math.isnan(value)]
+    if said.get("epochs") == 0:
+        missing.append("epochs")
+    return replace(knobs, **{name: usual[name] for name in missing})
+
+
 def plan(items, kind, knobs, rng):
-    """All batches of a run, in the shape that the loss wants."""
+    """All batches of a run, in the shape that the loss wants; of settled knobs."""
     if kind in THUMBS:
         epoch = partial(thumbs_epoch, *thumbs(items), knobs.batch_size, rng)
     elif kind in LISTS:
@@ -76,21 +96,13 @@ def plan(items, kind, knobs, rng):
         epoch = partial(lists_epoch, items, *sizes, rng, by_rank=kind != "rwr")
     else:
         epoch = partial(pairs_epoch, items, knobs.batch_size, rng)
-    epochs = knobs.epochs or (8 if knobs.data == "reviews" else 3)
     batches = []
-    for _ in range(epochs):
+    for _ in range(knobs.epochs):
         for batch in epoch():
             batches.append(batch)
             if len(batches) == knobs.steps:
                 return batches
     return batches
-
-
-def rate(knobs):
-    """--lr; where that is NaN one for the passes of `plan`, of which the reviews have many."""
-    usual = 2.6e-4
-    reviews = usual if knobs.online else 1.7e-4
-    return given_or(knobs.lr, knobs.data, reviews, usual)
 
 
 def pairs_epoch(items, batch_size, rng):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minirlhf.data import all_logps, stored_logps
-from minirlhf.engine import cli, parallel
+from minirlhf.engine import parallel
 from minirlhf.engine.cli import refuse
 from minirlhf.feedback.kinds import Batch
 from minirlhf.online.asked import asked_batch, make_asked
@@ -40,9 +40,8 @@ def sizes_of(model):
 def stored(base, rows, autocast, knobs):
     """Stored responses with the base's log-probs, which are known from the start unless --delete
     hides other tokens each time."""
-    delete = cli.given_or(knobs.delete, knobs.data, reviews=0.4)
-    if delete:
-        return Stored(rows, None, base, delete)
+    if knobs.delete:
+        return Stored(rows, None, base, knobs.delete)
     return Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
 
 
