@@ -249,7 +249,7 @@ def test_flops_of_the_head():
     arguments = (hidden, weight, torch.arange(n), 1.0, torch.float32)
     machine.onednn_is_exact()  # tries a product, once in a process
     with FlopCounterMode(display=False) as counter:
-        _, lse, *_ = logprobs.token_logprobs_op._init_fn(*arguments, 0, False)
+        _, lse, *_ = logprobs.walk_vocabulary(*arguments, 0, False)
         assert counter.get_total_flops() == duration.flops(config, 8, 0, n)
         logprobs.token_logprobs_backward_op._init_fn(*arguments, torch.ones(n), lse, [])
     assert counter.get_total_flops() == duration.flops(config, 8, 0, n, True)
