@@ -40,7 +40,7 @@ STAGES = {
     "token": "rm --level token --epochs 1 --batch-size 60 --micro-batch 7",
     "letters": "rm --letters 3 --epochs 1 --batch-size 60 --micro-batch 7 --members 2",
 }
-LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # torch's own, by its first optimizer
+LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # of torch, by what spreads a model
 PROCESSES = multiprocessing.get_context("forkserver")  # has imported all, so starts at once
 PROCESSES.set_forkserver_preload(["train_dpo", "train_ppo", *LAZY])
 

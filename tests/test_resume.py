@@ -46,9 +46,8 @@ STAGES = {
 }
 SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "dpo", "simpo", "online")]
 LATE = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "ppo", "dpo", "simpo")]
-LAZY = ["torch._dynamo", "torch.distributed.fsdp"]  # torch's own, by its first optimizer
 PROCESSES = multiprocessing.get_context("forkserver")  # a killed run takes nothing of ours with it
-PROCESSES.set_forkserver_preload(["train_dpo", "train_ppo", *LAZY])
+PROCESSES.set_forkserver_preload(["train_dpo", "train_ppo"])
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,9 @@ def test_a_batch_of_xpo(soft, win):
     labels = np.array([0.9, 0.3, 0.5])
     said = Compared(np.arange(6), np.arange(6).reshape(3, 2), labels)
     logps, ref = torch.tensor(LOGPS[:3].ravel()), torch.tensor(REF_LOGPS[:3].ravel())
-    knobs = train_dpo.Knobs(online=True, loss="xpo", loss_options="alpha=0.2", soft_labels=soft)
+    knobs = train_dpo.Knobs(
+        online=True, loss="xpo", beta=0.1, loss_options="alpha=0.2", soft_labels=soft
+    )
     batch = Batch(None, ref, said)
     given = None, None, batch, logps, method_of(knobs), knobs
     losses, chosen, rejected = OTHER_LOSSES["xpo"](*given)

@@ -39,7 +39,7 @@ def sizes_of(model):
 
 def stored(base, rows, autocast, knobs):
     """Stored responses with the base's log-probs, which are known from the start unless --delete
-    hides other tokens each time."""
+    hides other tokens each time; of settled knobs."""
     if knobs.delete:
         return Stored(rows, None, base, knobs.delete)
     return Stored(rows, stored_logps(base, rows, autocast, knobs.dtype))
