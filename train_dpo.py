@@ -1,6 +1,6 @@
 """Stage 2': DPO and its family: a policy straight from preferences.   python train_dpo.py
 
-    python train_dpo.py                                  # laptop, 2 cores: reviews, 2 to 5 minutes
+    python train_dpo.py                                  # laptop, 2 cores: reviews, 3 to 5 minutes
     python train_dpo.py --data toy --out runs/toy/dpo    # a toy language: under a minute
     python train_dpo.py --loss ipo                       # or any other loss: on pairs, on thumbs
                                                          # (kto, una), on lists (rrhf, pro, lipo)
