@@ -8,7 +8,6 @@ which of the stored responses take part, all else is about their places in the b
 Left out: thumbs that mean different things from one prompt to another.
 """
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from minirlhf import data
-from minirlhf.engine.cli import UserError
+from minirlhf.engine.cli import UserError, given_or
 from minirlhf.engine.rows import Rows
 from minirlhf.lists import LISTS, THUMBS
 
@@ -69,22 +68,17 @@ class Batch(NamedTuple):
     bought: int = 0  # comparisons that the labeler was asked for
 
 
-ONLINE = {"lr": 2.6e-4, "beta": 0.1}
-STORED = {"lr": 2.6e-4, "beta": 0.1, "epochs": 3, "delete": 0.0}
-REVIEWS = {"lr": 1.6e-4, "beta": 0.125, "epochs": 10, "delete": 0.3}
-
-
 def settled(knobs):
     """The knobs, with what is usual for their data where nothing is said. Each pass over the stored
     reviews hides other tokens of them, so they bear more passes, in smaller steps."""
-    usual = REVIEWS if knobs.data == "reviews" else STORED
+    source = "own samples" if knobs.online else knobs.data
+    lr = given_or(knobs.lr, source, reviews=1.6e-4, other=2.6e-4)
+    beta = given_or(knobs.beta, source, reviews=0.125, other=0.1)
     if knobs.online:
-        usual = ONLINE
-    said = {name: getattr(knobs, name) for name in usual}
-    missing = [name for name, value in said.items() if math.isnan(value)]
-    if said.get("epochs") == 0:
-        missing.append("epochs")
-    return replace(knobs, **{name: usual[name] for name in missing})
+        return replace(knobs, lr=lr, beta=beta)
+    delete = given_or(knobs.delete, source, reviews=0.3)
+    epochs = knobs.epochs or (10 if source == "reviews" else 3)
+    return replace(knobs, lr=lr, beta=beta, delete=delete, epochs=epochs)
 
 
 def plan(items, kind, knobs, rng):
