@@ -1,5 +1,6 @@
 """Who prefers, by texts: an LLM judge against a server that fails, models, functions, people."""
 
+import http.client
 import json
 import math
 import time
@@ -129,6 +130,22 @@ def test_both_orders_are_averaged_and_a_swap_is_exact():
     raw = np.sign(np.array(first) - 0.5) == np.sign([*gold, *-gold])
     mended = np.sign((p - 0.5).round(9)) == np.sign(gold)
     assert raw.mean() < 0.9 and mended.all()
+
+
+def test_a_response_that_closes_its_socket_at_its_end(monkeypatch):
+    """As the client of Python 3.13 does, of 3.11 only the reading past it."""
+    read1 = http.client.HTTPResponse.read1
+
+    def closing(self, n=-1):
+        chunk = read1(self, n)
+        if self.length == 0 and not self.isclosed():
+            self._close_conn()
+        return chunk
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", closing)
+    with JudgeServer(longer) as server:
+        p = load_preferrer(server.source).prefer(["p"], ["xxx"], ["y"])
+    assert p == pytest.approx(by_hand(["xxx"], ["y"]), abs=1e-9)
 
 
 def test_a_judge_of_places_alone_says_one_half():

@@ -112,12 +112,12 @@ def test_the_accuracy_is_of_texts_that_were_held_out(learner):
 def test_labels_of_other_kinds(learner):
     rng = np.random.default_rng(0)
     person, labels = Person(likes_h, beta=3.0, cuts=(-0.5, 0.5)), []
-    for label in pairs(60):
+    for label in pairs(120):
         kind = ("critique", "estop", "social")[len(labels) % 3]
         labels.append(person.ask(kind, "", label.responses[:1], rng))
     fit = learner.fit(labels)
     good, bad = learner.score(["", ""], ["hhhh", "aaaa"])
-    assert good > bad
+    assert good > bad + 0.5
     assert all(0 <= accuracy <= 1 for _, accuracy in fit.accuracy_by_labels)
 
 

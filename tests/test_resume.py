@@ -623,8 +623,9 @@ def test_a_loss_that_is_not_finite(stage, needs, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in saved.read_text().splitlines()]
     assert rows
     if stage != "ppo":
-        letters = set("abcdefgh") | {"\ufffd"}
-        assert all(row["ids"][0] == 256 and set(row["text"]) <= letters for row in rows)
+        assert all(row["ids"][0] == 256 for row in rows)
+    if stage not in ("ppo", "online"):  # whose rows are samples
+        assert all(set(row["text"]) <= set("abcdefgh") for row in rows)
     calls.clear()
     train(stage, needs, tmp_path / "skip", on_nonfinite="skip", **FEW[stage])
     summary = json.loads((tmp_path / "skip" / "summary.json").read_text())

@@ -232,7 +232,8 @@ class Endpoint:
                     raise TimeoutError
                 if len(text) > LARGEST:
                     raise http.client.HTTPException("a longer answer than any that was asked for")
-                socket.settimeout(left)
+                if not response.isclosed():  # from Python 3.13 on it closes the socket at its end
+                    socket.settimeout(left)
             if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
         return response.status, response.headers, text.decode(errors="replace")
