@@ -12,7 +12,7 @@ from minirlhf import kernels
 from minirlhf.engine.decoding import decode
 from minirlhf.gpt import GPT, GPTConfig
 from minirlhf.kernels import choice, decoding, fused_logprobs
-from minirlhf.kernels.choice import tl, triton
+from minirlhf.kernels.choice import jit, tl, triton
 from minirlhf.sampling import generate
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install triton")
@@ -26,7 +26,7 @@ PRECISIONS = [
 ONE = torch.ones(1, dtype=torch.int64)
 
 
-@choice.jit
+@jit
 def fill(out_ptr, n):
     for i in range(0, n):
         tl.store(out_ptr + i, i)
